@@ -1,0 +1,39 @@
+# The two commands a newcomer types are `make demo` and `make test`.
+PYTHON ?= python3
+# Where pip looks for torch. Empty: wherever pip is configured to look. For a given CUDA build:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow check format benchmark clean
+demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluation -> samples -> report
+	$(BIN)/gptworks run laptop --out runs/demo
+
+test: $(INSTALLED)  ## the whole suite, under ten minutes on two cores
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## the tests too long for `make test`: chained kills, full-size corpora
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "gptworks needs Python 3.11 or newer; try: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12"; exit 64; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

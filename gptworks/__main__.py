@@ -1,0 +1,3 @@
+from gptworks.cli import main
+
+main()

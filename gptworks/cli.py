@@ -1,0 +1,280 @@
+"""The command line: parse, call one stage, print. Standard output carries results, standard error all else."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gptworks.core.errors import GptworksError, UsageError
+from gptworks.core.log import console
+
+app = typer.Typer(
+    help="A GPT-style language model through its whole life: text, tokenizer, training, evaluation, generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value, for example train.max_steps=100.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Set an old run in the folder aside and start over.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say only warnings and results.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and do nothing.")]
+Folder = Annotated[Path, typer.Argument(help="A model folder.", show_default=False)]
+
+
+def _do(work: Callable[[], Any], debug: bool) -> Any:
+    """Runs a stage; a failure becomes one line and its exit code."""
+    try:
+        return work()
+    except GptworksError as error:
+        _fail(str(error), error.code, debug)
+    except KeyboardInterrupt:
+        _fail("stopped by Ctrl-C; run the same command to continue", 75, debug)
+    except MemoryError:
+        _fail("out of memory; use a smaller model, context or micro-batch", 77, debug)
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 74, debug)
+    except Exception as error:
+        _fail(f"a bug in gptworks: {type(error).__name__}: {error} (--debug shows where; please report it)", 70, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    console.clear()
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _print(result: Any, as_json: bool, lines: Callable[[Any], str]) -> None:
+    print(json.dumps(result, ensure_ascii=False) if as_json else lines(result), flush=True)
+
+
+def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None, fresh: bool, as_json: bool,
+           quiet: bool, debug: bool, dry_run: bool) -> None:  # fmt: skip
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks.core import config as configuration
+
+        config = configuration.load(recipe, overrides)
+        folder = out or Path("runs") / Path(recipe).stem
+        if dry_run:
+            return _dry_run(config, as_json)
+        from gptworks import lifecycle
+
+        result = getattr(lifecycle, name)(config, folder, recipe, fresh)
+        return json.dumps(result, ensure_ascii=False) if as_json else None
+
+    printed = _do(work, debug)
+    if printed:
+        print(printed, flush=True)
+
+
+def _dry_run(config: Any, as_json: bool) -> str:
+    from gptworks.core import config as configuration
+    from gptworks.plan.dial import derive_shape, derive_training
+
+    reasons: dict[str, str] = {}
+    asked = config
+    if not config.model.path:
+        vocab = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else 66
+        config, reasons, architecture = derive_shape(config, vocab)
+        config, more = derive_training(config, architecture, 10**9)
+        for key in ("train.batch_tokens", "train.max_tokens"):  # these follow from the data, which we did not read
+            if key in more:
+                config = configuration.with_values(config, {key: None})
+                more[key] = "decided once the data is counted"
+        reasons |= more
+    if as_json:
+        return json.dumps(config.model_dump(mode="json"), ensure_ascii=False)
+    return configuration.dump(config, asked, reasons).rstrip()
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
+        quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False) -> None:  # fmt: skip
+    """Do every stage the recipe names; run it again and it continues."""
+    _stage("run", recipe, overrides, out, fresh, json, quiet, debug, dry_run)
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
+          quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False) -> None:  # fmt: skip
+    """Make tokenizer and shards where missing, then train; run it again and it continues."""
+    _stage("train", recipe, overrides, out, fresh, json, quiet, debug, dry_run)
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    data: Annotated[str, typer.Option(help="Text to score: file, folder, glob or built-in name.")],
+    context: Annotated[int | None, typer.Option(help="Block length in tokens; default the model's.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Slide windows by so many tokens; default: blocks.")] = None,
+    batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
+    separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The text field of JSONL rows.")] = None,
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Exact loss, perplexity and bits per byte of a text, beside simple baselines."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column)
+
+    _print(_do(work, debug), json, _evaluation)
+
+
+def _evaluation(found: dict[str, Any]) -> str:
+    unigram, xz = found["baselines"]["unigram"], found["baselines"]["xz"]
+    rows = [
+        ("", "nats/token", "perplexity", "bits/byte"),
+        ("model", f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", f"{found['bits_per_byte']:.4f}"),
+        ("unigrams", f"{unigram['loss']:.4f}", "", f"{unigram['bits_per_byte']:.4f}"),
+        ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
+    ]
+    table = "\n".join(f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows)
+    return f"{table}\n{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}"
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Continue a prompt, streaming."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+        from gptworks.infer.engine import Generation
+        from gptworks.infer.sampling import Sampling
+
+        if (prompt is None) == (prompts is None):
+            raise UsageError("give --prompt TEXT or --prompts FILE")
+        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+        if prompts is not None:
+            texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
+        else:
+            texts = [prompt or ""]
+        options: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_eos": ignore_eos}
+        if json:
+            results = lifecycle.generate(folder, texts, how, max_new_tokens, **options)
+            return results[0] if prompt is not None else {"results": results}
+        engine = lifecycle.engine_of(folder)
+        for text in texts:
+            made = Generation(text)
+            print(text, end="", flush=True)
+            for part in engine.stream(text, how, max_new_tokens, result=made, **options):
+                print(part, end="", flush=True)
+            print(flush=True)
+            console.say(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]")
+        return None
+
+    result = _do(work, debug)
+    if result is not None:
+        _print(result, True, str)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write the run's report.html, one page that opens offline."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        return {"report": str(lifecycle.report(folder))}
+
+    _print(_do(work, debug), json, lambda result: result["report"])
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run, model, data or checkpoint folder.", show_default=False)],
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Replay a run between its checkpoints, bit for bit; or check a folder against its hashes."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        return lifecycle.verify(folder)
+
+    result = _do(work, debug)
+    _print(result, json, lambda found: found["verdict"])
+    if not result["identical"]:
+        raise SystemExit(65)
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """List the built-in recipes."""
+    from gptworks.core import config as configuration
+
+    found = {name: configuration.recipe_text(name).splitlines()[0].lstrip("# ") for name in configuration.recipe_names()}
+    _print(found, json, lambda rows: "\n".join(f"{name:<18}{text}" for name, text in rows.items()))
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Print what a bug report needs."""
+    import torch
+
+    from gptworks.core import runtime
+
+    device = runtime.device()
+    found = runtime.versions() | {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda or "none",
+        "bf16 units": "yes" if runtime.has_bf16(device) else "no",
+        "threads": str(torch.get_num_threads()),
+        "memory free": f"{runtime.available_memory(device) / 2**30:.1f} GiB",
+        "matmul fp32": f"{runtime.matmul_rate(device, torch.float32) / 1e9:.0f} GFLOP/s",
+    }
+    _print(found, json, lambda rows: "\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+
+
+def main() -> None:
+    """The console script. A wrong option is exit code 64, as every usage error."""
+    try:
+        app(standalone_mode=False)
+    except SystemExit:
+        raise
+    except Exception as error:  # typer's own: unknown command or option, missing argument
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if type(error).__name__ in ("Abort", "Exit"):
+            raise SystemExit(getattr(error, "exit_code", 75)) from None
+        print(f"error: {message or type(error).__name__} (gptworks --help)", file=sys.stderr)
+        raise SystemExit(64) from None

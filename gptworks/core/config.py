@@ -1,0 +1,383 @@
+"""Recipes: YAML and `key=value` overrides become one frozen, fully checked Config.
+
+Nothing is guessed in silence. An unknown key is an error that names the nearest valid one; a value that is left
+to us (None here) is derived later, and what was chosen is written into the run's config.yaml with its reason.
+Beside each key stands whether a run that exists may continue with another value: `fixed` keys may not change,
+`free` keys may.
+"""
+
+import difflib
+import math
+import re
+import types
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gptworks.core.errors import DataError, UsageError
+
+UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+def _number(value: Any) -> Any:
+    """'10M' -> 10000000, '3e-4' -> 0.0003; a boolean is not a number."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    if isinstance(value, str):
+        match = re.fullmatch(r"([+-]?[0-9_.]+(?:[eE][+-]?[0-9]+)?)([kMBGT]?)", value, re.ASCII)
+        if match:
+            scaled = float(match[1].replace("_", "")) * UNITS.get(match[2], 1)
+            return int(scaled) if scaled.is_integer() and "." not in match[1] and "e" not in match[1] else scaled
+    return value
+
+
+def _whole(value: Any) -> Any:
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# An upper bound far above any real use, so that an absurd value is refused here and not by an overflow elsewhere.
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**15)]
+Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1e30)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1e30)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+
+
+def fixed(default: Any, help: str) -> Any:
+    """A key that shapes the result: a run continues only with the value it was started with."""
+    return Field(default, description=help, json_schema_extra={"resume": "fixed"})
+
+
+def free(default: Any, help: str) -> Any:
+    """A key that does not touch the result: it may differ whenever a run is continued."""
+    return Field(default, description=help, json_schema_extra={"resume": "free"})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Data(Section):
+    train: str | list[str] = fixed("shakespeare", "file, folder, glob or built-in name (or a list of them)")
+    eval: str | None = fixed(None, "validation text; None holds some of the training documents out")
+    text_column: str | None = fixed(None, "the field of a JSONL row that holds the text; None finds it")
+    separator: str | None = fixed(None, "cuts a text file into documents; None: a file is one document")
+    eval_fraction: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = fixed(
+        None, "share of the text held out"
+    )
+    eval_bytes: Count | None = fixed(None, "evaluate during training on the first so many bytes of the held-out text")
+    invalid_utf8: Literal["replace", "error"] = fixed("replace", "bytes that are not UTF-8: U+FFFD and counted, or stop")
+    mask_documents: bool = fixed(False, "attention stays within a document, positions restart with it")
+    shards: str | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
+
+
+class Tokenizer(Section):
+    kind: Literal["bpe", "char"] = fixed("bpe", "byte-level BPE, or one token per character")
+    path: str | None = fixed(None, "a tokenizer.json (or its folder) to use as it is")
+    vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] = fixed(
+        4096, "BPE vocabulary, the 256 bytes and the reserved tokens included"
+    )
+    pattern: Literal["gpt-2", "llama-bpe", "qwen2"] = fixed("qwen2", "how text is split before BPE, by llama.cpp's name")
+    sample_bytes: Count = fixed(16_000_000, "BPE is trained on a sample of at most so many bytes, spread over the corpus")
+
+
+class Model(Section):
+    path: str | None = fixed(None, "a model folder to start from (continued pretraining)")
+    family: str | None = fixed(None, "gpt2, llama or qwen3: the class that the saved folder opens as")
+    depth: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=1000)] | None = fixed(
+        None, "one dial: this many layers, all else follows"
+    )
+    parameters: Annotated[int, BeforeValidator(_whole), Field(ge=1000, le=10**13)] | None = fixed(
+        None, "the other form of the dial: about this many parameters"
+    )
+    hidden_size: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=1_000_000)] | None = fixed(None, "width")
+    num_hidden_layers: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10_000)] | None = fixed(None, "layers")
+    num_attention_heads: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=100_000)] | None = fixed(
+        None, "query heads"
+    )
+    num_key_value_heads: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=100_000)] | None = fixed(
+        None, "key-value heads"
+    )
+    head_dim: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=100_000)] | None = fixed(None, "width of one head")
+    intermediate_size: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10_000_000)] | None = fixed(
+        None, "feed-forward width"
+    )
+    norm: Literal["layernorm", "rmsnorm"] | None = fixed(None, "normalisation before each part")
+    positions: Literal["learned", "sinusoidal", "rotary"] | None = fixed(None, "how the model knows token order")
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] | None = fixed(None, "the MLP's nonlinearity")
+    qk_norm: bool | None = fixed(None, "RMS-normalise queries and keys per head")
+    bias: bool | None = fixed(None, "biases in the linear layers")
+    tie_word_embeddings: bool | None = fixed(None, "one matrix for input embedding and head")
+    rope_theta: Positive | None = fixed(None, "base of the rotary frequencies")
+    dropout: Share | None = fixed(None, "on embeddings, attention weights and residual branches")
+
+
+class Train(Section):
+    seed: Natural = fixed(1, "initial weights, data order and dropout follow from it")
+    max_steps: Count | None = fixed(None, "stop after so many optimizer steps")
+    max_tokens: Count | None = fixed(None, "stop after so many tokens")
+    max_epochs: Positive | None = fixed(None, "stop after so many passes over the training text")
+    target_loss: Positive | None = fixed(None, "stop once the evaluation loss (nats a token) is at or below this")
+    time_budget_s: Positive | None = fixed(None, "seconds from process start to result; becomes a step count")
+    patience: Count | None = fixed(None, "stop after so many evaluations without improvement")
+    batch_tokens: Literal["full"] | Count | None = fixed(None, "tokens per optimizer step; 'full': the whole corpus")
+    micro_batch: Count | None = fixed(None, "rows per forward pass; None: as many as fit")
+    context: Annotated[int, BeforeValidator(_whole), Field(ge=2, le=10_000_000)] | None = fixed(
+        None, "tokens a row sees at once"
+    )
+    optimizer: str = fixed("muon", "muon, adamw, adam or sgd (or file.py:Name)")
+    lr: NonNegative | None = fixed(None, "peak learning rate (muon: of the matrices)")
+    adam_lr: NonNegative | None = fixed(None, "muon only: peak learning rate of embeddings, head, norms and biases")
+    momentum: Share | None = fixed(None, "muon and sgd")
+    nesterov: bool = fixed(True, "muon and sgd: look ahead along the momentum")
+    betas: tuple[Share, Share] = fixed((0.9, 0.95), "Adam's averaging of gradient and squared gradient")
+    weight_decay: NonNegative | None = fixed(None, "decoupled: w shrinks by lr times this, matrices only")
+    l2: NonNegative = fixed(0.0, "penalty l2/2 * sum(w^2) in the loss, matrices only")
+    l1: NonNegative = fixed(0.0, "penalty l1 * sum(|w|) in the loss, matrices only")
+    clip: NonNegative = fixed(1.0, "largest norm of the whole gradient; 0 never clips")
+    schedule: str = fixed("wsd", "constant, linear, cosine, step, inverse_sqrt or wsd (or file.py:Name)")
+    warmup: Fraction | None = fixed(None, "share of the steps over which the rate rises from zero")
+    cooldown: Fraction = fixed(0.5, "wsd: share of the steps over which the rate falls")
+    min_lr: Fraction = fixed(0.0, "where decay ends, as a share of the peak")
+    step_every: Fraction = fixed(0.25, "step: the rate drops each time this share of the run has passed")
+    step_gamma: Fraction = fixed(0.3, "step: the factor of each drop")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = fixed("auto", "of the forward and backward pass")
+    compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
+    deterministic: Literal["auto"] | bool = fixed("auto", "bit-for-bit repeatable kernels; auto: on the CPU")
+    threads: Count | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
+    checkpoint_every: Count | None = free(None, "steps between checkpoints")
+    eval_every: Count | None = fixed(None, "steps between evaluations")
+    log_every: Count = free(10, "steps between logged lines")
+    tensorboard: bool = free(True, "write tensorboard/ beside metrics.jsonl")
+
+
+class Generate(Section):
+    prompts: list[str] = free(["\n"], "continued by the samples of train, generate and report")
+    max_new_tokens: Count = free(200, "length of a sample")
+    temperature: NonNegative = free(0.8, "0 is greedy")
+    top_k: Natural = free(0, "0: all")
+    top_p: Fraction = free(1.0, "nucleus")
+    min_p: Fraction = free(0.0, "drop tokens less likely than this share of the likeliest")
+    repetition_penalty: Positive = free(1.0, "1: none")
+
+
+STAGES = Literal["train", "evaluate", "generate", "report"]
+
+
+class Config(Section):
+    """A whole recipe. `gptworks train RECIPE --dry-run` prints it resolved."""
+
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    train: Train = Train()
+    generate: Generate = Generate()
+    stages: list[STAGES] = free(["train", "evaluate", "generate", "report"], "what `gptworks run` does, in order")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        if self.model.depth and self.model.parameters:
+            raise ValueError("model.depth and model.parameters are two forms of one dial: give one")
+        if self.model.path and (set_beside := self.model.model_fields_set - {"path", "dropout"}):
+            raise ValueError(
+                f"model.path={self.model.path} brings its own shape; remove model.{sorted(set_beside)[0]}"
+            )
+        if self.model.path and self.tokenizer.model_fields_set & {"kind", "path", "vocab_size", "pattern"}:
+            raise ValueError("model.path brings its own tokenizer; remove the tokenizer keys")
+        if self.train.batch_tokens == "full" and self.train.max_tokens:
+            raise ValueError("train.batch_tokens=full counts epochs: use train.max_epochs in place of train.max_tokens")
+        return self
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a Config with its field, sections left out."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+# Short forms: `model=FOLDER` is what people type for `model.path=FOLDER`.
+SHORT = {"model": "model.path"}
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("gptworks") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> str:
+    """The YAML of a built-in recipe, or of a file."""
+    if recipe in recipe_names():
+        return (resources.files("gptworks") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(recipe_names())}"
+        raise UsageError(f"unknown recipe {recipe!r}: {hint} (or a .yaml file of your own)")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the recipe: {error}") from error
+
+
+def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None) -> Config:
+    """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError."""
+    tree = _parse(recipe_text(recipe), recipe) if recipe else {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
+    pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
+    for key, value in pairs:
+        _assign(tree, SHORT.get(key, key), value)
+    return build(tree, recipe or "configuration")
+
+
+def build(tree: dict[str, Any], where: str) -> Config:
+    """Validates a nested mapping; every error is one line that names the key."""
+    try:
+        return Config.model_validate(tree)
+    except (ValidationError, RecursionError) as error:
+        raise UsageError(f"{where}: {_explain(error)}") from None
+
+
+def _parse(text: str, where: str | None) -> Any:
+    try:
+        return yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise UsageError(f"{where}: not valid YAML: {problem[:300]}") from None
+
+
+def _split(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"{text!r}: an override is key=value, for example train.max_steps=100")
+    if value == "":
+        return key, ""
+    return key, _parse(value, key) if value[0] in "[{" or value in ("null", "true", "false") else value
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node = tree
+    for name in path:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise UsageError(f"{key}: {name} is a value, not a section")
+        node = child
+    field = keys().get(key)
+    if isinstance(value, str) and field is not None and _takes_list(field.annotation) and not _takes_text(field.annotation):
+        value = [part for part in value.split(",") if part]
+    node[last] = value
+
+
+def _members(annotation: Any) -> list[Any]:
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+
+
+def _takes_list(annotation: Any) -> bool:
+    return any(get_origin(member) in (list, tuple) for member in _members(annotation))
+
+
+def _takes_text(annotation: Any) -> bool:
+    return any(member is str for member in _members(annotation))
+
+
+def _explain(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if isinstance(part, (str, int))]
+    key = ".".join(part for part in path if not part.startswith(("function-", "constrained-", "literal[", "list[", "tuple[")))
+    known = keys()
+    sections = [name for name in Config.model_fields if name != "stages"]
+    if first["type"] == "extra_forbidden":
+        candidates = list(known) + sections
+        close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.4)
+        if not close:  # the right name in the wrong section
+            close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f"did you mean {close[0]}?" if close else "`gptworks train RECIPE --dry-run` lists every key"
+        return f"unknown key {key[:100]!r}: {hint}"
+    while key and key not in known and key not in sections and "." in key:
+        key = key.rpartition(".")[0]  # drop pydantic's union member names
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if key in known:
+        alternatives = [e["msg"] for e in error.errors() if e["loc"][: key.count(".") + 1] == first["loc"][: key.count(".") + 1]]
+        message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in alternatives))
+        given = first["input"]
+        shown = repr(given) if not (isinstance(given, float) and not math.isfinite(given)) else str(given)
+        return f"{key}={shown[:80]}: {message[0].lower() + message[1:]}"
+    return f"{key}: {message}" if key else message
+
+
+def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
+    """The `fixed` keys in which `new` differs from the mapping an existing run was started with."""
+    before = build(old, "the run's config.yaml")
+    different = []
+    for key, field in keys().items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict) and extra.get("resume") in ("fixed", "free"), f"undeclared key {key}"
+        if extra["resume"] == "fixed" and get(before, key) != get(new, key):
+            different.append((key, get(before, key), get(new, key)))
+    return different
+
+
+def get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A copy of `config` with dotted keys set; the result is checked again."""
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        _assign(tree, key, value)
+    return build(tree, "derived configuration")
+
+
+def dump(config: Config, asked: Config, reasons: dict[str, str]) -> str:
+    """config.yaml: every key resolved, with the reason of each derived one; and what was asked, for the next start."""
+    lines = ["# Resolved by gptworks. 'asked' is what the recipe and the command line said; a comment is our reason."]
+    for name, section in config:
+        if not isinstance(section, Section):
+            lines.append(f"{name}: {_scalar(section)}")
+            continue
+        lines.append(f"{name}:")
+        for key, value in section:
+            reason = reasons.get(f"{name}.{key}")
+            lines.append(f"  {key}: {_scalar(value)}" + (f"  # {reason}" if reason else ""))
+    asked_text = yaml.safe_dump(asked.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    lines.append("asked:")
+    lines += [f"  {line}" for line in asked_text.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).strip()
+    return text.removesuffix("...").strip()
+
+
+def read_resolved(path: Path) -> tuple[Config, dict[str, Any]]:
+    """Reads a run's config.yaml back: the resolved Config, and what was asked."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        asked = tree.pop("asked")
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a run's configuration ({error}); start over with --fresh") from error
+    return build(tree, str(path)), asked

@@ -1,0 +1,139 @@
+"""Folders on disk: written aside, hashed, made durable, and put in place by one rename.
+
+Every byte the product keeps goes through this module: a folder either has its final name, a manifest and all its
+files, or it is not there. Readers verify the manifest before they trust a byte.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptworks.core.errors import DataError, StorageError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about a full or unreadable disk into our error."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full; free some space and run the same command again",
+            errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
+            errno.EACCES: "permission denied; choose another --out",
+            errno.EROFS: "the file system is read-only; choose another --out",
+        }.get(error.errno or 0, "check the disk, then run the same command again")
+        raise StorageError(f"{path}: {error.strerror or error}: {advice}") from error
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Makes a file's content, or a directory's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file atomically: readers see the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Gives a folder to fill; on success it becomes `path` in one step, with a manifest of every file's SHA-256.
+
+    `facts` go into the manifest as they are when the block ends. If the block raises, or the process dies,
+    `path` is what it was before. An existing folder at `path` is replaced only after the new one is durable.
+    """
+    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        aside.mkdir()
+    try:
+        with storage_errors(path):
+            yield aside
+            files = {}
+            for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+                fsync(file)
+                files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            write_json(aside / MANIFEST, {**(facts or {}), "files": files})
+            for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
+                fsync(folder)
+            if path.exists():
+                old = path.parent / f".{path.name}.old.{os.getpid()}.tmp"
+                os.rename(path, old)
+                os.rename(aside, path)
+                fsync(path.parent)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(aside, path)
+                fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def verify(path: Path, names: list[str] | None = None) -> dict[str, Any]:
+    """Reads the manifest of a folder and checks every file (or `names`) against it; returns the manifest.
+
+    Raises DataError that names the first missing, resized or altered file.
+    """
+    manifest = read_json(path / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise DataError(f"{path / MANIFEST}: not a manifest")
+    for name, expected in files.items():
+        if names is not None and name not in names:
+            continue
+        file = path / name
+        if not file.is_file():
+            raise DataError(f"{file}: missing, though the manifest lists it")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise DataError(f"{file}: {size} bytes where the manifest has {expected['bytes']}; the file is damaged")
+        if sha256(file) != expected["sha256"]:
+            raise DataError(f"{file}: its SHA-256 differs from the manifest; the file is damaged")
+    return manifest

@@ -1,0 +1,82 @@
+"""What a person sees while we work: lines on standard error, and one live line on a terminal."""
+
+import sys
+import time
+
+
+class Console:
+    """Standard output belongs to results (`--json`), so everything here goes to standard error."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self._live = False
+
+    @property
+    def terminal(self) -> bool:
+        return sys.stderr.isatty() and not self.quiet
+
+    def say(self, text: str = "") -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self.clear()
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line that stays, even when quiet."""
+        self.clear()
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def live(self, text: str) -> None:
+        """A line that the next one overwrites; shown on a terminal only."""
+        if self.terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._live = True
+
+    def clear(self) -> None:
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._live = False
+
+
+console = Console()
+
+
+class Progress:
+    """Bytes done of a known total: MB/s and time left on a live line, ten times a second at most."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, max(total, 1), 0
+        self.start = time.perf_counter()
+        self._shown = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second so far."""
+        return self.done / max(time.perf_counter() - self.start, 1e-9)
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.perf_counter()
+        if now - self._shown > 0.1:
+            self._shown = now
+            share = min(self.done / self.total, 1.0)
+            left = max(self.total - self.done, 0) / max(self.rate, 1.0)
+            console.live(f"{self.what}  {share:4.0%}  {self.rate / 1e6:.0f} MB/s  {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1 h 02 min', 65 -> '1 min 05 s', 6.5 -> '6.5 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: float) -> str:
+    """1234567 -> '1.23M'."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"

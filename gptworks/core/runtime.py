@@ -1,0 +1,214 @@
+"""The process and the machine: device, precision, threads, seeds, memory, signals, the clock."""
+
+import fcntl
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptworks.core.errors import Preempted, RunMismatch, StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+_imported = time.time()
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, the interpreter's own start included (Linux; else since import)."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    except (OSError, ValueError, IndexError):
+        return time.time() - _imported
+
+
+def device() -> "torch.device":
+    """The best device here: CUDA, then Apple's MPS, then the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def has_bf16(device: "torch.device") -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware, so that bf16 is faster than fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        flags = cpu_flags()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def cpu_flags() -> set[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_memory(device: "torch.device") -> int:
+    """Bytes we may still take on `device`: free memory, or what the container's limit leaves."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    except OSError:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        maximum = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if maximum != "max":
+            limits.append(int(maximum) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    import resource
+
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            used = 0
+        limits.append(max(address_space - used, 0))
+    return max(min(limits), 0)
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.25) -> float:
+    """FLOP/s of the best of two square matmuls here, the yardstick for model FLOPs utilisation."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    best = 0.0
+    for size in (4096, 8192) if device.type == "cuda" else (512, 1024):
+        a = torch.rand(size, size, device=device).to(dtype)
+        for _ in range(2):
+            a @ a
+        wait()
+        start, repeats = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < seconds / 2:
+            a @ a
+            wait()
+            repeats += 1
+        best = max(best, 2 * size**3 * repeats / elapsed)
+    return best
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 63-bit seed out of several integers (splitmix64), the same on every platform."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 31) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 29
+    return state >> 1
+
+
+def seed_everything(*numbers: int) -> None:
+    """Re-seeds every random generator a step may draw from, as a function of `numbers` alone.
+
+    Called with (seed, step, micro-batch) before each forward pass, so that random state never has to be stored:
+    a step's dropout masks are the same in a straight run, after a resume and in a replay.
+    """
+    import numpy
+    import torch
+
+    seed = mix(*numbers)
+    random.seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """What a bug report needs and a checkpoint records."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name()}
+    for package in ("gptworks", "torch", "numpy", "tokenizers", "safetensors", "gigatoken", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class Interrupts:
+    """SIGTERM and Ctrl-C become a request that phases poll; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+
+    def install(self) -> None:
+        def handle(number: int, frame: Any) -> None:
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = signal.Signals(number).name
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handle)
+
+    def check(self) -> None:
+        """For phases with nothing to save: leave now, the same command starts the phase again."""
+        if self.requested:
+            raise Preempted(f"stopped by {self.requested}; run the same command to continue")
+
+
+interrupts = Interrupts()
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps every other process out of a run folder while the block runs (released even by kill -9)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}: choose another --out") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunMismatch(
+                f"{folder}: another process is working on this run; wait for it, or choose another --out"
+            ) from None
+        yield

@@ -1,0 +1,220 @@
+"""Batches: order, shuffling and packing are pure functions of (seed, epoch, index), so a loader's state is two integers.
+
+Each epoch, long documents are cut into pieces of the context length at an offset of that epoch's own; short pieces are
+packed into rows by best fit; the rows are shuffled. Every token is predicted exactly once an epoch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from gptworks.core.runtime import mix
+from gptworks.data.shards import Stream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens. B rows, T places.
+
+    tokens [B, T] int64; targets [B, T] int64, the next token; weights [B, T] float32, 0 where there is no target;
+    segments [B, T] int32, a number for each piece of a document in its row, or None where attention is not masked.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    segments: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        move = [t.pin_memory().to(device, non_blocking=True) if t is not None else None
+                for t in (self.tokens, self.targets, self.weights, self.segments)]
+        return Batch(move[0], move[1], move[2], move[3])  # type: ignore[arg-type]
+
+    def rows(self, size: int) -> Iterator["Batch"]:
+        """The batch in micro-batches of at most `size` rows."""
+        for start in range(0, len(self.tokens), size):
+            cut = slice(start, start + size)
+            yield Batch(
+                self.tokens[cut],
+                self.targets[cut],
+                self.weights[cut],
+                self.segments[cut] if self.segments is not None else None,
+            )
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the data stands: the next row of an epoch."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch's rows: row i holds the pieces `starts/lengths[offsets[i]:offsets[i+1]]` of the stream."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+    cut_documents: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def best_fit(lengths: list[int], capacity: int) -> tuple[np.ndarray, int]:
+    """Packs items, longest first, each into the fullest row it fits; returns each item's row and the row count.
+
+    Rows are kept by the room they have left, and a bit set tells the smallest sufficient room at once.
+    """
+    rows = np.empty(len(lengths), dtype=np.int64)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = opened = 0
+    for item in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
+        length = lengths[item]
+        fits = rooms >> length
+        if fits:
+            room = length + (fits & -fits).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row, opened = capacity, opened, opened + 1
+        rows[item] = row
+        if left := room - length:
+            by_room[left].append(row)
+            rooms |= 1 << left
+    return rows, opened
+
+
+def plan_epoch(stream: Stream, context: int, seed: int, epoch: int) -> Plan:
+    """The rows of one epoch. The stream's last token has nothing after it to predict and is no input."""
+    rng = np.random.default_rng(mix(seed, epoch))
+    bounds = np.append(stream.documents, len(stream.tokens))
+    begins, sizes = bounds[:-1], np.diff(bounds)
+    sizes[-1] -= 1
+    begins, sizes = begins[sizes > 0], sizes[sizes > 0]
+
+    # A document longer than a row is cut; where, differs by epoch.
+    first = np.where(sizes > context, rng.integers(1, context + 1, len(sizes)), sizes)
+    later = -(-(sizes - first) // context)
+    pieces = 1 + later
+    document = np.repeat(np.arange(len(sizes)), pieces)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    offset = np.where(number == 0, 0, first[document] + (number - 1) * context)
+    starts = begins[document] + offset
+    lengths = np.where(number == 0, first[document], np.minimum(sizes[document] - offset, context))
+
+    shuffle = rng.permutation(len(starts))
+    starts, lengths = starts[shuffle], lengths[shuffle]
+    short = np.flatnonzero(lengths < context)
+    row = np.empty(len(starts), dtype=np.int64)
+    packed, count = best_fit(lengths[short].tolist(), context)
+    row[short] = packed
+    row[lengths == context] = np.arange(count, count + len(starts) - len(short))
+    total = count + len(starts) - len(short)
+
+    row = rng.permutation(total)[row]
+    order = np.argsort(row, kind="stable")
+    offsets = np.append(0, np.cumsum(np.bincount(row, minlength=total)))
+    return Plan(starts[order], lengths[order], offsets, int((later > 0).sum()))
+
+
+class Loader:
+    """Hands out batches of `batch_rows` rows (None: a whole epoch) from a cursor, without state of its own."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        context: int,
+        batch_rows: int | None,
+        seed: int,
+        max_epochs: int | None = None,
+        mask_documents: bool = False,
+    ) -> None:
+        self.stream, self.context, self.batch_rows = stream, context, batch_rows
+        self.seed, self.max_epochs, self.mask_documents = seed, max_epochs, mask_documents
+        self.plan = lru_cache(maxsize=2)(lambda epoch: plan_epoch(stream, context, seed, epoch))
+
+    def take(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """The batch at `cursor` and the cursor after it; the last batch of the last epoch may be short."""
+        wanted = self.batch_rows or len(self.plan(cursor.epoch))
+        rows: list[tuple[Plan, int]] = []
+        epoch, row = cursor.epoch, cursor.row
+        while len(rows) < wanted:
+            plan = self.plan(epoch)
+            more = range(row, min(row + wanted - len(rows), len(plan)))
+            rows += [(plan, index) for index in more]
+            row += len(more)
+            if row >= len(plan):
+                epoch, row = epoch + 1, 0
+                if self.max_epochs is not None and epoch >= self.max_epochs:
+                    break
+        return self._batch(rows), Cursor(epoch, row)
+
+    def rows_in(self, epochs: float) -> int:
+        """Rows in so many epochs from the beginning."""
+        whole = int(epochs)
+        rows = sum(len(self.plan(epoch)) for epoch in range(whole))
+        return rows + (round((epochs - whole) * len(self.plan(whole))) if epochs > whole else 0)
+
+    def report(self) -> str:
+        """What packing did in the first epoch, for a person."""
+        plan = self.plan(0)
+        used = int(plan.lengths.sum())
+        padding = 1 - used / max(len(plan) * self.context, 1)
+        return (
+            f"{len(plan):,} rows of {self.context}, {padding:.2%} padding, "
+            f"{plan.cut_documents:,} documents longer than a row were cut, no token dropped"
+        )
+
+    def _batch(self, rows: list[tuple[Plan, int]]) -> Batch:
+        size, context = len(rows), self.context
+        tokens = np.zeros((size, context), dtype=np.int64)
+        targets = np.zeros((size, context), dtype=np.int64)
+        weights = np.zeros((size, context), dtype=np.float32)
+        segments = np.zeros((size, context), dtype=np.int32)
+        for i, (plan, row) in enumerate(rows):
+            place = 0
+            pieces = range(plan.offsets[row], plan.offsets[row + 1])
+            for number, piece in enumerate(pieces):
+                start, length = plan.starts[piece], plan.lengths[piece]
+                text = self.stream.tokens[start : start + length + 1]
+                tokens[i, place : place + length] = text[:-1]
+                targets[i, place : place + length] = text[1:]
+                weights[i, place : place + length] = 1.0
+                segments[i, place : place + length] = number
+                place += length
+            segments[i, place:] = len(pieces)  # padding attends only to itself
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            torch.from_numpy(weights),
+            torch.from_numpy(segments) if self.mask_documents else None,
+        )
+
+
+def blocks(stream: Stream, context: int, stride: int | None = None) -> Iterator[Batch]:
+    """Rows for evaluation, in order: every token of the stream after the first is a target exactly once.
+
+    Without `stride`, non-overlapping blocks of `context`. With it, windows that advance by `stride`, in which only
+    the targets not yet predicted count, so that all but the first have at least `context - stride` tokens before them.
+    """
+    stride = stride or context
+    last = len(stream.tokens) - 1
+    predicted = start = 0
+    while predicted < last:
+        end = min(start + context, last)
+        text = stream.tokens[start : end + 1].astype(np.int64)
+        tokens, targets = np.zeros((1, context), dtype=np.int64), np.zeros((1, context), dtype=np.int64)
+        weights = np.zeros((1, context), dtype=np.float32)
+        tokens[0, : end - start], targets[0, : end - start] = text[:-1], text[1:]
+        weights[0, predicted - start : end - start] = 1.0
+        yield Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(weights))
+        predicted, start = end, start + stride

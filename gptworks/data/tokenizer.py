@@ -1,0 +1,281 @@
+"""Text to ids and back: byte-level BPE trained here, characters, or any tokenizer.json.
+
+A tokenizer is its Hugging Face files (`tokenizer.json`, `tokenizer_config.json`). Ids are those of the `tokenizers`
+library with `encode_special_tokens=True`: text that looks like a control token is encoded as text.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from gptworks.core import folder
+from gptworks.core.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+RESERVED = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # ChatML's, so that chat tuning needs no new rows
+
+# How text is split before BPE, under the names that llama.cpp gives these rules (tokenizer.ggml.pre).
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+}
+
+
+class Tokenizer:
+    """Encodes text to ids below `len(self)` and decodes them. Make one with `train_*`, or `load`."""
+
+    def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
+        self.backend = backend
+        self.config = config
+        backend.no_padding()
+        backend.no_truncation()
+        self.eos_id = self._named("eos_token")
+        self.bos_id = self._named("bos_token")
+        self._state = json.loads(backend.to_str())
+        self._fast: Any = None
+        self._characters = self._character_table()
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def _named(self, name: str) -> int | None:
+        token = self.config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if not token:
+            return None
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise DataError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
+        return found
+
+    # -- what a document is --------------------------------------------------------------------------------------
+
+    @property
+    def start_id(self) -> int | None:
+        """The token a document begins with: bos, or end-of-text where there is no bos (GPT-2's way)."""
+        return self.bos_id if self.bos_id is not None else self.eos_id
+
+    @property
+    def end_id(self) -> int | None:
+        """The token a document ends with, where that is not simply the start of the next one."""
+        return self.eos_id if self.eos_id != self.start_id else None
+
+    @property
+    def pattern(self) -> str | None:
+        """llama.cpp's name of the split pattern; None if it is none of ours."""
+        pre = self._state.get("pre_tokenizer") or {}
+        if pre.get("type") == "ByteLevel" and pre.get("use_regex") and not pre.get("add_prefix_space"):
+            return "gpt-2"
+        for part in pre.get("pretokenizers", []):
+            if part.get("type") == "Split" and part.get("behavior") == "Isolated":
+                return next((n for n, p in PATTERNS.items() if part["pattern"].get("Regex") == p), None)
+        return None
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether pieces of a document encode to the ids of the whole (see `sources.SAFE_CUT`)."""
+        return self._characters is not None or (self.pattern is not None and self._state.get("normalizer") is None)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the ids."""
+        core = {key: self._state.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        text = json.dumps([core, self.eos_id, self.bos_id], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    # -- text to ids and back ------------------------------------------------------------------------------------
+
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        """Ids of `text`, nothing added. With `control`, reserved tokens spelled out in the text become their ids.
+
+        Raises DataError, naming them, for characters that a character-level vocabulary lacks.
+        """
+        if control:
+            self.backend.encode_special_tokens = False
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+            self._check_characters(text, ids)
+            return ids
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As `encode`, as a uint32 array and as fast as this installation can."""
+        if self._characters is not None:
+            return self._encode_characters(text)
+        if self._fast is None:
+            self._fast = _gigatoken(self._state) or self._slow
+        return self._fast(text)
+
+    def _slow(self, text: str) -> np.ndarray:
+        self.backend.encode_special_tokens = True
+        return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    @property
+    def engine(self) -> str:
+        """Which implementation encodes."""
+        if self._characters is not None:
+            return "characters"
+        self.encode_array("")
+        return "tokenizers" if self._fast == self._slow else "gigatoken"
+
+    def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
+        """The text of `ids`; control tokens are spelled out unless skipped. Partial UTF-8 becomes U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_control)
+
+    def _character_table(self) -> tuple[np.ndarray, np.ndarray] | None:
+        model = self._state.get("model") or {}
+        if model.get("type") != "WordLevel" or "gptworks_characters" not in json.dumps(self.config):
+            return None
+        pairs = sorted((ord(token), id) for token, id in model["vocab"].items() if len(token) == 1)
+        return np.array([p for p, _ in pairs], dtype=np.uint32), np.array([i for _, i in pairs], dtype=np.uint32)
+
+    def _encode_characters(self, text: str) -> np.ndarray:
+        assert self._characters is not None
+        points, ids = self._characters
+        given = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        place = np.minimum(np.searchsorted(points, given), len(points) - 1)
+        unknown = points[place] != given
+        if unknown.any():
+            raise self._unknown(sorted({chr(c) for c in given[unknown][:100_000]}))
+        return ids[place]
+
+    def _check_characters(self, text: str, ids: list[int]) -> None:
+        if self._characters is not None:
+            rest = text
+            for token in self.control_tokens:
+                rest = rest.replace(token, "")
+            self._encode_characters(rest)
+
+    @staticmethod
+    def _unknown(characters: list[str]) -> DataError:
+        shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in characters[:8])
+        more = f" and {len(characters) - 8} more" if len(characters) > 8 else ""
+        return DataError(f"not in this character-level vocabulary: {shown}{more}; tokenizer.kind=bpe takes any text")
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Reserved tokens and their ids."""
+        return {t["content"]: t["id"] for t in self._state.get("added_tokens", []) if t.get("special")}
+
+    # -- on disk -------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which AutoTokenizer opens."""
+        (path / "tokenizer.json").write_text(self.backend.to_str(pretty=False), encoding="utf-8")
+        config = json.dumps(self.config, indent=2, ensure_ascii=False)
+        (path / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Opens a folder with tokenizer.json, or the file itself. Raises DataError."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; a tokenizer is a tokenizer.json or a folder with one")
+        text = file.read_text(encoding="utf-8", errors="replace")
+        try:
+            backend = Backend.from_str(text)
+        except BaseException as error:  # the library's Rust errors and panics are plain Exceptions or BaseExceptions
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise DataError(f"{file}: not a usable tokenizer.json: {error}") from None
+        config_file = file.parent / "tokenizer_config.json"
+        config = folder.read_json(config_file) if config_file.is_file() else {}
+        if not isinstance(config, dict):
+            raise DataError(f"{config_file}: not a JSON object")
+        if "eos_token" not in config and backend.token_to_id(END_OF_TEXT) is not None:
+            config = {**config, "eos_token": END_OF_TEXT}
+        return cls(backend, config)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int, pattern: str) -> "Tokenizer":
+        """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2): the 256 bytes, the reserved tokens, merges."""
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(RESERVED),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.encode_special_tokens = True
+        backend.train_from_iterator(_short(texts), trainer)
+        return cls(backend, _config())
+
+    @classmethod
+    def train_characters(cls, alphabet: Iterable[str]) -> "Tokenizer":
+        """One id for each character of `alphabet`, in code-point order, after end-of-text."""
+        vocab = {END_OF_TEXT: 0} | {c: i for i, c in enumerate(sorted(set(alphabet)), start=1)}
+        # [UNK] is not in the vocabulary, so that other libraries raise on an unknown character too.
+        backend = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        return cls(backend, {**_config(), "gptworks_characters": True})
+
+
+def _config() -> dict[str, Any]:
+    """`PreTrainedTokenizerFast`, since transformers re-splits the text of a GPT-2 folder under its own class."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _short(texts: Iterable[str]) -> Iterator[str]:
+    """The trainer holds every pre-token of a text at once: hand it lines."""
+    for text in texts:
+        yield from text.splitlines(keepends=True)
+
+
+def _gigatoken(state: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
+    """gigatoken's encoder if it is installed, knows this tokenizer and proves equal on a trial text; else None."""
+    try:
+        import gigatoken
+
+        # Without added tokens it treats their spelling as plain text, as encode_special_tokens=True does.
+        encode = gigatoken.Tokenizer.from_json(json.dumps({**state, "added_tokens": []})).encode
+    except Exception:  # not installed, or a tokenizer it does not know: the library that defines the ids serves
+        return None
+    backend = Backend.from_str(json.dumps(state))
+    backend.encode_special_tokens = True
+    trial = "It's 12345 words:\r\n\n  déjà vu, 红楼梦! \t<|endoftext|><|im_start|>user\n 'Ve x_1 += ﬁn\u0301 🎉👩‍👧 \u00a0\u3000end "
+    try:
+        same = backend.encode(trial, add_special_tokens=False).ids == list(encode(trial))
+    except Exception:
+        return None
+    return encode if same else None
+
+
+def sample(pieces: Iterable[str], total: int, limit: int) -> list[str]:
+    """About `limit` characters spread evenly over a stream of `total` bytes, so that training fits into memory."""
+    kept, taken, seen = [], 0, 0
+    share = min(limit / max(total, 1), 1.0)
+    for text in pieces:
+        for start in range(0, len(text), 65536):
+            part = text[start : start + 65536]
+            seen += len(part)
+            if taken + len(part) <= seen * share + 65536 and taken < limit:
+                kept.append(part)
+                taken += len(part)
+    return kept

@@ -1,0 +1,165 @@
+"""Text from a model: one sequence, token by token, with a key-value cache."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from gptworks.core.errors import DataError
+from gptworks.data.tokenizer import Tokenizer
+from gptworks.infer.sampling import Sampling, choose
+from gptworks.model.attention import KeyValueCache
+from gptworks.model.transformer import Transformer
+
+
+@dataclass
+class Generation:
+    """A finished continuation. Rates are tokens per second."""
+
+    prompt: str
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "length"  # stop: end-of-text or a stop string; length: max_new_tokens; context: full
+    prompt_tokens: int = 0
+    prompt_tokens_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+class Engine:
+    """Generates with one model; holds no state between calls."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
+        self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start."""
+        front = self.tokenizer.backend.encode("", add_special_tokens=True).ids
+        ids = front + self.tokenizer.encode(prompt)
+        if not ids:
+            if self.tokenizer.start_id is None:
+                raise DataError("an empty prompt, and the tokenizer has no token that begins a text")
+            ids = [self.tokenizer.start_id]
+        return ids
+
+    def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:
+        """As `stream`, whole."""
+        result = Generation(prompt)
+        for _ in self.stream(prompt, how, max_new_tokens, result=result, **options):  # type: ignore[arg-type]
+            pass
+        return result
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str,
+        how: Sampling,
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        ignore_eos: bool = False,
+        cached: bool = True,
+        result: Generation | None = None,
+    ) -> Iterator[str]:
+        """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt."""
+        result = result if result is not None else Generation(prompt)
+        ids = self.prompt_ids(prompt)
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield from self._stream(ids, how, max_new_tokens, stop, ignore_eos, cached, result)
+        finally:
+            self.model.train(was_training)
+
+    def _stream(
+        self,
+        ids: list[int],
+        how: Sampling,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+        cached: bool,
+        result: Generation,
+    ) -> Iterator[str]:
+        config, device = self.model.config, next(self.model.parameters()).device
+        cache = KeyValueCache(config.num_hidden_layers, config.max_position_embeddings) if cached else None
+        generator = torch.Generator().manual_seed(how.seed if how.seed is not None else torch.seed() % 2**63)
+        text = _Text(self.tokenizer, stop)
+        result.prompt_tokens = len(ids)
+        feed, start, first = ids, time.perf_counter(), 0.0
+        while True:
+            hidden = self.model(torch.tensor([feed], device=device), cache=cache)
+            logits = self.model.logits(hidden[0, -1])
+            if not first:
+                first = time.perf_counter()
+                result.prompt_tokens_per_second = len(ids) / max(first - start, 1e-9)
+            token = choose(logits, torch.tensor(ids), how, generator)
+            if token in self.stop_ids and not ignore_eos:
+                result.finish_reason = "stop"
+                break
+            ids = [*ids, token]
+            result.tokens.append(token)
+            yield from text.add(token)
+            if text.stopped:
+                result.finish_reason = "stop"
+                break
+            if len(result.tokens) >= max_new_tokens:
+                break
+            if len(ids) >= config.max_position_embeddings:
+                result.finish_reason = "context"
+                break
+            feed = [token] if cached else ids
+        yield from text.finish()
+        result.text = text.shown
+        steps = len(result.tokens) - (result.finish_reason != "stop" or text.stopped)
+        result.tokens_per_second = max(steps, 0) / max(time.perf_counter() - first, 1e-9)
+
+
+class _Text:
+    """Decodes ids as they come; keeps back half a character and anything that may become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(s for s in stop if s)
+        self.shown, self.stopped = "", False
+        self._whole, self._ids, self._done = "", list[int](), 0
+
+    def add(self, token: int) -> Iterator[str]:
+        self._ids.append(token)
+        # Decoding from a few tokens back keeps the cost of a step constant and spaces right.
+        back = max(self._done - 4, 0)
+        before = self.tokenizer.decode(self._ids[back : self._done])
+        now = self.tokenizer.decode(self._ids[back:])
+        if now.endswith("\ufffd") and len(self._ids) - self._done < 4:
+            return  # a character whose bytes are not all there yet
+        self._whole += now[len(before) :]
+        self._done = len(self._ids)
+        yield from self._show()
+
+    def finish(self) -> Iterator[str]:
+        if not self.stopped:
+            if self._done < len(self._ids):
+                back = max(self._done - 4, 0)
+                before = self.tokenizer.decode(self._ids[back : self._done])
+                self._whole += self.tokenizer.decode(self._ids[back:])[len(before) :]
+            yield from self._show(final=True)
+
+    def _show(self, final: bool = False) -> Iterator[str]:
+        found = [place for s in self.stop if (place := self._whole.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            sure = min(found)
+        elif final:
+            sure = len(self._whole)
+        else:
+            sure = len(self._whole)
+            for s in self.stop:
+                for size in range(min(len(s) - 1, len(self._whole)), 0, -1):
+                    if self._whole.endswith(s[:size]):
+                        sure = min(sure, len(self._whole) - size)
+                        break
+        if sure > len(self.shown):
+            new = self._whole[len(self.shown) : sure]
+            self.shown += new
+            yield new

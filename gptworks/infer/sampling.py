@@ -1,0 +1,54 @@
+"""From scores to the next token: repetition penalty, temperature, top-k, top-p, min-p."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptworks.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Applied in the order of the fields; temperature 0 takes the likeliest."""
+
+    repetition_penalty: float = 1.0  # > 1 lowers the scores of tokens already in the text (Keskar et al. 2019)
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # nucleus (Holtzman et al. 2020)
+    min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more"),
+            (self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, at most 1"),
+            (0 <= self.min_p <= 1, f"min_p={self.min_p}: must be between 0 and 1"),
+            (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: must be above 0"),
+        )
+        for good, message in checks:
+            if not good:
+                raise UsageError(message)
+
+
+def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generator) -> int:
+    """The next token, given scores [V] and the ids of the text so far."""
+    scores = logits.float().cpu()
+    if how.repetition_penalty != 1.0 and len(seen):
+        unique = seen.unique()
+        values = scores[unique]
+        scores[unique] = torch.where(values > 0, values / how.repetition_penalty, values * how.repetition_penalty)
+    if how.temperature == 0:
+        return int(scores.argmax())
+    scores = scores / how.temperature
+    if 0 < how.top_k < len(scores):
+        scores[scores < scores.topk(how.top_k).values[-1]] = -torch.inf
+    probabilities = scores.softmax(-1)
+    if how.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        drop = ordered.cumsum(-1) - ordered >= how.top_p  # those before it already hold top_p
+        probabilities[order[drop]] = 0
+    if how.min_p > 0:
+        probabilities[probabilities < how.min_p * probabilities.max()] = 0
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,349 @@
+"""The table of contents: one short function per stage of a model's life, from folder to folder.
+
+The commands and the Python API are these functions. A stage reads folders, does one thing and writes a folder; run it
+again and it continues, or says that it is done.
+"""
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptworks.core import config as configuration
+from gptworks.core import folder, runtime
+from gptworks.core.config import Config
+from gptworks.core.errors import DataError, RunMismatch, UsageError
+from gptworks.core.log import console, count, duration
+from gptworks.data import shards as shard_folder
+from gptworks.data.loader import Loader
+from gptworks.data.shards import Shards
+from gptworks.data.tokenizer import Tokenizer
+from gptworks.infer.engine import Engine
+from gptworks.infer.sampling import Sampling
+from gptworks.infer.scoring import score, unigram, xz
+from gptworks.model import build
+from gptworks.model.build import Loaded
+from gptworks.model.config import ModelConfig, parameter_count
+from gptworks.plan.cost import flops_per_token
+from gptworks.plan.dial import derive_shape, derive_training
+from gptworks.train import loop, setup
+from gptworks.train.hooks import Checkpointer, Evaluator, Logger, Metrics, Sampler, sampling
+from gptworks.train.loop import Layout
+from gptworks.train.objectives import NextToken
+from gptworks.train.optim import make_optimizers
+from gptworks.train.state import State, listing, newest_good, restore
+
+# -- train -------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
+    """Tokenizer and shards where missing, then training, to `out/model`; continues what `out` holds.
+
+    Returns what result.json has. Raises GptworksError.
+    """
+    runtime.interrupts.install()
+    if fresh:
+        set_aside(out)
+    with runtime.hold(out):
+        asked, config, reasons = _continued(config, out)
+        if config is asked and (out / "result.json").exists():
+            raise RunMismatch(f"{out}: has a result and no config.yaml; choose another --out, or --fresh")
+        finished = out / "result.json"
+        if finished.is_file() and (out / "model").is_dir():
+            console.say(f"run      {out} is finished; --fresh starts it over")
+            return folder.read_json(finished)
+        base = build.load(config.model.path, config.model.dropout) if config.model.path else None
+        shards = shard_folder.prepare(
+            config.data, config.tokenizer, Path(config.data.shards or out / "data"), base.tokenizer if base else None
+        )
+        run = _plan(config, asked, reasons, shards, base, out)
+        return _train(run, out, recipe)
+
+
+def _continued(config: Config, out: Path) -> tuple[Config, Config, dict[str, str]]:
+    """(what is asked, what holds, known reasons): a run on disk keeps its resolved values; disagreement raises."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return config, config, {}
+    resolved, asked = configuration.read_resolved(path)
+    if different := configuration.changes(asked, config):
+        key, old, new = different[0]
+        more = f" (and {len(different) - 1} more keys)" if different[1:] else ""
+        raise RunMismatch(
+            f"{out} was started with {key}={old}, now {key}={new}{more}; "
+            "use the old value, another --out, or --fresh to set the old run aside"
+        )
+    free = {
+        key: configuration.get(config, key)
+        for key, field in configuration.keys().items()
+        if field.json_schema_extra["resume"] == "free" and configuration.get(config, key) is not None
+    }
+    return config, configuration.with_values(resolved, free), {}
+
+
+def set_aside(out: Path) -> None:
+    """Moves an old run out of the way, to `out.1`, `out.2`, ..."""
+    if out.exists():
+        number = 1
+        while out.with_name(f"{out.name}.{number}").exists():
+            number += 1
+        with folder.storage_errors(out):
+            out.rename(out.with_name(f"{out.name}.{number}"))
+        console.say(f"run      the old one is now {out.with_name(f'{out.name}.{number}')}")
+
+
+def _plan(
+    config: Config, asked: Config, reasons: dict[str, str], shards: Shards, base: Loaded | None, out: Path
+) -> setup.Run:
+    """Everything that is decided before step one; on the first start, written into config.yaml with its reasons."""
+    resuming = (out / "config.yaml").is_file()
+    run = setup.decide(config, shards, base)
+    if not resuming:
+        for key, reason in sorted(run.reasons.items()):
+            value = configuration.get(run.config, key)
+            console.say(f"chosen   {key}={value}: {reason}")
+        folder.write_text(out / "config.yaml", configuration.dump(run.config, asked, run.reasons))
+    return run
+
+
+def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
+    config, shards, state, layout = run.config, run.shards, run.state, run.layout
+    total = config.train.max_steps
+    assert total and config.train.context and config.train.checkpoint_every
+    if newest := newest_good(out / "checkpoints"):
+        facts = restore(state, newest)
+        shard_folder.same_data(shards, facts["data"])
+        console.say(f"run      continues {out} from step {state.step}")
+    facts = {"data": shards.identity, "threads": config.train.threads, "versions": runtime.versions()}
+    rate = runtime.matmul_rate(layout.device, layout.dtype)
+    flops = flops_per_token(state.model.config, config.train.context)
+    console.say(
+        f"model    {state.model.config.family}, {count(parameter_count(state.model.config))} parameters, width "
+        f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {layout.device} "
+        f"{str(layout.dtype).removeprefix('torch.')}, {rate / 1e9:.0f} GFLOP/s in a matmul"
+    )
+    console.say(f"data     {run.loader.report()}")
+    metrics = Metrics(out, state.step, config.train.tensorboard)
+    metrics.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), config)
+    logger = Logger(
+        metrics, config.train.log_every, total, shards.train.bytes_per_token, flops, rate, len(run.loader.plan(0))
+    )
+    evaluator = Evaluator(metrics, shards, config, total, run.eval_rows)
+    hooks = [
+        logger,
+        evaluator,
+        Sampler(metrics, shards.tokenizer, run.stop_ids, config, total),
+        Checkpointer(out / "checkpoints", config.train.checkpoint_every, facts),
+    ]
+    try:
+        loop.run(state, run.loader, NextToken(), config.train, layout, total, hooks)
+        final = evaluator.measure(state)
+    finally:
+        metrics.close()
+    result = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(runtime.process_seconds(), 2),
+        "train_seconds": round(state.seconds, 2),
+        "tokens_per_second": round(logger.tokens_per_second, 1),
+        "mfu": round(logger.tokens_per_second * flops / rate, 4),
+        "matmul_gflops": round(rate / 1e9, 1),
+        "peak_memory_bytes": runtime.peak_memory(),
+        "parameters": parameter_count(state.model.config),
+        "stopped": state.stopped or f"reached step {total}",
+        "train": {"loss": sum(logger.losses) / len(logger.losses) if logger.losses else None},
+        "eval": final.as_dict(),
+        "model": str(out / "model"),
+        "recipe": recipe,
+    }
+    lineage = _lineage(config, shards, run.base, recipe, result)
+    build.save(out / "model", state.model, shards.tokenizer, lineage)
+    result["seconds"] = round(runtime.process_seconds(), 2)
+    folder.write_json(out / "result.json", result)
+    console.say(
+        f"trained  {state.step} steps in {duration(state.seconds)}: eval loss {final.loss:.4f}, "
+        f"{final.bits_per_byte:.3f} bits/byte -> {out / 'model'}"
+    )
+    return result
+
+
+def _lineage(config: Config, shards: Shards, base: Loaded | None, recipe: str, result: dict[str, Any]) -> dict[str, Any]:
+    versions = runtime.versions()
+    return {
+        "gptworks": versions["gptworks"],
+        "torch": versions["torch"],
+        "recipe": recipe,
+        "data": config.data.train,
+        "data_sha256": shards.manifest["source_sha256"],
+        "split": shards.manifest["split"],
+        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],
+        "config": config.model_dump(mode="json"),
+        "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
+        | {"steps": result["steps"], "training_tokens": result["tokens"]},
+    }
+
+
+# -- after training ----------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: str | Path | Loaded, data: str, context: int | None = None, stride: int | None = None, rows: int = 16,
+    separator: str | None = None, text_column: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need."""
+    loaded = _loaded(model)
+    limit = loaded.model.config.max_position_embeddings
+    context = context or limit
+    if not 1 <= context <= limit:
+        raise UsageError(f"--context {context}: this model has positions for 1 to {limit}")
+    if stride is not None and not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context}")
+    options = configuration.Data(separator=separator, text_column=text_column)
+    stream, text = shard_folder.encode_text(data, options, loaded.tokenizer)
+    if len(stream.tokens) < 2:
+        raise DataError(f"{data}: too little text to evaluate")
+    shard_folder.check_ids(stream, loaded.model.config.vocab_size, data)
+    start = time.perf_counter()
+    found = score(loaded.model, stream, context, rows, stride)
+    seconds = time.perf_counter() - start
+    method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
+    return {
+        **found.as_dict(),
+        "method": method,
+        "tokens_per_second": round(found.tokens / max(seconds, 1e-9), 1),
+        "baselines": {"unigram": unigram(stream), "xz": xz(text)},
+        "model": str(loaded.path),
+        "data": data,
+    }
+
+
+def generate(
+    model: str | Path | Loaded, prompts: list[str], how: Sampling, max_new_tokens: int, **options: Any
+) -> list[dict[str, Any]]:
+    """Continues each prompt; `options` are Engine.stream's."""
+    engine = engine_of(model)
+    results = []
+    for prompt in prompts:
+        made = engine.generate(prompt, how, max_new_tokens, **options)
+        results.append(
+            {
+                "prompt": prompt,
+                "text": made.text,
+                "tokens": len(made.tokens),
+                "finish_reason": made.finish_reason,
+                "tokens_per_second": round(made.tokens_per_second, 1),
+                "prompt_tokens_per_second": round(made.prompt_tokens_per_second, 1),
+            }
+        )
+    return results
+
+
+def engine_of(model: str | Path | Loaded) -> Engine:
+    loaded = _loaded(model)
+    return Engine(loaded.model, loaded.tokenizer, loaded.stop_ids)
+
+
+def _loaded(model: str | Path | Loaded) -> Loaded:
+    if isinstance(model, Loaded):
+        return model
+    loaded = build.load(model)
+    loaded.model.to(runtime.device())
+    return loaded
+
+
+def report(run: Path) -> Path:
+    """Writes run/report.html, one page that opens offline."""
+    from gptworks.report.page import write_report
+
+    if not (run / "config.yaml").is_file():
+        raise DataError(f"{run}: not a run folder (it has no config.yaml)")
+    return write_report(run)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Proves a run or a folder: a run is replayed from its older checkpoint to its newer and compared bit for bit;
+    a model or data folder is checked against its manifest."""
+    if not (path / "config.yaml").is_file():
+        manifest = folder.verify(path)
+        return {"verdict": "every file matches its SHA-256", "identical": True, "files": len(manifest["files"])}
+    resolved, _ = configuration.read_resolved(path / "config.yaml")
+    with runtime.hold(path):
+        checkpoints = listing(path / "checkpoints")
+        if len(checkpoints) < 2:
+            raise DataError(f"{path}: a replay needs two checkpoints, there are {len(checkpoints)}")
+        older, newer = checkpoints[-2:]
+        folder.verify(older)
+        folder.verify(newer)
+        base = build.load(resolved.model.path, resolved.model.dropout) if resolved.model.path else None
+        shards = shard_folder.open_shards(Path(resolved.data.shards or path / "data"))
+        run = setup.decide(resolved, shards, base)
+        facts = restore(run.state, older)
+        shard_folder.same_data(shards, facts["data"])
+        target = setup.decide(resolved, shards, base).state
+        restore(target, newer)
+        first, total = run.state.step, resolved.train.max_steps
+        assert total
+        evaluator = Evaluator(_Silence(), shards, resolved, total, run.eval_rows)  # type: ignore[arg-type]
+        run.state.stopped = None
+        loop.run(run.state, run.loader, NextToken(), resolved.train, run.layout, total, [evaluator], until=target.step)
+        difference = run.state.difference(target)
+    return {
+        "verdict": "identical to the bit" if difference is None else difference,
+        "identical": difference is None,
+        "from_step": first,
+        "to_step": target.step,
+        "fingerprint": run.state.fingerprint(),
+    }
+
+
+class _Silence:
+    """Takes the place of Metrics in a replay."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+
+# -- a whole recipe ----------------------------------------------------------------------------------------------
+
+
+def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
+    """Every stage the recipe names, in order; returns one result for all of them."""
+    result: dict[str, Any] = {}
+    for stage in config.stages:
+        if stage == "train":
+            result = train(config, out, recipe, fresh)
+            fresh = False
+        elif stage == "evaluate":
+            held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
+            result["evaluation"] = evaluate(out / "model", config.data.eval or str(held_out), config.train.context)
+            _say_evaluation(result["evaluation"])
+        elif stage == "generate":
+            options = config.generate
+            how = sampling(options, config.train.seed)
+            result["generation"] = generate(out / "model", options.prompts, how, options.max_new_tokens)
+            for made in result["generation"]:
+                console.say(f"sample   {made['tokens']} tokens, {made['tokens_per_second']:.0f} tokens/s")
+                console.say((made["prompt"] + made["text"]).strip())
+        elif stage == "report":
+            result["seconds"] = round(runtime.process_seconds(), 2)
+            folder.write_json(out / "result.json", result)
+            result["report"] = str(report(out))
+            console.say(f"report   {result['report']}")
+    if result:
+        result["seconds"] = round(runtime.process_seconds(), 2)
+        result["peak_memory_bytes"] = runtime.peak_memory()
+        folder.write_json(out / "result.json", result)
+    return result
+
+
+def _say_evaluation(found: dict[str, Any]) -> None:
+    baselines = found["baselines"]
+    console.say(
+        f"scores   {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f}, "
+        f"{found['bits_per_byte']:.3f} bits/byte over {found['tokens']:,} tokens in {found['method']}"
+    )
+    packed = f"; xz -9e {baselines['xz']['bits_per_byte']:.3f}" if baselines["xz"] else ""
+    console.say(f"scores   bits/byte for scale: unigrams {baselines['unigram']['bits_per_byte']:.3f}{packed}")

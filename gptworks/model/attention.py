@@ -1,0 +1,132 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2): grouped queries, rotary positions, QK-norm, a cache.
+
+Shapes: B batch, T time (new tokens), S time seen so far, D width, H query heads, K key-value heads, C channels a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptworks.model.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """Keeps its weight in full precision and multiplies in the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "layernorm":
+        return LayerNorm(config.hidden_size, eps=config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class KeyValueCache:
+    """Keys and values of what was seen, per layer, [B, K, length, C]. Grows by doubling up to `limit`."""
+
+    def __init__(self, layers: int, limit: int) -> None:
+        self.length = 0
+        self.limit = limit
+        self._keys: list[Tensor | None] = [None] * layers
+        self._values: list[Tensor | None] = [None] * layers
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [B, K, T, C] and returns all of the layer so far, [B, K, S, C]; `length` moves with `advance`."""
+        end = self.length + keys.shape[2]
+        old_keys, old_values = self._keys[layer], self._values[layer]
+        if old_keys is None or old_values is None or old_keys.shape[2] < end:
+            room = min(max(2 * end, 64), max(self.limit, end))
+            self._keys[layer] = old_keys = _grown(old_keys, keys, room)
+            self._values[layer] = old_values = _grown(old_values, values, room)
+        old_keys[:, :, self.length : end] = keys
+        old_values[:, :, self.length : end] = values
+        return old_keys[:, :, :end], old_values[:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+
+def _grown(old: Tensor | None, like: Tensor, room: int) -> Tensor:
+    new = like.new_zeros(like.shape[0], like.shape[1], room, like.shape[3])
+    if old is not None:
+        new[:, :, : old.shape[2]] = old
+    return new
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., T, C] of the rotary angles (Su et al. 2021), halves laid out as Hugging Face does."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions.float()[..., None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair of channels of x [B, H, T, C] by its position's angles [B or 1, T, C]."""
+    cos, sin = (t[:, None].to(x.dtype) for t in table)
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(C)) V for each head, with a causal mask, then the output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, config.attention_dropout
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        d, c = config.hidden_size, config.head_dim
+        self.q_proj = Linear(d, self.heads * c, bias=config.attention_bias)
+        self.k_proj = Linear(d, self.kv_heads * c, bias=config.attention_bias)
+        self.v_proj = Linear(d, self.kv_heads * c, bias=config.attention_bias)
+        self.o_proj = Linear(self.heads * c, d, bias=config.output_bias)
+        self.q_norm = RMSNorm(c, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,  # bool [B, 1, T, S], True where attention is allowed; None: causal
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # [B, K, S, C]
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))

@@ -1,0 +1,201 @@
+"""Models from configurations and folders, and back into folders that Hugging Face opens."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptworks.core import folder
+from gptworks.core.errors import DataError
+from gptworks.data.tokenizer import Tokenizer
+from gptworks.model.config import ModelConfig
+from gptworks.model.families import FAMILIES, from_hf_config
+from gptworks.model.transformer import Transformer, sinusoids
+
+LINEAGE = "gptworks.json"
+PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model folder in memory."""
+
+    path: Path
+    model: Transformer
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    lineage: dict[str, Any]
+
+
+def fresh(config: ModelConfig, seed: int) -> Transformer:
+    """A new model with initial weights that are a function of `seed` and the shape."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to_empty(device="cpu")
+    _restore_constants(model)
+    model.initialise(seed)
+    return model
+
+
+def _restore_constants(model: Transformer) -> None:
+    config = model.config
+    if config.positions == "sinusoidal":
+        model.model.register_buffer(
+            "sinusoids", sinusoids(config.max_position_embeddings, config.hidden_size), persistent=False
+        )
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def load(path: str | Path, dropout: float | None = None) -> Loaded:
+    """Opens a Hugging Face folder of a family we know. Raises DataError; never runs code from the folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such model folder")
+    raw = folder.read_json(path / "config.json")
+    if not isinstance(raw, dict):
+        raise DataError(f"{path / 'config.json'}: not a JSON object")
+    if (path / LINEAGE).is_file():
+        folder.verify(path, ["config.json", "model.safetensors", "tokenizer.json"])
+    try:
+        config = from_hf_config(raw)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    tokenizer = Tokenizer.load(path)
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"{path}: the tokenizer has {len(tokenizer):,} ids and the model {config.vocab_size:,} rows; "
+            "they do not belong together"
+        )
+    weights = read_weights(path)
+    table = weights.get("transformer.wpe.weight", weights.get("wpe.weight"))
+    if config.family == "gpt2" and table is not None and _is_sinusoidal(table):
+        config = replace(config, positions="sinusoidal")
+    if dropout is not None:
+        config = config.with_dropout(dropout)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assign(model, FAMILIES[config.family].read_weights(weights, config), str(path))
+    _restore_constants(model)
+    lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    return Loaded(path, model.eval(), tokenizer, stop_ids(path, tokenizer), lineage)
+
+
+def _is_sinusoidal(table: Tensor) -> bool:
+    return table.shape[1] % 2 == 0 and torch.equal(table.float(), sinusoids(*table.shape))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors, whole or sharded, copied into memory. Raises DataError."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        listing = folder.read_json(index).get("weight_map", {})
+        files = sorted(path / name for name in set(listing.values()))
+        if any(file.parent != path for file in files):
+            raise DataError(f"{index}: names a file outside the folder")
+    else:
+        files = [path / "model.safetensors"]
+    if not files or not files[0].is_file():
+        pickles = [name for name in PICKLES if (path / name).is_file()]
+        if pickles:
+            raise DataError(
+                f"{path / pickles[0]}: a pickle, which can run code when loaded; refused. Convert it where you trust "
+                "it: transformers' save_pretrained(folder) writes model.safetensors"
+            )
+        raise DataError(f"{files[0] if files else path}: no such weight file")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    weights[name] = opened.get_tensor(name).clone()  # memory-mapped weights give other bits
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DataError(f"{file}: damaged or not a safetensors file: {error}") from None
+    return weights
+
+
+def assign(model: Transformer, weights: dict[str, Tensor], where: str) -> None:
+    """Puts weights into a model in float32; a missing, unknown, misshapen or non-finite one raises DataError."""
+    expected = {name: p for name, p in model.named_parameters()}
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise DataError(f"{where}: missing weight {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise DataError(f"{where}: unknown weight {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            raise DataError(f"{where}: {name} is {list(value.shape)}, the configuration says {list(expected[name].shape)}")
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise DataError(f"{where}: {name} has values that are not finite numbers")
+    model.load_state_dict({n: v.float() for n, v in weights.items()}, strict=False, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json's and the tokenizer's."""
+    file = path / "generation_config.json"
+    listed = folder.read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = {listed} if isinstance(listed, int) else set(listed or [])
+    return tuple(sorted(ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())))
+
+
+def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
+
+    `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into the README.md card.
+    """
+    config = model.config
+    family = FAMILIES[config.family]
+    raw = {
+        "architectures": [family.architecture],
+        "model_type": config.family,
+        "dtype": "float32",
+        **family.write_config(config),
+        "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+    }
+    special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
+    with folder.commit(path) as aside:
+        (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        (aside / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        converted = family.write_weights(weights, config)
+        save_file({n: v.contiguous() for n, v in converted.items()}, aside / "model.safetensors", {"format": "pt"})
+        tokenizer.save(aside)
+        (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(model_card(path, lineage), encoding="utf-8")
+
+
+def model_card(path: Path, lineage: dict[str, Any]) -> str:
+    """README.md with the YAML header the hub reads."""
+    metrics = lineage.get("metrics", {})
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gptworks]
+---
+
+# {path.parent.name if path.name == "model" else path.name}
+
+Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`, on `{lineage.get("data", "")}`.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+```
+
+`gptworks.json` has the lineage: configuration, data and parents by hash, and what was measured; `manifest.json` has
+the SHA-256 of every file (`gptworks verify .` checks them).
+"""

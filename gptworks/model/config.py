@@ -1,0 +1,168 @@
+"""What a decoder is made of: the resolved architecture, named as Hugging Face's configurations name it."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gptworks.core.config import Model
+from gptworks.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder. Sizes are counts; dropouts are probabilities; `family` is the class its folder opens as."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    norm: str = "rmsnorm"  # layernorm | rmsnorm
+    positions: str = "rotary"  # learned | sinusoidal | rotary
+    activation: str = "swiglu"  # gelu | gelu_tanh | relu | swiglu
+    qk_norm: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = True
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)  # config.json keys that we keep and do not read
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UsageError(f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs")
+        if self.positions == "sinusoidal" and self.hidden_size % 2:
+            raise UsageError(f"model.hidden_size={self.hidden_size} is odd; sinusoids come in pairs of sine and cosine")
+
+    def with_dropout(self, dropout: float) -> "ModelConfig":
+        return replace(self, embed_dropout=dropout, attention_dropout=dropout, residual_dropout=dropout)
+
+
+# What a family is if nothing else is said: the parts its published models have.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "qk_norm": False, "bias": True,
+             "tie_word_embeddings": True, "norm_eps": 1e-5},
+    "llama": {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "qk_norm": False, "bias": False,
+              "tie_word_embeddings": False, "norm_eps": 1e-5},
+    "qwen3": {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "bias": False,
+              "tie_word_embeddings": True, "norm_eps": 1e-6},
+}  # fmt: skip
+
+# What each family's class can hold beside its defaults. A part not named here must be the default.
+ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {"positions": ("learned", "sinusoidal"), "activation": ("gelu", "gelu_tanh", "relu"),
+             "tie_word_embeddings": (True, False)},
+    "llama": {"bias": (False, True), "tie_word_embeddings": (True, False)},
+    "qwen3": {"tie_word_embeddings": (True, False)},
+}  # fmt: skip
+PARTS = ("norm", "positions", "activation", "qk_norm", "bias", "tie_word_embeddings")
+
+
+def _conflicts(family: str, parts: dict[str, Any]) -> list[str]:
+    """The parts that the family's class cannot hold, as `key=value`."""
+    bad = []
+    for part, value in parts.items():
+        if part in PARTS and value not in ALLOWED[family].get(part, (DEFAULTS[family][part],)):
+            bad.append(f"{part}={str(value).lower()}")
+    if parts.get("grouped") and family == "gpt2":
+        bad.append("num_key_value_heads below num_attention_heads")
+    if parts.get("free_head_dim") and family == "gpt2":
+        bad.append("head_dim other than hidden_size / num_attention_heads")
+    return bad
+
+
+def choose_family(asked: Model, grouped: bool, free_head_dim: bool) -> str:
+    """The family that holds every part asked for. Raises UsageError with the nearest where none does."""
+    parts: dict[str, Any] = {name: getattr(asked, name) for name in PARTS if getattr(asked, name) is not None}
+    parts |= {"grouped": grouped, "free_head_dim": free_head_dim}
+    if asked.family is not None and asked.family not in DEFAULTS:
+        from gptworks.core.registry import nearest
+
+        raise UsageError(f"model.family={asked.family!r}: {nearest(asked.family, list(DEFAULTS))}")
+    wanted = [asked.family] if asked.family else ["qwen3", "llama", "gpt2"]
+    for family in wanted:
+        if not _conflicts(family, parts):
+            return family
+    named = asked.family or "any standard class"
+    closest = min(DEFAULTS, key=lambda family: len(_conflicts(family, parts)))
+    here = _conflicts(asked.family or closest, parts)
+    fit = [family for family in DEFAULTS if not _conflicts(family, parts)]
+    if fit:
+        advice = f"model.family={fit[0]} can"
+    else:
+        advice = f"the nearest is model.family={closest} without {', '.join(_conflicts(closest, parts))}"
+    raise UsageError(f"{named} cannot hold {', '.join(here)}: {advice}")
+
+
+def build_config(asked: Model, vocab_size: int, context: int) -> ModelConfig:
+    """The architecture of a model whose sizes are all set (see `plan.dial`). Raises UsageError."""
+    width, layers, heads = asked.hidden_size, asked.num_hidden_layers, asked.num_attention_heads
+    assert width and layers and heads, "the dial sets these"
+    if asked.head_dim is None and width % heads:
+        raise UsageError(f"model.hidden_size={width} is not divisible by model.num_attention_heads={heads}")
+    head_dim = asked.head_dim or width // heads
+    kv_heads = asked.num_key_value_heads or heads
+    family = choose_family(asked, kv_heads != heads, head_dim * heads != width)
+    parts = DEFAULTS[family] | {n: getattr(asked, n) for n in PARTS if getattr(asked, n) is not None}
+    bias = parts.pop("bias")
+    config = ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=asked.intermediate_size or default_intermediate(width, parts["activation"]),
+        max_position_embeddings=context,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        rope_theta=asked.rope_theta or 10_000.0,
+        **parts,
+    )
+    return config.with_dropout(asked.dropout or 0.0)
+
+
+def default_intermediate(width: int, activation: str) -> int:
+    """Four times the width; two thirds of that for SwiGLU, whose three matrices then cost the same (Shazeer 2020)."""
+    return -(-width * 8 // 3 // 32) * 32 if activation == "swiglu" else 4 * width
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Trainable parameters, shared ones once, fixed sinusoids not counted."""
+    return block_parameters(config) * config.num_hidden_layers + outer_parameters(config)
+
+
+def block_parameters(config: ModelConfig) -> int:
+    d, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    h, f = config.head_dim, config.intermediate_size
+    attention = d * h * (q + 2 * kv) + q * h * d
+    attention += config.attention_bias * h * (q + 2 * kv) + config.output_bias * d
+    mlp = (3 if config.activation == "swiglu" else 2) * d * f
+    if config.mlp_bias:
+        mlp += (2 * f if config.activation == "swiglu" else f) + d
+    norms = 2 * norm_parameters(config) + (2 * h if config.qk_norm else 0)
+    return attention + mlp + norms
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.norm == "layernorm" else 1)
+
+
+def outer_parameters(config: ModelConfig) -> int:
+    table = config.vocab_size * config.hidden_size
+    positions = config.max_position_embeddings * config.hidden_size if config.positions == "learned" else 0
+    return table * (1 if config.tie_word_embeddings else 2) + positions + norm_parameters(config)

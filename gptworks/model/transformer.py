@@ -1,0 +1,133 @@
+"""The decoder: embeddings, pre-norm blocks of attention and MLP, a final norm, the head.
+
+Parameters carry the names of Hugging Face's Llama, so that Llama and Qwen3 folders need no renaming. The model knows
+nothing of training, adapters, sharding or compilation. Shapes: B batch, T time, D width, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptworks.model.attention import Attention, KeyValueCache, Linear, make_norm, rotary_table
+from gptworks.model.config import ModelConfig
+from gptworks.model.mlp import MLP
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = config.residual_dropout
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Embeddings and blocks; gives hidden states [B, T, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.positions == "sinusoidal":
+            table = sinusoids(config.max_position_embeddings, config.hidden_size)
+            self.register_buffer("sinusoids", table, persistent=False)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+
+
+class Transformer(nn.Module):
+    """A causal language model. Call it for hidden states; `logits` applies the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = torch.float32  # of the computation; parameters stay as they are
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [B, T, D] of tokens [B, T], ready for `logits`.
+
+        segments [B, T] keeps attention within equal numbers and restarts positions with each; `cache` holds what
+        came before, and is advanced by T.
+        """
+        decoder, config = self.model, self.config
+        seen = cache.length if cache is not None else 0
+        T = tokens.shape[1]
+        positions = torch.arange(seen, seen + T, device=tokens.device)[None]  # [1, T]
+        mask = None
+        if segments is not None:
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            positions = positions - (positions * begins).cummax(dim=1).values  # [B, T]
+            causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+            mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]  # [B, 1, T, T]
+        elif seen and T > 1:
+            mask = torch.ones(T, seen + T, dtype=torch.bool, device=tokens.device).tril(seen)[None, None]
+
+        x = decoder.embed_tokens(tokens)
+        rotary = None
+        if config.positions == "rotary":
+            rotary = rotary_table(positions, config.head_dim, config.rope_theta)
+        elif config.positions == "learned":
+            x = x + decoder.embed_positions(positions)
+        else:
+            x = x + decoder.sinusoids[positions]
+        x = F.dropout(x.to(self.dtype), config.embed_dropout, self.training)
+        for block in decoder.layers:
+            x = block(x, rotary, mask, cache)
+        if cache is not None:
+            cache.advance(T)
+        return decoder.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [..., V] of hidden states [..., D]."""
+        return self.lm_head(hidden)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fresh weights, a function of `seed` and the shape alone (drawn on the CPU, parameter by parameter).
+
+        Matrices are normal with std 1/sqrt(fan in), those that write to the residual stream further scaled by
+        1/sqrt(2 layers) (GPT-2, section 2.3); biases 0, norms 1. Embeddings have std 0.02, and 1 beside sinusoids of
+        that size, where Vaswani et al. (section 3.4) scale them by sqrt(D); an untied head starts at 0.02.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            if "embed_" in name or name.startswith("lm_head"):
+                sinusoidal = self.config.positions == "sinusoidal" and not self.config.tie_word_embeddings
+                std = 1.0 if sinusoidal and "embed_tokens" in name else 0.02
+            else:
+                std = 1 / math.sqrt(parameter.shape[1])
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std *= residual
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Vaswani et al. 2017, section 3.5: PE[p, 2i] = sin(p / 10000^(2i/D)), PE[p, 2i+1] = cos(the same), [length, width]."""
+    position = torch.arange(length, dtype=torch.float64)[:, None]
+    angle = position / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    table = torch.empty(length, width, dtype=torch.float64)
+    table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
+    return table.float()

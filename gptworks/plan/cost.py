@@ -1,0 +1,40 @@
+"""What a model and a step cost: floating-point operations and memory, from the shape alone."""
+
+from gptworks.model.config import ModelConfig, block_parameters, parameter_count
+
+
+def flops_per_token(config: ModelConfig, context: int) -> float:
+    """Training FLOPs a token: 6 for each parameter that is multiplied (the input tables are looked up, the head is
+    not), plus causal attention, 6 * layers * heads * channels * context (Chowdhery et al. 2022, appendix B, halved
+    for the causal mask)."""
+    multiplied = block_parameters(config) * config.num_hidden_layers + config.vocab_size * config.hidden_size
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    return 6.0 * multiplied + attention
+
+
+def state_bytes(config: ModelConfig, optimizer: str) -> int:
+    """Weights, gradients and optimizer state in float32, and the copies a checkpoint and an update make."""
+    slots = {"sgd": 1, "muon": 1.5, "adam": 2, "adamw": 2}.get(optimizer, 2)
+    return int(parameter_count(config) * 4 * (2 + slots + 1))
+
+
+def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> int:
+    """Activations kept for the backward pass of one row of `context` tokens; `element` is bytes per value.
+
+    Per token and block: the residual stream and norms in float32, projections, attention output, MLP; at the top the
+    logits in float32, their gradient and log-softmax.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    mlp = 4 * f if config.activation == "swiglu" else 3 * f
+    dropped = 2 * d if config.residual_dropout else 0
+    block = (6 * d + 5 * q + 5 * kv + mlp + dropped) * element + 4 * d * 4
+    if config.attention_dropout or masked:  # the attention matrix is written out
+        block += 4 * config.num_attention_heads * context * element
+    head = config.vocab_size * (4 * 3 + element)
+    return context * (config.num_hidden_layers * block + head + 4 * d * 4)
+
+
+def step_bytes(config: ModelConfig, context: int, rows: int, optimizer: str, element: int, masked: bool = False) -> int:
+    """Peak memory of a training step with `rows` rows in each forward pass."""
+    return state_bytes(config, optimizer) + rows * row_bytes(config, context, element, masked)

@@ -1,0 +1,160 @@
+"""The dial: from `model.depth` or `model.parameters` to every size, rate and count of a run, each with its reason.
+
+Whatever the user set by hand stays; what is left to us is derived here, once, and written into config.yaml.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptworks.core.config import Config, Model, with_values
+from gptworks.core.errors import UsageError
+from gptworks.core.log import count
+from gptworks.model.config import ModelConfig, build_config, parameter_count
+
+TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
+MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
+
+
+@dataclass
+class Derived:
+    """Values we chose, by dotted key, and why."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def choose(self, key: str, value: Any, reason: str) -> Any:
+        self.values[key] = value
+        self.reasons[key] = reason
+        return value
+
+
+def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str], ModelConfig]:
+    """Sets context, width, depth and heads where they are open; gives the architecture. Raises UsageError."""
+    derived, model = Derived(), config.model
+    context = config.train.context or derived.choose("train.context", 256, "our default")
+    if model.hidden_size is None or model.num_hidden_layers is None:
+        _size(model, vocab_size, context, derived)
+    width = derived.values.get("model.hidden_size", model.hidden_size)
+    if model.num_attention_heads is None:
+        head_dim = model.head_dim or next((c for c in (64, 32) if width % c == 0 and width >= 4 * c), None)
+        if head_dim is None:
+            head_dim = next(c for c in range(min(64, width), 0, -1) if width % c == 0)
+        heads = max(width // head_dim, 1)
+        if model.num_key_value_heads:  # query heads in whole groups
+            heads = max(heads // model.num_key_value_heads, 1) * model.num_key_value_heads
+        if model.head_dim is None and width % heads:
+            raise UsageError(f"model.hidden_size={width} has no whole heads beside num_key_value_heads={model.num_key_value_heads}; set num_attention_heads")
+        derived.choose("model.num_attention_heads", heads, f"{head_dim} channels a head")
+    config = with_values(config, derived.values)
+    architecture = build_config(config.model, vocab_size, context)
+    for key in ("family", "norm", "positions", "activation", "qk_norm", "tie_word_embeddings", "num_key_value_heads",
+                "head_dim", "intermediate_size", "rope_theta"):  # fmt: skip
+        if getattr(model, key) is None and not (key == "rope_theta" and architecture.positions != "rotary"):
+            why = "holds every part asked for" if key == "family" else f"{architecture.family}'s default"
+            derived.choose(f"model.{key}", getattr(architecture, key), why)
+    if model.bias is None:
+        derived.choose("model.bias", architecture.mlp_bias, f"{architecture.family}'s default")
+    if model.dropout is None:
+        derived.choose("model.dropout", 0.0, "little to gain below several passes over the text")
+    return with_values(config, derived.values), derived.reasons, architecture
+
+
+def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None:
+    """Width and depth from the dial, or from whichever of the two is given."""
+    if model.depth or model.num_hidden_layers:
+        depth = model.depth or model.num_hidden_layers
+        if model.hidden_size is None:
+            derived.choose("model.hidden_size", 64 * depth, "64 for each layer, the shape that scales well")
+        if model.num_hidden_layers is None:
+            derived.choose("model.num_hidden_layers", depth, "model.depth")
+        return
+    wanted = model.parameters or 3_000_000
+    why = f"nearest to {count(wanted)} parameters" if model.parameters else "our default of 3M parameters"
+    best: tuple[float, int, int] | None = None
+    widths = [model.hidden_size] if model.hidden_size else range(32, 32 * 1024 + 1, 32)
+    for width in widths:
+        for depth in range(1, 257):
+            if model.hidden_size is None and not 24 <= width / depth <= 96:
+                continue
+            total = _try_count(model, width, depth, vocab_size, context)
+            # A factor off the wish costs most; off the aspect ratio of 48, a little.
+            miss = abs(math.log(total / wanted)) + 0.03 * abs(math.log(width / depth / 48))
+            if best is None or miss < best[0]:
+                best = (miss, width, depth)
+            if total > 4 * wanted:
+                break
+        if best and _try_count(model, width, 1, vocab_size, context) > 4 * wanted:
+            break
+    assert best
+    if model.hidden_size is None:
+        derived.choose("model.hidden_size", best[1], why)
+    derived.choose("model.num_hidden_layers", best[2], why)
+
+
+def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: int) -> int:
+    heads = model.num_attention_heads or model.num_key_value_heads or 1
+    if width % heads:
+        return 10**18
+    trial = model.model_copy(
+        update={"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+    )
+    return parameter_count(build_config(trial, vocab_size, context))
+
+
+def derive_training(
+    config: Config, architecture: ModelConfig, train_tokens: int
+) -> tuple[Config, dict[str, str]]:
+    """Sets batch, rates, decay and the length of the run, where open. `train_tokens` is one epoch."""
+    derived, train = Derived(), config.train
+    context = train.context or architecture.max_position_embeddings
+    parameters = parameter_count(architecture)
+    width = architecture.hidden_size
+    horizon = _horizon(config, parameters, train_tokens)
+
+    batch = train.batch_tokens
+    if batch is None:
+        # The best batch grows as tokens^0.383 (nanochat's fit); 2^19 at its depth-12 anchor of 2.2e9 tokens.
+        ideal = 2**19 * (horizon / 2.2e9) ** 0.383
+        batch = max(context, 2 ** round(math.log2(ideal / 16)) if ideal < 2**17 else 2 ** round(math.log2(ideal)))
+        batch = max(min(batch, train_tokens // 20), 1)
+        batch = max(context, batch // context * context)
+        derived.choose("train.batch_tokens", batch, f"grows with the run's {count(horizon)} tokens")
+    if train.lr is None:
+        if train.optimizer == "muon":
+            derived.choose("train.lr", 0.02, "Muon's update has the same size at every width")
+        else:
+            base = {"sgd": 0.1}.get(train.optimizer, round(0.003 * (128 / width) ** 0.5, 6))
+            derived.choose("train.lr", base, f"falls with the square root of the width {width}")
+    if train.optimizer == "muon" and train.adam_lr is None:
+        derived.choose("train.adam_lr", round(0.004 * (128 / width) ** 0.5, 6), f"falls with the square root of the width {width}")
+    if train.momentum is None:
+        derived.choose("train.momentum", 0.95 if train.optimizer == "muon" else 0.9, f"{train.optimizer}'s usual")
+    if train.weight_decay is None:
+        decay = 0.1 if train.optimizer in ("muon", "adamw") else 0.0
+        derived.choose("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
+    if train.warmup is None:
+        derived.choose("train.warmup", 0.02 if train.optimizer == "muon" else 0.05, "short: the first updates are the riskiest")
+    if not any((train.max_steps, train.max_tokens, train.max_epochs, train.time_budget_s)):
+        tokens = int(horizon)
+        derived.choose("train.max_tokens", tokens, _horizon_reason(parameters, tokens, train_tokens))
+    return with_values(config, derived.values), derived.reasons
+
+
+def _horizon(config: Config, parameters: int, train_tokens: int) -> float:
+    """Tokens the run is likely to see, for choosing its batch; or, where nothing limits it, should see."""
+    train = config.train
+    wishes: list[float] = []
+    if train.max_tokens:
+        wishes.append(train.max_tokens)
+    if train.max_epochs:
+        wishes.append(train.max_epochs * train_tokens)
+    if train.max_steps and isinstance(train.batch_tokens, int):
+        wishes.append(train.max_steps * train.batch_tokens)
+    return min(wishes, default=min(TOKENS_PER_PARAMETER * parameters, MAX_DEFAULT_EPOCHS * train_tokens))
+
+
+def _horizon_reason(parameters: int, tokens: int, train_tokens: int) -> str:
+    if tokens == TOKENS_PER_PARAMETER * parameters:
+        return f"{TOKENS_PER_PARAMETER} for each of {count(parameters)} parameters, the compute-optimal ratio"
+    return f"{MAX_DEFAULT_EPOCHS} passes over {count(train_tokens)} tokens; more repetition helps little"

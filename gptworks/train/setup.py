@@ -1,0 +1,259 @@
+"""Everything decided before step one: model, optimizers, loader, precision, threads, micro-batch, length of the run.
+
+What depends on the clock or the machine is decided here once, becomes numbers in the run's config.yaml with their
+reasons, and is read back when the run continues.
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from gptworks.core import runtime
+from gptworks.core.config import Config, with_values
+from gptworks.core.errors import DataError, OutOfMemory, UsageError
+from gptworks.core.log import console, count, duration
+from gptworks.data.loader import Loader
+from gptworks.data.shards import Shards, check_ids
+from gptworks.infer.scoring import score
+from gptworks.model import build
+from gptworks.model.build import Loaded
+from gptworks.model.config import ModelConfig
+from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
+from gptworks.plan.dial import Derived, derive_shape, derive_training
+from gptworks.train.loop import Layout, run
+from gptworks.train.objectives import NextToken
+from gptworks.train.optim import make_optimizers, rate_factor
+from gptworks.train.state import State
+
+COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
+COMPILE_GAIN = 0.15  # of the step's time
+CALIBRATION_SECONDS = 3.0
+MARGIN = 0.95  # of what is left of a time budget is planned for
+
+
+@dataclass
+class Run:
+    """A run that is ready to start."""
+
+    config: Config  # every value set
+    reasons: dict[str, str]
+    shards: Shards
+    base: Loaded | None
+    state: State
+    loader: Loader
+    layout: Layout
+    eval_rows: int
+    stop_ids: tuple[int, ...]
+
+
+def decide(config: Config, shards: Shards, base: Loaded | None) -> Run:
+    """Derives what is open in `config`, builds the model and the rest. A resolved config comes out as it went in."""
+    tokenizer = shards.tokenizer
+    if base is not None:
+        architecture, reasons = base.model.config, {}
+        context = config.train.context or architecture.max_position_embeddings
+        if config.train.context is None:
+            config = with_values(config, {"train.context": context})
+            reasons["train.context"] = "the model's"
+        if context > architecture.max_position_embeddings:
+            raise UsageError(
+                f"train.context={context}: {base.path} has positions for {architecture.max_position_embeddings}"
+            )
+    else:
+        config, reasons, architecture = derive_shape(config, len(tokenizer))
+    config, more = derive_training(config, architecture, len(shards.train.tokens) - 1)
+    reasons |= more
+    for split in (shards.train, shards.eval):
+        check_ids(split, architecture.vocab_size, str(shards.path))
+
+    config, layout, more = _layout(config, architecture)
+    reasons |= more
+    model = build.fresh(architecture, config.train.seed) if base is None else copy.deepcopy(base.model)
+    train = config.train
+    assert train.context and train.micro_batch
+    loader = Loader(
+        shards.train,
+        train.context,
+        None if train.batch_tokens == "full" else batch_rows(config),
+        train.seed,
+        math.ceil(train.max_epochs) if train.max_epochs else None,
+        config.data.mask_documents,
+    )
+    state = State(model.to(layout.device), [])
+    state.optimizers = make_optimizers(state.model, train)
+    eval_rows = max(1, min(64, 16384 // train.context))
+    config, more = _length(config, state, loader, layout, shards, eval_rows)
+    reasons |= more
+    total = config.train.max_steps
+    assert total
+    rate_factor(0, total, config.train)  # an unknown schedule is an error now, not later
+    config, layout, more = _rhythm(config, layout, architecture, total)
+    reasons |= more
+    stop_ids = base.stop_ids if base else ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
+    return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids)
+
+
+def batch_rows(config: Config) -> int:
+    train = config.train
+    assert isinstance(train.batch_tokens, int) and train.context
+    if train.batch_tokens < train.context:
+        raise UsageError(f"train.batch_tokens={train.batch_tokens} is less than one row of train.context={train.context}")
+    return train.batch_tokens // train.context
+
+
+def _layout(config: Config, architecture: ModelConfig) -> tuple[Config, Layout, dict[str, str]]:
+    """Device, precision, threads, determinism and micro-batch."""
+    derived, train = Derived(), config.train
+    device = runtime.device()
+    if train.threads is None:
+        derived.choose("train.threads", torch.get_num_threads(), "this machine's cores; part of a bitwise resume")
+    torch.set_num_threads(derived.values.get("train.threads", train.threads))
+    precision: str = train.precision
+    if precision == "auto":
+        fast = runtime.has_bf16(device)
+        why = f"{device.type} {'multiplies bf16 in hardware' if fast else 'has no bf16 units'}; weights stay fp32"
+        precision = derived.choose("train.precision", "bf16" if fast else "fp32", why)
+    elif precision == "bf16" and not runtime.has_bf16(device):
+        console.warn(f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32")
+    if train.deterministic == "auto":
+        on = derived.choose("train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU")
+    else:
+        on = train.deterministic
+    torch.use_deterministic_algorithms(bool(on), warn_only=device.type != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_flush_denormal(True)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    micro = _micro_batch(config, architecture, device, dtype, derived)
+    return with_values(config, derived.values), Layout(device, dtype, micro), derived.reasons
+
+
+def _micro_batch(
+    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype, derived: Derived
+) -> int:
+    """Rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would fit."""
+    train, element = config.train, dtype.itemsize
+    assert train.context
+    masked = config.data.mask_documents
+    free = int(runtime.available_memory(device) * 0.9)
+    a_row = row_bytes(architecture, train.context, element, masked)
+    fits = (free - state_bytes(architecture, train.optimizer)) // a_row
+    if fits < 1:
+        need = step_bytes(architecture, train.context, 1, train.optimizer, element, masked)
+        short = next(
+            (c for c in (2**e for e in range(20, 3, -1)) if c < train.context
+             and step_bytes(architecture, c, 1, train.optimizer, element, masked) <= free), None)  # fmt: skip
+        advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
+        raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
+    wanted = 10**9 if train.batch_tokens == "full" else batch_rows(config)
+    if train.micro_batch is not None:
+        if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
+            need = step_bytes(architecture, train.context, train.micro_batch, train.optimizer, element, masked)
+            raise OutOfMemory(
+                f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                f"are free; train.micro_batch={fits} fits"
+            )
+        return train.micro_batch
+    cap = max(1, (16384 if device.type == "cpu" else 2**20) // train.context)  # larger gains nothing
+    micro = max(1, min(wanted, fits, cap))
+    if wanted > micro and train.batch_tokens != "full":  # equal micro-batches
+        micro = -(-wanted // -(-wanted // micro))
+    return derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
+
+
+def _length(
+    config: Config, state: State, loader: Loader, layout: Layout, shards: Shards, eval_rows: int
+) -> tuple[Config, dict[str, str]]:
+    """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits."""
+    train, derived = config.train, Derived()
+    assert train.context
+    if train.max_steps and train.eval_every and train.checkpoint_every and train.compile != "auto":
+        return config, {}  # a run that continues
+    limits: list[tuple[int, str]] = []
+    if train.max_steps:
+        limits.append((train.max_steps, "train.max_steps"))
+    if train.max_tokens:
+        limits.append((max(1, train.max_tokens // (batch_rows(config) * train.context)), f"train.max_tokens={train.max_tokens}"))
+    if train.max_epochs:
+        if train.batch_tokens == "full":
+            steps = math.ceil(train.max_epochs)
+        else:
+            steps = math.ceil(loader.rows_in(train.max_epochs) / batch_rows(config))
+        limits.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
+    if train.time_budget_s:
+        limits.append(_steps_in_budget(config, state, loader, layout, shards, eval_rows))
+    steps, why = min(limits)
+    if train.max_steps != steps:
+        derived.choose("train.max_steps", steps, why)
+    return with_values(config, derived.values), derived.reasons
+
+
+def _steps_in_budget(
+    config: Config, state: State, loader: Loader, layout: Layout, shards: Shards, eval_rows: int
+) -> tuple[int, str]:
+    """Times a few steps on a copy of the model and fills what is left of the budget with them."""
+    train = config.train
+    assert train.time_budget_s and train.context
+    console.live("timing a few steps")
+    trial = State(copy.deepcopy(state.model), [])
+    trial.optimizers = make_optimizers(trial.model, train)
+    times: list[float] = []
+    began = time.perf_counter()
+
+    def timer(_: State, m: object) -> str | None:
+        times.append(m.seconds)  # type: ignore[attr-defined]
+        spent = time.perf_counter() - began
+        return "timed" if len(times) >= 3 and spent > min(CALIBRATION_SECONDS, train.time_budget_s / 20) else None  # type: ignore[operator]
+
+    run(trial, loader, NextToken(), train, replace(layout, compile=False), 10**9, [timer])
+    usual = sorted(times[1:])
+    step_seconds = sum(usual) / len(usual)
+    began = time.perf_counter()
+    score(trial.model, shards.eval, train.context, eval_rows)
+    eval_seconds = time.perf_counter() - began
+    left = train.time_budget_s - runtime.process_seconds()
+    evaluations = 11 if train.eval_every is None else 1
+    if train.eval_every:
+        step_seconds += eval_seconds / train.eval_every
+    steps = int((left - evaluations * eval_seconds - 1.0) * MARGIN / step_seconds)
+    if steps < 1:
+        raise UsageError(
+            f"train.time_budget_s={train.time_budget_s:g}: {runtime.process_seconds():.0f} s went into preparation and a "
+            f"step takes {duration(step_seconds)}; give more time or a smaller model"
+        )
+    return steps, f"{duration(left)} of {train.time_budget_s:g} s left, {1000 * step_seconds:.0f} ms a step"
+
+
+def _rhythm(
+    config: Config, layout: Layout, architecture: ModelConfig, total: int
+) -> tuple[Config, Layout, dict[str, str]]:
+    """How often to evaluate and save, and whether compiling pays, now that the length is known."""
+    derived, train = Derived(), config.train
+    if train.eval_every is None:
+        derived.choose("train.eval_every", max(1, math.ceil(total / 10)), "ten evaluations")
+    if train.checkpoint_every is None:
+        derived.choose("train.checkpoint_every", max(1, math.ceil(total / 10)), "ten checkpoints, two kept")
+    compile = train.compile
+    if compile == "auto":
+        assert train.context
+        tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
+        rate = 0.4 * runtime.matmul_rate(layout.device, layout.dtype, 0.1)
+        expected = tokens * flops_per_token(architecture, train.context) / rate
+        pays = expected * COMPILE_GAIN > COMPILE_SECONDS and train.batch_tokens != "full" and _can_compile(layout)
+        why = f"about {duration(expected)} of training; compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
+        compile = derived.choose("train.compile", bool(pays), why)
+    elif compile and not _can_compile(layout):
+        raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")
+    return with_values(config, derived.values), replace(layout, compile=bool(compile)), derived.reasons
+
+
+def _can_compile(layout: Layout) -> bool:
+    import shutil
+
+    if layout.device.type == "cuda":
+        return True
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
