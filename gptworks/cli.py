@@ -21,9 +21,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)]
+Recipe = Annotated[
+    str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings as key=value, for example train.max_steps=100.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Settings as key=value, for example train.max_steps=100.", show_default=False),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.", show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an old run in the folder aside and start over.")]
@@ -49,7 +52,11 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 74, debug)
     except Exception as error:
-        _fail(f"a bug in gptworks: {type(error).__name__}: {error} (--debug shows where; please report it)", 70, debug)
+        _fail(
+            f"a bug in gptworks: {type(error).__name__}: {error} (--debug shows where; please report it)",
+            70,
+            debug,
+        )
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -95,7 +102,10 @@ def _dry_run(config: Any, as_json: bool) -> str:
         vocab = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else 66
         config, reasons, architecture = derive_shape(config, vocab)
         config, more = derive_training(config, architecture, 10**9)
-        for key in ("train.batch_tokens", "train.max_tokens"):  # these follow from the data, which we did not read
+        for key in (
+            "train.batch_tokens",
+            "train.max_tokens",
+        ):  # these follow from the data, which we did not read
             if key in more:
                 config = configuration.with_values(config, {key: None})
                 more[key] = "decided once the data is counted"
@@ -195,7 +205,9 @@ def generate(
             for part in engine.stream(text, how, max_new_tokens, result=made, **options):
                 print(part, end="", flush=True)
             print(flush=True)
-            console.say(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]")
+            console.say(
+                f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]"
+            )
         return None
 
     result = _do(work, debug)
@@ -243,7 +255,10 @@ def recipes(json: Json = False) -> None:
     """List the built-in recipes."""
     from gptworks.core import config as configuration
 
-    found = {name: configuration.recipe_text(name).splitlines()[0].lstrip("# ") for name in configuration.recipe_names()}
+    found = {
+        name: configuration.recipe_text(name).splitlines()[0].lstrip("# ")
+        for name in configuration.recipe_names()
+    }
     _print(found, json, lambda rows: "\n".join(f"{name:<18}{text}" for name, text in rows.items()))
 
 

@@ -4,14 +4,9 @@ The commands and the Python API are these functions. A stage reads folders, does
 again and it continues, or says that it is done.
 """
 
-import json
-import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
@@ -19,22 +14,17 @@ from gptworks.core.config import Config
 from gptworks.core.errors import DataError, RunMismatch, UsageError
 from gptworks.core.log import console, count, duration
 from gptworks.data import shards as shard_folder
-from gptworks.data.loader import Loader
 from gptworks.data.shards import Shards
-from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import score, unigram, xz
 from gptworks.model import build
 from gptworks.model.build import Loaded
-from gptworks.model.config import ModelConfig, parameter_count
+from gptworks.model.config import parameter_count
 from gptworks.plan.cost import flops_per_token
-from gptworks.plan.dial import derive_shape, derive_training
 from gptworks.train import loop, setup
 from gptworks.train.hooks import Checkpointer, Evaluator, Logger, Metrics, Sampler, sampling
-from gptworks.train.loop import Layout
 from gptworks.train.objectives import NextToken
-from gptworks.train.optim import make_optimizers
 from gptworks.train.state import State, listing, newest_good, restore
 
 # -- train -------------------------------------------------------------------------------------------------------
@@ -58,7 +48,10 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
             return folder.read_json(finished)
         base = build.load(config.model.path, config.model.dropout) if config.model.path else None
         shards = shard_folder.prepare(
-            config.data, config.tokenizer, Path(config.data.shards or out / "data"), base.tokenizer if base else None
+            config.data,
+            config.tokenizer,
+            Path(config.data.shards or out / "data"),
+            base.tokenizer if base else None,
         )
         run = _plan(config, asked, reasons, shards, base, out)
         return _train(run, out, recipe)
@@ -101,7 +94,7 @@ def _plan(
 ) -> setup.Run:
     """Everything that is decided before step one; on the first start, written into config.yaml with its reasons."""
     resuming = (out / "config.yaml").is_file()
-    run = setup.decide(config, shards, base)
+    run = setup.decide(config, shards, base, resuming)
     if not resuming:
         for key, reason in sorted(run.reasons.items()):
             value = configuration.get(run.config, key)
@@ -130,32 +123,39 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
     metrics = Metrics(out, state.step, config.train.tensorboard)
     metrics.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), config)
     logger = Logger(
-        metrics, config.train.log_every, total, shards.train.bytes_per_token, flops, rate, len(run.loader.plan(0))
+        metrics,
+        config.train.log_every,
+        total,
+        shards.train.bytes_per_token,
+        flops,
+        rate,
+        len(run.loader.plan(0)),
     )
     evaluator = Evaluator(metrics, shards, config, total, run.eval_rows)
-    hooks = [
+    hooks: list[loop.Hook] = [
         logger,
         evaluator,
         Sampler(metrics, shards.tokenizer, run.stop_ids, config, total),
-        Checkpointer(out / "checkpoints", config.train.checkpoint_every, facts),
+        Checkpointer(out / "checkpoints", config.train.checkpoint_every, total, facts),
     ]
     try:
         loop.run(state, run.loader, NextToken(), config.train, layout, total, hooks)
         final = evaluator.measure(state)
     finally:
         metrics.close()
+    speed = state.tokens / max(state.seconds, 1e-9)
     result = {
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": round(runtime.process_seconds(), 2),
         "train_seconds": round(state.seconds, 2),
-        "tokens_per_second": round(logger.tokens_per_second, 1),
-        "mfu": round(logger.tokens_per_second * flops / rate, 4),
+        "tokens_per_second": round(speed, 1),
+        "mfu": round(speed * flops / rate, 4),
         "matmul_gflops": round(rate / 1e9, 1),
         "peak_memory_bytes": runtime.peak_memory(),
         "parameters": parameter_count(state.model.config),
         "stopped": state.stopped or f"reached step {total}",
-        "train": {"loss": sum(logger.losses) / len(logger.losses) if logger.losses else None},
+        "train": {"loss": metrics.last_loss},
         "eval": final.as_dict(),
         "model": str(out / "model"),
         "recipe": recipe,
@@ -171,7 +171,9 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
     return result
 
 
-def _lineage(config: Config, shards: Shards, base: Loaded | None, recipe: str, result: dict[str, Any]) -> dict[str, Any]:
+def _lineage(
+    config: Config, shards: Shards, base: Loaded | None, recipe: str, result: dict[str, Any]
+) -> dict[str, Any]:
     versions = runtime.versions()
     return {
         "gptworks": versions["gptworks"],
@@ -180,7 +182,9 @@ def _lineage(config: Config, shards: Shards, base: Loaded | None, recipe: str, r
         "data": config.data.train,
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
-        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],
+        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}]
+        if base
+        else [],
         "config": config.model_dump(mode="json"),
         "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
         | {"steps": result["steps"], "training_tokens": result["tokens"]},
@@ -210,7 +214,9 @@ def evaluate(
     start = time.perf_counter()
     found = score(loaded.model, stream, context, rows, stride)
     seconds = time.perf_counter() - start
-    method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
+    method = (
+        f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
+    )
     return {
         **found.as_dict(),
         "method": method,
@@ -269,7 +275,11 @@ def verify(path: Path) -> dict[str, Any]:
     a model or data folder is checked against its manifest."""
     if not (path / "config.yaml").is_file():
         manifest = folder.verify(path)
-        return {"verdict": "every file matches its SHA-256", "identical": True, "files": len(manifest["files"])}
+        return {
+            "verdict": "every file matches its SHA-256",
+            "identical": True,
+            "files": len(manifest["files"]),
+        }
     resolved, _ = configuration.read_resolved(path / "config.yaml")
     with runtime.hold(path):
         checkpoints = listing(path / "checkpoints")
@@ -280,16 +290,25 @@ def verify(path: Path) -> dict[str, Any]:
         folder.verify(newer)
         base = build.load(resolved.model.path, resolved.model.dropout) if resolved.model.path else None
         shards = shard_folder.open_shards(Path(resolved.data.shards or path / "data"))
-        run = setup.decide(resolved, shards, base)
+        run = setup.decide(resolved, shards, base, True)
         facts = restore(run.state, older)
         shard_folder.same_data(shards, facts["data"])
-        target = setup.decide(resolved, shards, base).state
+        target = setup.decide(resolved, shards, base, True).state
         restore(target, newer)
         first, total = run.state.step, resolved.train.max_steps
         assert total
         evaluator = Evaluator(_Silence(), shards, resolved, total, run.eval_rows)  # type: ignore[arg-type]
         run.state.stopped = None
-        loop.run(run.state, run.loader, NextToken(), resolved.train, run.layout, total, [evaluator], until=target.step)
+        loop.run(
+            run.state,
+            run.loader,
+            NextToken(),
+            resolved.train,
+            run.layout,
+            total,
+            [evaluator],
+            until=target.step,
+        )
         difference = run.state.difference(target)
     return {
         "verdict": "identical to the bit" if difference is None else difference,
@@ -318,7 +337,9 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
             fresh = False
         elif stage == "evaluate":
             held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
-            result["evaluation"] = evaluate(out / "model", config.data.eval or str(held_out), config.train.context)
+            result["evaluation"] = evaluate(
+                out / "model", config.data.eval or str(held_out), config.train.context
+            )
             _say_evaluation(result["evaluation"])
         elif stage == "generate":
             options = config.generate

@@ -70,7 +70,7 @@ class Data(Section):
     eval_fraction: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = fixed(
         None, "share of the text held out"
     )
-    eval_bytes: Count | None = fixed(None, "evaluate during training on the first so many bytes of the held-out text")
+    eval_bytes: Count | None = fixed(None, "at most so many bytes of validation text")
     invalid_utf8: Literal["replace", "error"] = fixed("replace", "bytes that are not UTF-8: U+FFFD and counted, or stop")
     mask_documents: bool = fixed(False, "attention stays within a document, positions restart with it")
     shards: str | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
@@ -166,6 +166,11 @@ class Generate(Section):
     repetition_penalty: Positive = free(1.0, "1: none")
 
 
+def _differing(section: Section) -> set[str]:
+    """The keys that do not have their default: a config.yaml spells every key, so being spelled says nothing."""
+    return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
+
+
 STAGES = Literal["train", "evaluate", "generate", "report"]
 
 
@@ -183,12 +188,10 @@ class Config(Section):
     def _agree(self) -> "Config":
         if self.model.depth and self.model.parameters:
             raise ValueError("model.depth and model.parameters are two forms of one dial: give one")
-        if self.model.path and (set_beside := self.model.model_fields_set - {"path", "dropout"}):
-            raise ValueError(
-                f"model.path={self.model.path} brings its own shape; remove model.{sorted(set_beside)[0]}"
-            )
-        if self.model.path and self.tokenizer.model_fields_set & {"kind", "path", "vocab_size", "pattern"}:
-            raise ValueError("model.path brings its own tokenizer; remove the tokenizer keys")
+        if self.model.path and (beside := _differing(self.model) - {"path", "dropout"}):
+            raise ValueError(f"model.path={self.model.path} brings its own shape; remove model.{min(beside)}")
+        if self.model.path and (beside := _differing(self.tokenizer)):
+            raise ValueError(f"model.path={self.model.path} brings its own tokenizer; remove tokenizer.{min(beside)}")
         if self.train.batch_tokens == "full" and self.train.max_tokens:
             raise ValueError("train.batch_tokens=full counts epochs: use train.max_epochs in place of train.max_tokens")
         return self
@@ -227,7 +230,7 @@ def recipe_text(recipe: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte in the path
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
 
 
@@ -378,6 +381,6 @@ def read_resolved(path: Path) -> tuple[Config, dict[str, Any]]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         asked = tree.pop("asked")
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a run's configuration ({error}); start over with --fresh") from error
     return build(tree, str(path)), asked

@@ -5,6 +5,7 @@ files, or it is not there. Readers verify the manifest before they trust a byte.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -53,11 +54,15 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
         fsync(path.parent)
 
 
@@ -74,23 +79,42 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 
 
-def _remove_leftovers(path: Path) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        if leftover.is_dir():
+def _clear_up(path: Path) -> None:
+    """Mends what a process that died in `commit` left: the old folder goes back, a half-filled one goes away."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not leftover.is_dir() or _alive(leftover.name.split(".")[-2]):
+            continue
+        if leftover.name.startswith(f".{path.name}.old.") and not path.exists():
+            os.rename(leftover, path)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    """Whether another process of this number runs, which then is still at work on its folder."""
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
 def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
     """Gives a folder to fill; on success it becomes `path` in one step, with a manifest of every file's SHA-256.
 
-    `facts` go into the manifest as they are when the block ends. If the block raises, or the process dies,
-    `path` is what it was before. An existing folder at `path` is replaced only after the new one is durable.
+    `facts` go into the manifest as they are when the block ends. If the block raises, `path` is what it was before.
+    An existing folder at `path` is moved away only after the new one is durable; a process that dies between those
+    two renames leaves the old one beside `path`, and the next `commit` puts it back first.
     """
     aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _clear_up(path)
         aside.mkdir()
     try:
         with storage_errors(path):
@@ -105,7 +129,11 @@ def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
             if path.exists():
                 old = path.parent / f".{path.name}.old.{os.getpid()}.tmp"
                 os.rename(path, old)
-                os.rename(aside, path)
+                try:
+                    os.rename(aside, path)
+                except BaseException:
+                    os.rename(old, path)
+                    raise
                 fsync(path.parent)
                 shutil.rmtree(old, ignore_errors=True)
             else:
@@ -116,6 +144,10 @@ def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
         raise
 
 
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+
+
 def verify(path: Path, names: list[str] | None = None) -> dict[str, Any]:
     """Reads the manifest of a folder and checks every file (or `names`) against it; returns the manifest.
 
@@ -123,7 +155,7 @@ def verify(path: Path, names: list[str] | None = None) -> dict[str, Any]:
     """
     manifest = read_json(path / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
         raise DataError(f"{path / MANIFEST}: not a manifest")
     for name, expected in files.items():
         if names is not None and name not in names:

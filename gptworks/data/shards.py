@@ -6,6 +6,7 @@ run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the r
 """
 
 import json
+import math
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.core.log import Progress, console, count
 from gptworks.core.runtime import process_seconds
-from gptworks.data.sources import Findings, Piece, Source, held_out
+from gptworks.data.sources import Findings, Piece, Source, draw
 from gptworks.data.tokenizer import Tokenizer, sample
 
 VERSION = 1
-FEW = 20  # with fewer documents than this, validation documents are chosen one by one
+FEW = 20  # with fewer documents than this on one side of the split, validation documents are counted out
 HELD_OUT = 0.1
 HELD_OUT_BYTES = 5_000_000
 
@@ -158,7 +159,7 @@ def _settings(data: Data, asked: TokenizerConfig, given: Tokenizer | None) -> di
 
 
 def _hashes(*sources: Source | None) -> list[str]:
-    return [folder.sha256(file) for source in sources if source for file in source.files]
+    return [folder.sha256(file) for source in sources if source for file in source.files + source.code]
 
 
 def _stamps(*sources: Source | None) -> list[dict[str, Any]]:
@@ -179,15 +180,17 @@ def _reason_to_rewrite(path: Path, settings: dict[str, Any], source: Source, eva
     return None
 
 
-def _survey(source: Source) -> tuple[int, int]:
-    """Documents (stops counting at FEW) and, if there is just one, its characters."""
-    documents = characters = 0
+def _survey(source: Source, few: int) -> tuple[list[int], int]:
+    """What each document draws (stops after `few`) and, if there is just one document, its characters."""
+    draws: list[int] = []
+    characters = 0
     for piece in source.pieces(Findings()):
-        documents += piece.first
-        characters += len(piece.text)
-        if documents >= FEW:
+        if piece.first:
+            draws.append(draw(piece.text))
+        if len(draws) >= few:
             break
-    return documents, characters
+        characters += len(piece.text)
+    return draws, characters
 
 
 def _splitter(data: Data, source: Source, eval_source: Source | None) -> tuple[Callable[[Findings, Progress | None], Iterator[tuple[Piece, bool]]], str]:
@@ -199,22 +202,25 @@ def _splitter(data: Data, source: Source, eval_source: Source | None) -> tuple[C
     if eval_source is not None:
         def separate(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
             yield from ((piece, False) for piece in stream(findings, progress))
-            limit, taken = data.eval_bytes or 2**63, 0
-            for piece in eval_source.pieces(Findings(), progress.add if progress else lambda count: None):
-                text = piece.text if len(piece.text) <= limit - taken else _head(piece.text, limit - taken)
-                if not text:
+            left = data.eval_bytes or 2**63
+            for piece in eval_source.pieces(findings, progress.add if progress else lambda count: None):
+                size = len(piece.text.encode("utf-8"))
+                if size > left:
+                    if head := _head(piece.text, left):
+                        yield Piece(head, piece.first), True
                     break
-                taken += len(text.encode("utf-8", "replace"))
-                yield Piece(text, piece.first), True
+                left -= size
+                yield piece, True
 
         return separate, f"validation: {data.eval}" + (f", its first {data.eval_bytes:,} bytes" if data.eval_bytes else "")
 
-    documents, characters = _survey(source)
     fraction = data.eval_fraction or min(HELD_OUT, HELD_OUT_BYTES / max(source.size, 1))
-    if data.eval_bytes and not data.eval_fraction:
+    if data.eval_bytes:
         fraction = min(fraction, data.eval_bytes / max(source.size, 1))
+    few = math.ceil(FEW / min(fraction, 1 - fraction))
+    draws, characters = _survey(source, few)
 
-    if documents == 1:
+    if len(draws) == 1:
         boundary = int(characters * (1 - fraction))
 
         def by_position(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
@@ -230,18 +236,16 @@ def _splitter(data: Data, source: Source, eval_source: Source | None) -> tuple[C
 
         return by_position, f"validation: the last {fraction:.2%} of the one document"
 
-    chosen: set[int] | None = None
-    if documents < FEW:
-        texts = [piece.text for piece in source.pieces(Findings()) if piece.first]
-        ranked = sorted(range(len(texts)), key=lambda i: (not held_out(texts[i], fraction), i))
-        chosen = set(ranked[: max(1, min(len(texts) - 1, round(len(texts) * fraction)))])
+    limit = int(fraction * 2**64)
+    if len(draws) < few:  # chance could leave a side empty
+        ranked = sorted(set(draws))
+        limit = (ranked + [2**64])[max(1, min(len(ranked) - 1, round(len(ranked) * fraction)))]
 
     def by_document(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
-        index, validation = -1, False
+        validation = False
         for piece in stream(findings, progress):
             if piece.first:
-                index += 1
-                validation = index in chosen if chosen is not None else held_out(piece.text, fraction)
+                validation = draw(piece.text) < limit
             yield piece, validation
 
     return by_document, f"validation: {fraction:.2%} of the documents, chosen by content"
@@ -309,7 +313,7 @@ def _build(
     splits = facts["splits"]
     console.say(
         f"data     {count(splits['train']['tokens'])} training and {count(splits['eval']['tokens'])} validation tokens "
-        f"from {splits['train']['documents'] + splits['eval']['documents']:,} documents, {progress.rate / 1e6:.0f} MB/s "
+        f"from {findings.documents:,} document{'s' * (findings.documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
         f"({tokenizer.engine}); {how}"
     )
 
@@ -318,7 +322,9 @@ def _refuse_empty(splits: dict[str, dict[str, int]], data: Data) -> None:
     for name, facts in splits.items():
         if facts["tokens"] < 2:
             where = data.train if name == "train" or not data.eval else data.eval
-            hint = "" if name == "train" else "; give data.eval a file, or a larger data.eval_fraction"
+            hint = "; every document may be the same, or data.eval_fraction too large" if name == "train" else (
+                "; give data.eval a file, or a larger data.eval_fraction"
+            )
             raise DataError(f"{where}: no text for the {name} split{hint}")
 
 
@@ -335,7 +341,8 @@ class _validation_text:
     def keep(self, piece: Piece) -> None:
         if self.file and piece.first:
             self.flush()
-        self.parts.append(piece.text)
+        if self.file:
+            self.parts.append(piece.text)
 
     def flush(self) -> None:
         if self.file and self.parts:

@@ -63,7 +63,8 @@ class Findings:
 class Source:
     """One or more places to read documents from, in a fixed order.
 
-    `files` are real paths (a built-in text included), so that their size and content identify the corpus.
+    `files` are real paths (a built-in text included), so that their size and content, and those of the `code` of the
+    user's own sources, identify the corpus.
     """
 
     def __init__(self, where: str | list[str], options: Data) -> None:
@@ -71,6 +72,7 @@ class Source:
         self.options = options
         self.files: list[Path] = []
         self.custom: list[Callable[[], Iterable[str]]] = []
+        self.code: list[Path] = []
         if not self.where:
             raise UsageError("data.train is an empty list: name at least one file")
         for place in self.where:
@@ -82,6 +84,8 @@ class Source:
             return
         if place in TABLE or re.search(r"\.py:\w+$", place):
             self.custom.append(resolve("data source", TABLE, place))
+            if place not in TABLE:
+                self.code.append(Path(place.rpartition(":")[0]))
             return
         path = Path(place).expanduser()
         if path.is_dir():
@@ -97,7 +101,7 @@ class Source:
         else:
             raise DataError(f"{place}: no such file, folder or built-in text ({nearest(place, list(BUILTIN))})")
         for file in found:
-            if file.suffix.lower() in REFUSED:
+            if file.suffix.lower() in REFUSED or _kind(file) in REFUSED:
                 raise DataError(
                     f"{file}: {file.suffix} files are not text and could run code when loaded; "
                     f"give {', '.join(SUFFIXES)} (plain or .gz)"
@@ -111,7 +115,7 @@ class Source:
 
     def stamp(self) -> list[dict[str, Any]]:
         """Path, size and time of every file: the quick test of whether anything changed."""
-        stats = [(file, file.stat()) for file in self.files]
+        stats = [(file, file.stat()) for file in self.files + self.code]
         return [{"path": str(f.resolve()), "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for f, s in stats]
 
     def pieces(self, findings: Findings, advance: Callable[[int], None] = lambda count: None) -> Iterator[Piece]:
@@ -120,7 +124,9 @@ class Source:
             reader = _jsonl if _kind(file) == ".jsonl" else _text
             yield from _counted(reader(file, self.options, findings, advance), findings)
         for documents in self.custom:
-            yield from _counted((Piece(text, True) for text in documents()), findings)
+            for text in documents():
+                clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
+                yield from _counted((Piece(part, first) for part, first in _cut([clean])), findings)
 
 
 def _kind(path: Path) -> str:
@@ -164,19 +170,21 @@ def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
 
 def _decoded(path: Path, options: Data, findings: Findings, advance: Callable[[int], None]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("strict" if options.invalid_utf8 == "error" else "replace")
-    seen = 0
+    seen, before = 0, b""  # bytes read, and the last two of them: a character may straddle two blocks
     for number, block in enumerate(_blocks(path, advance)):
         if number == 0 and block.startswith(codecs.BOM_UTF8):
-            block = block[3:]
+            block, seen = block[3:], 3
+        waiting = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}: byte {seen + error.start}: not UTF-8; data.invalid_utf8=replace reads on with U+FFFD"
+                f"{path}: byte {seen - waiting + error.start}: not UTF-8; "
+                "data.invalid_utf8=replace reads on with U+FFFD"
             ) from None
-        if options.invalid_utf8 == "replace" and "\ufffd" in text:
-            findings.invalid_utf8 += text.count("\ufffd") - block.count(b"\xef\xbf\xbd")
-        seen += len(block)
+        if "\ufffd" in text:
+            findings.invalid_utf8 += text.count("\ufffd") - (before + block).count(b"\xef\xbf\xbd")
+        seen, before = seen + len(block), (before + block[-2:])[-2:]
         yield text
     try:
         tail = decoder.decode(b"", final=True)
@@ -278,7 +286,6 @@ def _find_column(row: dict[str, Any], path: Path, number: int) -> str:
     )
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: by its content, so that copies never land on both sides."""
-    digest = hashlib.blake2b(text[:65536].encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def draw(text: str) -> int:
+    """A number below 2**64 for a document, by its beginning: the lowest are validation, copies draw the same."""
+    return int.from_bytes(hashlib.blake2b(text[:65536].encode("utf-8"), digest_size=8).digest(), "big")

@@ -6,6 +6,7 @@ library with `encode_special_tokens=True`: text that looks like a control token 
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,20 @@ class Tokenizer:
         pre = self._state.get("pre_tokenizer") or {}
         if pre.get("type") == "ByteLevel" and pre.get("use_regex") and not pre.get("add_prefix_space"):
             return "gpt-2"
-        for part in pre.get("pretokenizers", []):
-            if part.get("type") == "Split" and part.get("behavior") == "Isolated":
-                return next((n for n, p in PATTERNS.items() if part["pattern"].get("Regex") == p), None)
+        match pre.get("pretokenizers"):
+            case [
+                {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": rule}},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ]:
+                return next((name for name, pattern in PATTERNS.items() if pattern == rule), None)
         return None
 
     @property
     def cuttable(self) -> bool:
         """Whether pieces of a document encode to the ids of the whole (see `sources.SAFE_CUT`)."""
-        return self._characters is not None or (self.pattern is not None and self._state.get("normalizer") is None)
+        if self._characters is not None:
+            return True
+        return self.pattern is not None and self._state.get("normalizer") is None and not _plain_added(self._state)
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +107,7 @@ class Tokenizer:
 
         Raises DataError, naming them, for characters that a character-level vocabulary lacks.
         """
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
         if control:
             self.backend.encode_special_tokens = False
             ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -243,13 +250,20 @@ def _config() -> dict[str, Any]:
 
 
 def _short(texts: Iterable[str]) -> Iterator[str]:
-    """The trainer holds every pre-token of a text at once: hand it lines."""
+    """The trainer holds every pre-token of a text at once: hand it lines, cut where no pre-token is."""
     for text in texts:
-        yield from text.splitlines(keepends=True)
+        yield from re.split(r"(?<=\S\n)(?=\S)", text)
+
+
+def _plain_added(state: dict[str, Any]) -> bool:
+    """Whether there are added tokens that are not control tokens: those are found in text wherever they stand."""
+    return any(not token.get("special") for token in state.get("added_tokens", []))
 
 
 def _gigatoken(state: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
     """gigatoken's encoder if it is installed, knows this tokenizer and proves equal on a trial text; else None."""
+    if _plain_added(state):
+        return None
     try:
         import gigatoken
 
@@ -268,14 +282,15 @@ def _gigatoken(state: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
 
 
 def sample(pieces: Iterable[str], total: int, limit: int) -> list[str]:
-    """About `limit` characters spread evenly over a stream of `total` bytes, so that training fits into memory."""
+    """At most `limit` characters spread evenly over a stream of `total` bytes, so that training fits into memory."""
     kept, taken, seen = [], 0, 0
     share = min(limit / max(total, 1), 1.0)
+    size = min(max(limit // 64, 1024), 65536)
     for text in pieces:
-        for start in range(0, len(text), 65536):
-            part = text[start : start + 65536]
+        for start in range(0, len(text), size):
+            part = text[start : start + size]
+            if taken <= seen * share and taken < limit:
+                kept.append(part[: limit - taken])
+                taken += len(kept[-1])
             seen += len(part)
-            if taken + len(part) <= seen * share + 65536 and taken < limit:
-                kept.append(part)
-                taken += len(part)
     return kept

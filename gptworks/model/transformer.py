@@ -36,6 +36,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embeddings and blocks; gives hidden states [B, T, D]."""
 
+    sinusoids: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -5,7 +5,7 @@ Whatever the user set by hand stays; what is left to us is derived here, once, a
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from gptworks.core.config import Config, Model, with_values
 from gptworks.core.errors import UsageError
@@ -16,6 +16,9 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refi
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class Derived:
     """Values we chose, by dotted key, and why."""
@@ -23,7 +26,7 @@ class Derived:
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def choose(self, key: str, value: Any, reason: str) -> Any:
+    def choose(self, key: str, value: T, reason: str) -> T:
         self.values[key] = value
         self.reasons[key] = reason
         return value
@@ -35,7 +38,7 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
     context = config.train.context or derived.choose("train.context", 256, "our default")
     if model.hidden_size is None or model.num_hidden_layers is None:
         _size(model, vocab_size, context, derived)
-    width = derived.values.get("model.hidden_size", model.hidden_size)
+    width: int = derived.values.get("model.hidden_size") or model.hidden_size or 0
     if model.num_attention_heads is None:
         head_dim = model.head_dim or next((c for c in (64, 32) if width % c == 0 and width >= 4 * c), None)
         if head_dim is None:
@@ -63,7 +66,7 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
 def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None:
     """Width and depth from the dial, or from whichever of the two is given."""
     if model.depth or model.num_hidden_layers:
-        depth = model.depth or model.num_hidden_layers
+        depth = model.depth or model.num_hidden_layers or 0
         if model.hidden_size is None:
             derived.choose("model.hidden_size", 64 * depth, "64 for each layer, the shape that scales well")
         if model.num_hidden_layers is None:

@@ -29,13 +29,16 @@ class Metrics:
 
     def __init__(self, run: Path, from_step: int, tensorboard: bool) -> None:
         self.path = run / "metrics.jsonl"
+        self.last_loss: float | None = None  # the last logged training loss, of this process or one before
         self._trim(from_step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self.board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+            self.board = SummaryWriter(
+                str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None
+            )
 
     def _trim(self, from_step: int) -> None:
         if not self.path.is_file():
@@ -43,13 +46,16 @@ class Metrics:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= from_step:
+                row = json.loads(line)
+                if row["step"] <= from_step:
                     kept.append(line + "\n")
+                    self.last_loss = row.get("train/loss", self.last_loss)
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a power cut left half-written
         folder.write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        self.last_loss = values.get("train/loss", self.last_loss)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         if self.board:
@@ -90,27 +96,26 @@ class Logger:
     """Logs every `every` steps, and keeps the live line current."""
 
     def __init__(
-        self, metrics: Metrics, every: int, total: int, bytes_per_token: float, flops: float, rate: float, epoch_rows: int
+        self,
+        metrics: Metrics,
+        every: int,
+        total: int,
+        bytes_per_token: float,
+        flops: float,
+        rate: float,
+        epoch_rows: int,
     ) -> None:
         self.metrics, self.every, self.total = metrics, every, total
         self.nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
         self.flops, self.rate, self.epoch_rows = flops, rate, epoch_rows
-        self.started: float | None = None
-        self.first_step = 0
         self._seconds = self._data = self._weight = self._loss = 0.0
-        self.sum_seconds = self.sum_weight = 0.0
         self._said = 0.0
-        self.losses: list[float] = []  # of the last steps, for the result
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         self._seconds += m.seconds
         self._data += m.data_seconds
         self._weight += m.weight
         self._loss += m.loss * m.weight
-        self.losses = [*self.losses[-19:], m.loss]
-        if state.step > 1 or state.step == self.total:  # the first step warms the machine up
-            self.sum_seconds += m.seconds
-            self.sum_weight += m.weight
         if state.step % self.every and state.step != self.total and not state.stopped:
             return
         loss = self._loss / self._weight
@@ -135,22 +140,21 @@ class Logger:
         self._seconds = self._data = self._weight = self._loss = 0.0
         if console.terminal:
             console.live(line)
-        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or state.step == self.total:
+        if (
+            time.perf_counter() - self._said > (10 if not console.terminal else 30)
+            or state.step == self.total
+        ):
             self._said = time.perf_counter()
             console.say(line)
 
     def _line(self, state: State, loss: float, speed: float) -> str:
-        left = (self.total - state.step) * self.sum_seconds / max(self.sum_weight, 1) * state.tokens / state.step
+        left = (self.total - state.step) * state.seconds / state.step
         return (
             f"step {state.step:>{len(str(self.total))}}/{self.total}  loss {loss:.4f}  "
             f"{loss * self.nats_to_bits_per_byte:.3f} bits/byte  {count(speed)} tokens/s  "
             f"{speed * self.flops / self.rate:.0%} of matmul rate  data {self._data / max(self._seconds, 1e-9):.1%}  "
             f"{duration(left)} left"
         )
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.sum_weight / max(self.sum_seconds, 1e-9)
 
 
 class Evaluator:
@@ -173,7 +177,9 @@ class Evaluator:
             return None
         found = self.measure(state)
         values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
-        self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
+        self.metrics.write(
+            state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds}
+        )
         console.say(
             f"step {state.step:>{len(str(self.total))}}/{self.total}  eval loss {found.loss:.4f}  "
             f"{found.bits_per_byte:.3f} bits/byte  perplexity {found.perplexity:.2f}"
@@ -192,7 +198,9 @@ class Evaluator:
 class Sampler:
     """A sample of text now and then, so that a person sees the model learn."""
 
-    def __init__(self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], config: Config, total: int) -> None:
+    def __init__(
+        self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], config: Config, total: int
+    ) -> None:
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
         self.options, self.seed = config.generate, config.train.seed
         self.steps = {max(round(total * share), 1) for share in (0.1, 0.25, 0.5, 1.0)}
@@ -217,8 +225,8 @@ def sampling(options: Any, seed: int | None) -> Sampling:
 class Checkpointer:
     """Saves every `every` steps and at the end; on a signal, saves and leaves with Preempted."""
 
-    def __init__(self, path: Path, every: int, facts: dict[str, Any]) -> None:
-        self.path, self.every, self.facts = path, every, facts
+    def __init__(self, path: Path, every: int, total: int, facts: dict[str, Any]) -> None:
+        self.path, self.every, self.total, self.facts = path, every, total, facts
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         if interrupts.requested:
@@ -226,5 +234,5 @@ class Checkpointer:
             raise Preempted(
                 f"stopped by {interrupts.requested} at step {state.step}; saved, run the same command to continue"
             )
-        if state.step % self.every == 0 or state.stopped:
+        if state.step % self.every == 0 or state.step == self.total or state.stopped:
             save(state, self.path, self.facts)

@@ -56,7 +56,7 @@ def split(model: nn.Module, choose: Callable[[str, Tensor], bool]) -> tuple[list
 
 def _decay_groups(model: nn.Module, train: Train, lr: float) -> list[Group]:
     decayed, plain = split(model, decays)
-    groups = [
+    groups: list[Group] = [
         {"params": decayed, "weight_decay": train.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
@@ -68,7 +68,9 @@ def _decay_groups(model: nn.Module, train: Train, lr: float) -> list[Group]:
 
 def make_adamw(model: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
-    return [torch.optim.AdamW(_decay_groups(model, train, _rate(train)), betas=train.betas, eps=1e-8, fused=True)]
+    return [
+        torch.optim.AdamW(_decay_groups(model, train, _rate(train)), betas=train.betas, eps=1e-8, fused=True)
+    ]
 
 
 def make_adam(model: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
@@ -116,7 +118,7 @@ class SGD(torch.optim.Optimizer):
         super().__init__(params, {"momentum": momentum, "nesterov": nesterov, "weight_decay": 0.0, "lr": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for w in group["params"]:
@@ -138,11 +140,17 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, momentum: float, nesterov: bool, steps: int = 5) -> None:
-        defaults = {"momentum": momentum, "nesterov": nesterov, "steps": steps, "weight_decay": 0.0, "lr": 0.0}
+        defaults = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "steps": steps,
+            "weight_decay": 0.0,
+            "lr": 0.0,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[tuple[int, int], list[Tensor]] = {}
             for w in group["params"]:

@@ -13,8 +13,8 @@ import torch
 
 from gptworks.core import runtime
 from gptworks.core.config import Config, with_values
-from gptworks.core.errors import DataError, OutOfMemory, UsageError
-from gptworks.core.log import console, count, duration
+from gptworks.core.errors import OutOfMemory, UsageError
+from gptworks.core.log import console, duration
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Shards, check_ids
 from gptworks.infer.scoring import score
@@ -23,7 +23,7 @@ from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig
 from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
 from gptworks.plan.dial import Derived, derive_shape, derive_training
-from gptworks.train.loop import Layout, run
+from gptworks.train.loop import Layout, StepMetrics, run
 from gptworks.train.objectives import NextToken
 from gptworks.train.optim import make_optimizers, rate_factor
 from gptworks.train.state import State
@@ -49,8 +49,8 @@ class Run:
     stop_ids: tuple[int, ...]
 
 
-def decide(config: Config, shards: Shards, base: Loaded | None) -> Run:
-    """Derives what is open in `config`, builds the model and the rest. A resolved config comes out as it went in."""
+def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool = False) -> Run:
+    """Derives what is open in `config`, builds the model and the rest. A `resolved` one stays as it is."""
     tokenizer = shards.tokenizer
     if base is not None:
         architecture, reasons = base.model.config, {}
@@ -85,8 +85,9 @@ def decide(config: Config, shards: Shards, base: Loaded | None) -> Run:
     state = State(model.to(layout.device), [])
     state.optimizers = make_optimizers(state.model, train)
     eval_rows = max(1, min(64, 16384 // train.context))
-    config, more = _length(config, state, loader, layout, shards, eval_rows)
-    reasons |= more
+    if not resolved:
+        config, more = _length(config, state, loader, layout, shards, eval_rows)
+        reasons |= more
     total = config.train.max_steps
     assert total
     rate_factor(0, total, config.train)  # an unknown schedule is an error now, not later
@@ -100,7 +101,9 @@ def batch_rows(config: Config) -> int:
     train = config.train
     assert isinstance(train.batch_tokens, int) and train.context
     if train.batch_tokens < train.context:
-        raise UsageError(f"train.batch_tokens={train.batch_tokens} is less than one row of train.context={train.context}")
+        raise UsageError(
+            f"train.batch_tokens={train.batch_tokens} is less than one row of train.context={train.context}"
+        )
     return train.batch_tokens // train.context
 
 
@@ -109,7 +112,9 @@ def _layout(config: Config, architecture: ModelConfig) -> tuple[Config, Layout, 
     derived, train = Derived(), config.train
     device = runtime.device()
     if train.threads is None:
-        derived.choose("train.threads", torch.get_num_threads(), "this machine's cores; part of a bitwise resume")
+        derived.choose(
+            "train.threads", torch.get_num_threads(), "this machine's cores; part of a bitwise resume"
+        )
     torch.set_num_threads(derived.values.get("train.threads", train.threads))
     precision: str = train.precision
     if precision == "auto":
@@ -117,9 +122,13 @@ def _layout(config: Config, architecture: ModelConfig) -> tuple[Config, Layout, 
         why = f"{device.type} {'multiplies bf16 in hardware' if fast else 'has no bf16 units'}; weights stay fp32"
         precision = derived.choose("train.precision", "bf16" if fast else "fp32", why)
     elif precision == "bf16" and not runtime.has_bf16(device):
-        console.warn(f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32")
+        console.warn(
+            f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32"
+        )
     if train.deterministic == "auto":
-        on = derived.choose("train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU")
+        on = derived.choose(
+            "train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU"
+        )
     else:
         on = train.deterministic
     torch.use_deterministic_algorithms(bool(on), warn_only=device.type != "cpu")
@@ -146,11 +155,15 @@ def _micro_batch(
             (c for c in (2**e for e in range(20, 3, -1)) if c < train.context
              and step_bytes(architecture, c, 1, train.optimizer, element, masked) <= free), None)  # fmt: skip
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
-        raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
+        raise OutOfMemory(
+            f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}"
+        )
     wanted = 10**9 if train.batch_tokens == "full" else batch_rows(config)
     if train.micro_batch is not None:
         if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
-            need = step_bytes(architecture, train.context, train.micro_batch, train.optimizer, element, masked)
+            need = step_bytes(
+                architecture, train.context, train.micro_batch, train.optimizer, element, masked
+            )
             raise OutOfMemory(
                 f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
                 f"are free; train.micro_batch={fits} fits"
@@ -169,13 +182,16 @@ def _length(
     """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits."""
     train, derived = config.train, Derived()
     assert train.context
-    if train.max_steps and train.eval_every and train.checkpoint_every and train.compile != "auto":
-        return config, {}  # a run that continues
     limits: list[tuple[int, str]] = []
     if train.max_steps:
         limits.append((train.max_steps, "train.max_steps"))
     if train.max_tokens:
-        limits.append((max(1, train.max_tokens // (batch_rows(config) * train.context)), f"train.max_tokens={train.max_tokens}"))
+        limits.append(
+            (
+                max(1, train.max_tokens // (batch_rows(config) * train.context)),
+                f"train.max_tokens={train.max_tokens}",
+            )
+        )
     if train.max_epochs:
         if train.batch_tokens == "full":
             steps = math.ceil(train.max_epochs)
@@ -202,10 +218,12 @@ def _steps_in_budget(
     times: list[float] = []
     began = time.perf_counter()
 
-    def timer(_: State, m: object) -> str | None:
-        times.append(m.seconds)  # type: ignore[attr-defined]
-        spent = time.perf_counter() - began
-        return "timed" if len(times) >= 3 and spent > min(CALIBRATION_SECONDS, train.time_budget_s / 20) else None  # type: ignore[operator]
+    enough = min(CALIBRATION_SECONDS, train.time_budget_s / 20)
+
+    def timer(_: State, m: StepMetrics) -> str | None:
+        runtime.interrupts.check()
+        times.append(m.seconds)
+        return "timed" if len(times) >= 3 and time.perf_counter() - began > enough else None
 
     run(trial, loader, NextToken(), train, replace(layout, compile=False), 10**9, [timer])
     usual = sorted(times[1:])
@@ -241,11 +259,17 @@ def _rhythm(
         tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
         rate = 0.4 * runtime.matmul_rate(layout.device, layout.dtype, 0.1)
         expected = tokens * flops_per_token(architecture, train.context) / rate
-        pays = expected * COMPILE_GAIN > COMPILE_SECONDS and train.batch_tokens != "full" and _can_compile(layout)
+        pays = (
+            expected * COMPILE_GAIN > COMPILE_SECONDS
+            and train.batch_tokens != "full"
+            and _can_compile(layout)
+        )
         why = f"about {duration(expected)} of training; compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
-        raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")
+        raise UsageError(
+            "train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto"
+        )
     return with_values(config, derived.values), replace(layout, compile=bool(compile)), derived.reasons
 
 
@@ -255,5 +279,3 @@ def _can_compile(layout: Layout) -> bool:
     if layout.device.type == "cuda":
         return True
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-
-

@@ -63,14 +63,18 @@ class State:
         for group in self.tensors():
             for name in sorted(group):
                 digest.update(name.encode())
-                digest.update(group[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    group[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
         counters = {key: value for key, value in self.counters().items() if key not in ("seconds", "stopped")}
         digest.update(json.dumps(counters, sort_keys=True).encode())
         return digest.hexdigest()
 
     def difference(self, other: "State") -> str | None:
         """None if the two are identical to the bit, else the first thing that differs."""
-        for kind, ours, theirs in zip(("weight", "optimizer state"), self.tensors(), other.tensors(), strict=True):
+        for kind, ours, theirs in zip(
+            ("weight", "optimizer state"), self.tensors(), other.tensors(), strict=True
+        ):
             if ours.keys() != theirs.keys():
                 return f"{kind} {sorted(ours.keys() ^ theirs.keys())[0]} is in only one of them"
             for name, value in ours.items():
@@ -95,7 +99,9 @@ def save(state: State, checkpoints: Path, facts: dict[str, Any]) -> Path:
     weights, slots = state.tensors()
     for name, value in (weights | slots).items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NotFinite(f"{name} is not finite at step {state.step}; nothing was written, the last checkpoint stands")
+            raise NotFinite(
+                f"{name} is not finite at step {state.step}; nothing was written, the last checkpoint stands"
+            )
     with folder.commit(path) as aside:
         save_file({n: v.cpu().contiguous() for n, v in weights.items()}, aside / "model.safetensors")
         save_file({n: v.cpu().contiguous() for n, v in slots.items()}, aside / "optimizer.safetensors")
@@ -157,7 +163,11 @@ def restore(state: State, path: Path) -> dict[str, Any]:
         number, rest = name.split(".", 1)
         parameter_name, slot = rest.rsplit(".", 1)
         parameter = parameters[parameter_name]
-        place = torch.device("cpu") if value.ndim == 0 and slot == "step" and not parameter.is_cuda else parameter.device
+        place = (
+            torch.device("cpu")
+            if value.ndim == 0 and slot == "step" and not parameter.is_cuda
+            else parameter.device
+        )
         state.optimizers[int(number)].state[parameter][slot] = value.clone().to(place)
     for key in ("step", "tokens", "best_loss", "evals_since_best", "seconds", "stopped"):
         setattr(state, key, facts[key])
