@@ -36,9 +36,7 @@ class Model:
 load = Model
 
 
-def train(
-    recipe: str, out: str | Path | None = None, fresh: bool = False, **overrides: Any
-) -> dict[str, Any]:
+def train(recipe: str, out: str | Path | None = None, fresh: bool = False, **overrides: Any) -> dict[str, Any]:
     """`gptworks train`; returns what result.json has."""
     config = configuration.load(recipe, overrides)
     return lifecycle.train(config, Path(out or f"runs/{Path(recipe).stem}"), recipe, fresh)

@@ -182,9 +182,7 @@ def _lineage(
         "data": config.data.train,
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
-        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}]
-        if base
-        else [],
+        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],
         "config": config.model_dump(mode="json"),
         "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
         | {"steps": result["steps"], "training_tokens": result["tokens"]},
@@ -214,9 +212,7 @@ def evaluate(
     start = time.perf_counter()
     found = score(loaded.model, stream, context, rows, stride)
     seconds = time.perf_counter() - start
-    method = (
-        f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
-    )
+    method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
     return {
         **found.as_dict(),
         "method": method,
@@ -337,9 +333,7 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
             fresh = False
         elif stage == "evaluate":
             held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
-            result["evaluation"] = evaluate(
-                out / "model", config.data.eval or str(held_out), config.train.context
-            )
+            result["evaluation"] = evaluate(out / "model", config.data.eval or str(held_out), config.train.context)
             _say_evaluation(result["evaluation"])
         elif stage == "generate":
             options = config.generate

@@ -319,10 +319,18 @@ def _explain(error: ValidationError | RecursionError) -> str:
     if key in known:
         alternatives = [e["msg"] for e in error.errors() if e["loc"][: key.count(".") + 1] == first["loc"][: key.count(".") + 1]]
         message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in alternatives))
-        given = first["input"]
-        shown = repr(given) if not (isinstance(given, float) and not math.isfinite(given)) else str(given)
-        return f"{key}={shown[:80]}: {message[0].lower() + message[1:]}"
+        return f"{key}={_shown(first['input'])}: {message[0].lower() + message[1:]}"
     return f"{key}: {message}" if key else message
+
+
+def _shown(value: Any) -> str:
+    """A value for an error line, however large it is."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return "a number of more than 300 digits"
+    if isinstance(value, (dict, list, tuple)):
+        value = type(value).__name__ if len(value) > 5 or any(isinstance(v, (dict, list)) for v in value) else value
+    shown = repr(value[:80] if isinstance(value, str) else value)
+    return shown[:80]
 
 
 def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
@@ -372,7 +380,10 @@ def dump(config: Config, asked: Config, reasons: dict[str, str]) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).strip()
+    quote = '"' if isinstance(value, (str, list)) and any("\n" in str(part) for part in value) else None
+    text = yaml.safe_dump(
+        value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9
+    ).strip()
     return text.removesuffix("...").strip()
 
 

@@ -217,7 +217,7 @@ def _splitter(data: Data, source: Source, eval_source: Source | None) -> tuple[C
     fraction = data.eval_fraction or min(HELD_OUT, HELD_OUT_BYTES / max(source.size, 1))
     if data.eval_bytes:
         fraction = min(fraction, data.eval_bytes / max(source.size, 1))
-    few = math.ceil(FEW / min(fraction, 1 - fraction))
+    few = math.ceil(min(FEW / min(fraction, 1 - fraction), 1e6))
     draws, characters = _survey(source, few)
 
     if len(draws) == 1:

@@ -25,7 +25,10 @@ class Sampling:
             (self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more"),
             (0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, at most 1"),
             (0 <= self.min_p <= 1, f"min_p={self.min_p}: must be between 0 and 1"),
-            (0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty}: must be above 0"),
+            (
+                0 < self.repetition_penalty < float("inf"),
+                f"repetition_penalty={self.repetition_penalty}: must be above 0",
+            ),
         )
         for good, message in checks:
             if not good:

@@ -76,7 +76,9 @@ def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stri
     loss = total / max(tokens, 1.0)
     if not math.isfinite(loss):
         raise NotFinite(f"the evaluation loss is {loss}: the model's weights or outputs are not finite")
-    return Score(loss, math.exp(min(loss, 700.0)), total / math.log(2) / max(stream.bytes, 1), int(tokens), stream.bytes)
+    return Score(
+        loss, math.exp(min(loss, 700.0)), total / math.log(2) / max(stream.bytes, 1), int(tokens), stream.bytes
+    )
 
 
 def unigram(stream: Stream) -> dict[str, float]:

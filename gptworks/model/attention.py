@@ -96,7 +96,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.attention_dropout
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         d, c = config.hidden_size, config.head_dim
         self.q_proj = Linear(d, self.heads * c, bias=config.attention_bias)
         self.k_proj = Linear(d, self.kv_heads * c, bias=config.attention_bias)

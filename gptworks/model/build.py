@@ -123,12 +123,18 @@ def assign(model: Transformer, weights: dict[str, Tensor], where: str) -> None:
     """Puts weights into a model in float32; a missing, unknown, misshapen or non-finite one raises DataError."""
     expected = {name: p for name, p in model.named_parameters()}
     if missing := sorted(expected.keys() - weights.keys()):
-        raise DataError(f"{where}: missing weight {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        raise DataError(
+            f"{where}: missing weight {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
     if unknown := sorted(weights.keys() - expected.keys()):
-        raise DataError(f"{where}: unknown weight {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
+        raise DataError(
+            f"{where}: unknown weight {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
+        )
     for name, value in weights.items():
         if value.shape != expected[name].shape:
-            raise DataError(f"{where}: {name} is {list(value.shape)}, the configuration says {list(expected[name].shape)}")
+            raise DataError(
+                f"{where}: {name} is {list(value.shape)}, the configuration says {list(expected[name].shape)}"
+            )
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise DataError(f"{where}: {name} has values that are not finite numbers")
     model.load_state_dict({n: v.float() for n, v in weights.items()}, strict=False, assign=True)

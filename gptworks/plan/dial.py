@@ -47,7 +47,9 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
         if model.num_key_value_heads:  # query heads in whole groups
             heads = max(heads // model.num_key_value_heads, 1) * model.num_key_value_heads
         if model.head_dim is None and width % heads:
-            raise UsageError(f"model.hidden_size={width} has no whole heads beside num_key_value_heads={model.num_key_value_heads}; set num_attention_heads")
+            raise UsageError(
+                f"model.hidden_size={width} has no whole heads beside num_key_value_heads={model.num_key_value_heads}; set num_attention_heads"
+            )
         derived.choose("model.num_attention_heads", heads, f"{head_dim} channels a head")
     config = with_values(config, derived.values)
     architecture = build_config(config.model, vocab_size, context)
@@ -99,15 +101,11 @@ def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: i
     heads = model.num_attention_heads or model.num_key_value_heads or 1
     if width % heads:
         return 10**18
-    trial = model.model_copy(
-        update={"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
-    )
+    trial = model.model_copy(update={"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads})
     return parameter_count(build_config(trial, vocab_size, context))
 
 
-def derive_training(
-    config: Config, architecture: ModelConfig, train_tokens: int
-) -> tuple[Config, dict[str, str]]:
+def derive_training(config: Config, architecture: ModelConfig, train_tokens: int) -> tuple[Config, dict[str, str]]:
     """Sets batch, rates, decay and the length of the run, where open. `train_tokens` is one epoch."""
     derived, train = Derived(), config.train
     context = train.context or architecture.max_position_embeddings
@@ -130,14 +128,18 @@ def derive_training(
             base = {"sgd": 0.1}.get(train.optimizer, round(0.003 * (128 / width) ** 0.5, 6))
             derived.choose("train.lr", base, f"falls with the square root of the width {width}")
     if train.optimizer == "muon" and train.adam_lr is None:
-        derived.choose("train.adam_lr", round(0.004 * (128 / width) ** 0.5, 6), f"falls with the square root of the width {width}")
+        derived.choose(
+            "train.adam_lr", round(0.004 * (128 / width) ** 0.5, 6), f"falls with the square root of the width {width}"
+        )
     if train.momentum is None:
         derived.choose("train.momentum", 0.95 if train.optimizer == "muon" else 0.9, f"{train.optimizer}'s usual")
     if train.weight_decay is None:
         decay = 0.1 if train.optimizer in ("muon", "adamw") else 0.0
         derived.choose("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
     if train.warmup is None:
-        derived.choose("train.warmup", 0.02 if train.optimizer == "muon" else 0.05, "short: the first updates are the riskiest")
+        derived.choose(
+            "train.warmup", 0.02 if train.optimizer == "muon" else 0.05, "short: the first updates are the riskiest"
+        )
     if not any((train.max_steps, train.max_tokens, train.max_epochs, train.time_budget_s)):
         tokens = int(horizon)
         derived.choose("train.max_tokens", tokens, _horizon_reason(parameters, tokens, train_tokens))

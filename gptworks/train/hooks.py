@@ -36,9 +36,7 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(
-                str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None
-            )
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None)
 
     def _trim(self, from_step: int) -> None:
         if not self.path.is_file():
@@ -140,10 +138,7 @@ class Logger:
         self._seconds = self._data = self._weight = self._loss = 0.0
         if console.terminal:
             console.live(line)
-        if (
-            time.perf_counter() - self._said > (10 if not console.terminal else 30)
-            or state.step == self.total
-        ):
+        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or state.step == self.total:
             self._said = time.perf_counter()
             console.say(line)
 
@@ -177,9 +172,7 @@ class Evaluator:
             return None
         found = self.measure(state)
         values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
-        self.metrics.write(
-            state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds}
-        )
+        self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
         console.say(
             f"step {state.step:>{len(str(self.total))}}/{self.total}  eval loss {found.loss:.4f}  "
             f"{found.bits_per_byte:.3f} bits/byte  perplexity {found.perplexity:.2f}"
@@ -217,9 +210,7 @@ class Sampler:
 
 def sampling(options: Any, seed: int | None) -> Sampling:
     """The sampling a recipe's `generate` section asks for."""
-    return Sampling(
-        options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p, seed
-    )
+    return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p, seed)
 
 
 class Checkpointer:

@@ -64,9 +64,7 @@ def run(
         data_seconds = time.perf_counter() - start
         weight = objective.weight(batch)
         if weight == 0:
-            raise DataError(
-                f"step {state.step}: no trainable token in the batch; check the data and train.context"
-            )
+            raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
         try:
             loss, norm = _gradients(state, batch, loss_sum, weight, train, layout)
             lr = set_rates(state.optimizers, rate_factor(state.step, total, train))
@@ -116,13 +114,7 @@ def _gradients(
 
 def _explained(error: Exception, micro_batch: int) -> Exception:
     text = str(error)
-    if (
-        isinstance(error, torch.OutOfMemoryError)
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    ):
-        fits = (
-            f"train.micro_batch={micro_batch // 2}" if micro_batch > 1 else "a smaller train.context or model"
-        )
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        fits = f"train.micro_batch={micro_batch // 2}" if micro_batch > 1 else "a smaller train.context or model"
         return OutOfMemory(f"out of memory in a step with {micro_batch} rows; try {fits}")
     return error

@@ -68,9 +68,7 @@ def _decay_groups(model: nn.Module, train: Train, lr: float) -> list[Group]:
 
 def make_adamw(model: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
-    return [
-        torch.optim.AdamW(_decay_groups(model, train, _rate(train)), betas=train.betas, eps=1e-8, fused=True)
-    ]
+    return [torch.optim.AdamW(_decay_groups(model, train, _rate(train)), betas=train.betas, eps=1e-8, fused=True)]
 
 
 def make_adam(model: nn.Module, train: Train) -> list[torch.optim.Optimizer]:

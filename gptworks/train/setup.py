@@ -111,24 +111,19 @@ def _layout(config: Config, architecture: ModelConfig) -> tuple[Config, Layout, 
     """Device, precision, threads, determinism and micro-batch."""
     derived, train = Derived(), config.train
     device = runtime.device()
+    threads = torch.get_num_threads() if train.threads is None else train.threads
     if train.threads is None:
-        derived.choose(
-            "train.threads", torch.get_num_threads(), "this machine's cores; part of a bitwise resume"
-        )
-    torch.set_num_threads(derived.values.get("train.threads", train.threads))
+        derived.choose("train.threads", threads, "this machine's cores; part of a bitwise resume")
+    torch.set_num_threads(threads)
     precision: str = train.precision
     if precision == "auto":
         fast = runtime.has_bf16(device)
         why = f"{device.type} {'multiplies bf16 in hardware' if fast else 'has no bf16 units'}; weights stay fp32"
         precision = derived.choose("train.precision", "bf16" if fast else "fp32", why)
     elif precision == "bf16" and not runtime.has_bf16(device):
-        console.warn(
-            f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32"
-        )
+        console.warn(f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32")
     if train.deterministic == "auto":
-        on = derived.choose(
-            "train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU"
-        )
+        on = derived.choose("train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU")
     else:
         on = train.deterministic
     torch.use_deterministic_algorithms(bool(on), warn_only=device.type != "cpu")
@@ -155,15 +150,11 @@ def _micro_batch(
             (c for c in (2**e for e in range(20, 3, -1)) if c < train.context
              and step_bytes(architecture, c, 1, train.optimizer, element, masked) <= free), None)  # fmt: skip
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
-        raise OutOfMemory(
-            f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}"
-        )
+        raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
     wanted = 10**9 if train.batch_tokens == "full" else batch_rows(config)
     if train.micro_batch is not None:
         if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
-            need = step_bytes(
-                architecture, train.context, train.micro_batch, train.optimizer, element, masked
-            )
+            need = step_bytes(architecture, train.context, train.micro_batch, train.optimizer, element, masked)
             raise OutOfMemory(
                 f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
                 f"are free; train.micro_batch={fits} fits"
@@ -259,17 +250,11 @@ def _rhythm(
         tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
         rate = 0.4 * runtime.matmul_rate(layout.device, layout.dtype, 0.1)
         expected = tokens * flops_per_token(architecture, train.context) / rate
-        pays = (
-            expected * COMPILE_GAIN > COMPILE_SECONDS
-            and train.batch_tokens != "full"
-            and _can_compile(layout)
-        )
+        pays = expected * COMPILE_GAIN > COMPILE_SECONDS and train.batch_tokens != "full" and _can_compile(layout)
         why = f"about {duration(expected)} of training; compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
-        raise UsageError(
-            "train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto"
-        )
+        raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")
     return with_values(config, derived.values), replace(layout, compile=bool(compile)), derived.reasons
 
 

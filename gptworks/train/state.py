@@ -63,18 +63,14 @@ class State:
         for group in self.tensors():
             for name in sorted(group):
                 digest.update(name.encode())
-                digest.update(
-                    group[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                )
+                digest.update(group[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         counters = {key: value for key, value in self.counters().items() if key not in ("seconds", "stopped")}
         digest.update(json.dumps(counters, sort_keys=True).encode())
         return digest.hexdigest()
 
     def difference(self, other: "State") -> str | None:
         """None if the two are identical to the bit, else the first thing that differs."""
-        for kind, ours, theirs in zip(
-            ("weight", "optimizer state"), self.tensors(), other.tensors(), strict=True
-        ):
+        for kind, ours, theirs in zip(("weight", "optimizer state"), self.tensors(), other.tensors(), strict=True):
             if ours.keys() != theirs.keys():
                 return f"{kind} {sorted(ours.keys() ^ theirs.keys())[0]} is in only one of them"
             for name, value in ours.items():
@@ -164,9 +160,7 @@ def restore(state: State, path: Path) -> dict[str, Any]:
         parameter_name, slot = rest.rsplit(".", 1)
         parameter = parameters[parameter_name]
         place = (
-            torch.device("cpu")
-            if value.ndim == 0 and slot == "step" and not parameter.is_cuda
-            else parameter.device
+            torch.device("cpu") if value.ndim == 0 and slot == "step" and not parameter.is_cuda else parameter.device
         )
         state.optimizers[int(number)].state[parameter][slot] = value.clone().to(place)
     for key in ("step", "tokens", "best_loss", "evals_since_best", "seconds", "stopped"):
