@@ -25,7 +25,7 @@ from gptworks.plan.cost import flops_per_token
 from gptworks.train import loop, setup
 from gptworks.train.hooks import Checkpointer, Evaluator, Logger, Metrics, Sampler, sampling
 from gptworks.train.objectives import NextToken
-from gptworks.train.state import State, listing, newest_good, restore
+from gptworks.train.state import listing, newest_good, restore
 
 # -- train -------------------------------------------------------------------------------------------------------
 
@@ -39,29 +39,30 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
     if fresh:
         set_aside(out)
     with runtime.hold(out):
-        asked, config, reasons = _continued(config, out)
-        if config is asked and (out / "result.json").exists():
-            raise RunMismatch(f"{out}: has a result and no config.yaml; choose another --out, or --fresh")
+        resolved = _continued(config, out)
         finished = out / "result.json"
-        if finished.is_file() and (out / "model").is_dir():
+        if resolved and finished.is_file() and (out / "model").is_dir():
             console.say(f"run      {out} is finished; --fresh starts it over")
             return folder.read_json(finished)
-        base = build.load(config.model.path, config.model.dropout) if config.model.path else None
-        shards = shard_folder.prepare(
-            config.data,
-            config.tokenizer,
-            Path(config.data.shards or out / "data"),
-            base.tokenizer if base else None,
-        )
-        run = _plan(config, asked, reasons, shards, base, out)
+        source = (resolved or config).model
+        base = build.load(source.path, source.dropout) if source.path else None
+        shards = _shards(resolved or config, base, out)
+        run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
+        if resolved is None:
+            for key, reason in sorted(run.reasons.items()):
+                console.say(f"chosen   {key}={configuration.get(run.config, key)}: {reason}")
+            folder.write_text(out / "config.yaml", configuration.dump(run.config, config, run.reasons))
         return _train(run, out, recipe)
 
 
-def _continued(config: Config, out: Path) -> tuple[Config, Config, dict[str, str]]:
-    """(what is asked, what holds, known reasons): a run on disk keeps its resolved values; disagreement raises."""
+def _continued(config: Config, out: Path) -> Config | None:
+    """The resolved configuration of the run in `out`, with today's `free` keys; None if there is no run yet.
+
+    Raises RunMismatch if what is asked now differs in a `fixed` key.
+    """
     path = out / "config.yaml"
     if not path.is_file():
-        return config, config, {}
+        return None
     resolved, asked = configuration.read_resolved(path)
     if different := configuration.changes(asked, config):
         key, old, new = different[0]
@@ -75,7 +76,18 @@ def _continued(config: Config, out: Path) -> tuple[Config, Config, dict[str, str
         for key, field in configuration.keys().items()
         if field.json_schema_extra["resume"] == "free" and configuration.get(config, key) is not None
     }
-    return config, configuration.with_values(resolved, free), {}
+    return configuration.with_values(resolved, free)
+
+
+def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
+    """A run that has checkpoints keeps the ids it began with, wherever the text is now; else they are made."""
+    path = Path(config.data.shards or out / "data")
+    if listing(out / "checkpoints") and path.is_dir():
+        try:
+            return shard_folder.open_shards(path)
+        except DataError as error:
+            console.warn(f"{error}; making the shards again from the text")
+    return shard_folder.prepare(config.data, config.tokenizer, path, base.tokenizer if base else None)
 
 
 def set_aside(out: Path) -> None:
@@ -87,20 +99,6 @@ def set_aside(out: Path) -> None:
         with folder.storage_errors(out):
             out.rename(out.with_name(f"{out.name}.{number}"))
         console.say(f"run      the old one is now {out.with_name(f'{out.name}.{number}')}")
-
-
-def _plan(
-    config: Config, asked: Config, reasons: dict[str, str], shards: Shards, base: Loaded | None, out: Path
-) -> setup.Run:
-    """Everything that is decided before step one; on the first start, written into config.yaml with its reasons."""
-    resuming = (out / "config.yaml").is_file()
-    run = setup.decide(config, shards, base, resuming)
-    if not resuming:
-        for key, reason in sorted(run.reasons.items()):
-            value = configuration.get(run.config, key)
-            console.say(f"chosen   {key}={value}: {reason}")
-        folder.write_text(out / "config.yaml", configuration.dump(run.config, asked, run.reasons))
-    return run
 
 
 def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:

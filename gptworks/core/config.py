@@ -10,12 +10,13 @@ import difflib
 import math
 import re
 import types
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gptworks.core.errors import DataError, UsageError
 
@@ -60,6 +61,14 @@ def free(default: Any, help: str) -> Any:
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+                raise ValueError("not valid Unicode text")
+        return value
 
 
 class Data(Section):
@@ -189,9 +198,9 @@ class Config(Section):
         if self.model.depth and self.model.parameters:
             raise ValueError("model.depth and model.parameters are two forms of one dial: give one")
         if self.model.path and (beside := _differing(self.model) - {"path", "dropout"}):
-            raise ValueError(f"model.path={self.model.path} brings its own shape; remove model.{min(beside)}")
+            raise ValueError(f"model.path={self.model.path[:80]} brings its own shape; remove model.{min(beside)}")
         if self.model.path and (beside := _differing(self.tokenizer)):
-            raise ValueError(f"model.path={self.model.path} brings its own tokenizer; remove tokenizer.{min(beside)}")
+            raise ValueError(f"model.path={self.model.path[:80]} brings its own tokenizer; remove tokenizer.{min(beside)}")
         if self.train.batch_tokens == "full" and self.train.max_tokens:
             raise ValueError("train.batch_tokens=full counts epochs: use train.max_epochs in place of train.max_tokens")
         return self
@@ -236,7 +245,7 @@ def recipe_text(recipe: str) -> str:
 
 def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None) -> Config:
     """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError."""
-    tree = _parse(recipe_text(recipe), recipe) if recipe else {}
+    tree = (_parse(recipe_text(recipe), recipe) or {}) if recipe else {}
     if not isinstance(tree, dict):
         raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
     pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
@@ -255,7 +264,7 @@ def build(tree: dict[str, Any], where: str) -> Config:
 
 def _parse(text: str, where: str | None) -> Any:
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise UsageError(f"{where}: not valid YAML: {problem[:300]}") from None
@@ -307,10 +316,8 @@ def _explain(error: ValidationError | RecursionError) -> str:
     known = keys()
     sections = [name for name in Config.model_fields if name != "stages"]
     if first["type"] == "extra_forbidden":
-        candidates = list(known) + sections
-        close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.4)
-        if not close:  # the right name in the wrong section
-            close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]  # in another section
+        close = close or difflib.get_close_matches(key, list(known) + sections, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else "`gptworks train RECIPE --dry-run` lists every key"
         return f"unknown key {key[:100]!r}: {hint}"
     while key and key not in known and key not in sections and "." in key:
@@ -363,28 +370,28 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 def dump(config: Config, asked: Config, reasons: dict[str, str]) -> str:
     """config.yaml: every key resolved, with the reason of each derived one; and what was asked, for the next start."""
     lines = ["# Resolved by gptworks. 'asked' is what the recipe and the command line said; a comment is our reason."]
-    for name, section in config:
-        if not isinstance(section, Section):
-            lines.append(f"{name}: {_scalar(section)}")
-            continue
-        lines.append(f"{name}:")
-        for key, value in section:
-            reason = reasons.get(f"{name}.{key}")
-            lines.append(f"  {key}: {_scalar(value)}" + (f"  # {reason}" if reason else ""))
-    asked_text = yaml.safe_dump(asked.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    lines += _lines(config.model_dump(mode="json"), reasons, "")
     lines.append("asked:")
-    lines += [f"  {line}" for line in asked_text.splitlines()]
+    lines += [f"  {line}" for line in _lines(asked.model_dump(mode="json", exclude_unset=True), {}, "")]
     return "\n".join(lines) + "\n"
 
 
+def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield f"{name}:"
+            yield from (f"  {line}" for line in _lines(value, reasons, f"{prefix}{name}."))
+        else:
+            reason = reasons.get(prefix + name)
+            yield f"{name}: {_scalar(value)}" + (f"  # {reason}" if reason else "")
+
+
 def _scalar(value: Any) -> str:
-    if isinstance(value, tuple):
-        value = list(value)
-    quote = '"' if isinstance(value, (str, list)) and any("\n" in str(part) for part in value) else None
-    text = yaml.safe_dump(
-        value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9
-    ).strip()
-    return text.removesuffix("...").strip()
+    """One line of YAML. Text with anything unusual is quoted, so that line breaks of every kind are escaped."""
+    parts = value if isinstance(value, list) else [value]
+    quote = '"' if any(isinstance(part, str) and not part.isprintable() for part in parts) else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9)
+    return text.strip().removesuffix("...").strip()
 
 
 def read_resolved(path: Path) -> tuple[Config, dict[str, Any]]:

@@ -190,7 +190,8 @@ tags: [gptworks]
 
 # {path.parent.name if path.name == "model" else path.name}
 
-Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`, on `{lineage.get("data", "")}`.
+Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`,
+on `{lineage.get("data", "")}`.
 
 | | |
 |---|---|

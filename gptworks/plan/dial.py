@@ -11,6 +11,7 @@ from gptworks.core.config import Config, Model, with_values
 from gptworks.core.errors import UsageError
 from gptworks.core.log import count
 from gptworks.model.config import ModelConfig, build_config, parameter_count
+from gptworks.plan.cost import flops_per_token
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
@@ -48,7 +49,8 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
             heads = max(heads // model.num_key_value_heads, 1) * model.num_key_value_heads
         if model.head_dim is None and width % heads:
             raise UsageError(
-                f"model.hidden_size={width} has no whole heads beside num_key_value_heads={model.num_key_value_heads}; set num_attention_heads"
+                f"model.hidden_size={width} has no whole heads beside num_key_value_heads="
+                f"{model.num_key_value_heads}; set num_attention_heads"
             )
         derived.choose("model.num_attention_heads", heads, f"{head_dim} channels a head")
     config = with_values(config, derived.values)
@@ -105,58 +107,78 @@ def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: i
     return parameter_count(build_config(trial, vocab_size, context))
 
 
-def derive_training(config: Config, architecture: ModelConfig, train_tokens: int) -> tuple[Config, dict[str, str]]:
-    """Sets batch, rates, decay and the length of the run, where open. `train_tokens` is one epoch."""
+def derive_training(
+    config: Config, architecture: ModelConfig, train_tokens: int, flops_per_second: float = 0.0
+) -> tuple[Config, dict[str, str]]:
+    """Sets batch, rates, decay and the length of the run, where open.
+
+    `train_tokens` is one epoch; `flops_per_second` what a step is likely to reach here, which turns a time budget into
+    an expected number of tokens.
+    """
     derived, train = Derived(), config.train
     context = train.context or architecture.max_position_embeddings
-    parameters = parameter_count(architecture)
-    width = architecture.hidden_size
-    horizon = _horizon(config, parameters, train_tokens)
+    parameters, width = parameter_count(architecture), architecture.hidden_size
+    horizon = _horizon(config, architecture, train_tokens, flops_per_second)
 
     batch = train.batch_tokens
     if batch is None:
-        # The best batch grows as tokens^0.383 (nanochat's fit); 2^19 at its depth-12 anchor of 2.2e9 tokens.
-        ideal = 2**19 * (horizon / 2.2e9) ** 0.383
-        batch = max(context, 2 ** round(math.log2(ideal / 16)) if ideal < 2**17 else 2 ** round(math.log2(ideal)))
-        batch = max(min(batch, train_tokens // 20), 1)
-        batch = max(context, batch // context * context)
-        derived.choose("train.batch_tokens", batch, f"grows with the run's {count(horizon)} tokens")
+        batch = max(context, min(best_batch(horizon), train_tokens // 20) // context * context)
+        derived.choose("train.batch_tokens", batch, f"grows with the {count(horizon)} tokens the run is likely to see")
+    falling = f"falls with the square root of the width, {width}"
     if train.lr is None:
         if train.optimizer == "muon":
             derived.choose("train.lr", 0.02, "Muon's update has the same size at every width")
         else:
-            base = {"sgd": 0.1}.get(train.optimizer, round(0.003 * (128 / width) ** 0.5, 6))
-            derived.choose("train.lr", base, f"falls with the square root of the width {width}")
+            derived.choose("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
     if train.optimizer == "muon" and train.adam_lr is None:
-        derived.choose(
-            "train.adam_lr", round(0.004 * (128 / width) ** 0.5, 6), f"falls with the square root of the width {width}"
-        )
+        derived.choose("train.adam_lr", _by_width(0.004, width), falling)
     if train.momentum is None:
-        derived.choose("train.momentum", 0.95 if train.optimizer == "muon" else 0.9, f"{train.optimizer}'s usual")
+        steps = horizon / (train_tokens if batch == "full" else batch)
+        short = train.optimizer != "muon" or steps < 1000
+        why = "a short run gains from a short memory" if short else "Muon's usual"
+        derived.choose("train.momentum", 0.9 if short else 0.95, why)
     if train.weight_decay is None:
         decay = 0.1 if train.optimizer in ("muon", "adamw") else 0.0
         derived.choose("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
     if train.warmup is None:
-        derived.choose(
-            "train.warmup", 0.02 if train.optimizer == "muon" else 0.05, "short: the first updates are the riskiest"
-        )
+        warmup = 0.02 if train.optimizer == "muon" else 0.05
+        derived.choose("train.warmup", warmup, "the first updates are the riskiest")
     if not any((train.max_steps, train.max_tokens, train.max_epochs, train.time_budget_s)):
-        tokens = int(horizon)
-        derived.choose("train.max_tokens", tokens, _horizon_reason(parameters, tokens, train_tokens))
+        if batch == "full":
+            derived.choose("train.max_epochs", 100.0, "one step each")
+        else:
+            tokens = int(horizon)
+            derived.choose("train.max_tokens", tokens, _horizon_reason(parameters, tokens, train_tokens))
     return with_values(config, derived.values), derived.reasons
 
 
-def _horizon(config: Config, parameters: int, train_tokens: int) -> float:
-    """Tokens the run is likely to see, for choosing its batch; or, where nothing limits it, should see."""
+def best_batch(horizon: float) -> int:
+    """Tokens a step for a run of `horizon` tokens: a power law through 1,024 at 260 thousand tokens (measured on
+    character-level Shakespeare, docs/log.md) and 524,288 at 2.2 billion (nanochat's tuned depth 12)."""
+    exponent = math.log(524_288 / 1024) / math.log(2.2e9 / 2.6e5)
+    return 2 ** round(math.log2(max(1024 * (horizon / 2.6e5) ** exponent, 1)))
+
+
+def _by_width(rate: float, width: int) -> float:
+    """A rate tuned at width 128."""
+    return round(rate * (128 / width) ** 0.5, 6)
+
+
+def _horizon(config: Config, architecture: ModelConfig, train_tokens: int, flops_per_second: float) -> float:
+    """Tokens the run is likely to see; where nothing limits it, should see."""
     train = config.train
-    wishes: list[float] = []
+    limits: list[float] = []
     if train.max_tokens:
-        wishes.append(train.max_tokens)
+        limits.append(train.max_tokens)
     if train.max_epochs:
-        wishes.append(train.max_epochs * train_tokens)
+        limits.append(train.max_epochs * train_tokens)
     if train.max_steps and isinstance(train.batch_tokens, int):
-        wishes.append(train.max_steps * train.batch_tokens)
-    return min(wishes, default=min(TOKENS_PER_PARAMETER * parameters, MAX_DEFAULT_EPOCHS * train_tokens))
+        limits.append(train.max_steps * train.batch_tokens)
+    if train.time_budget_s and flops_per_second:
+        cost = flops_per_token(architecture, train.context or architecture.max_position_embeddings)
+        limits.append(max(0.8 * train.time_budget_s * flops_per_second / cost, 1.0))
+    ideal = min(TOKENS_PER_PARAMETER * parameter_count(architecture), MAX_DEFAULT_EPOCHS * train_tokens)
+    return min(limits, default=ideal)
 
 
 def _horizon_reason(parameters: int, tokens: int, train_tokens: int) -> str:

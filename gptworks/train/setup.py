@@ -28,6 +28,7 @@ from gptworks.train.objectives import NextToken
 from gptworks.train.optim import make_optimizers, rate_factor
 from gptworks.train.state import State
 
+USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
 COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
 COMPILE_GAIN = 0.15  # of the step's time
 CALIBRATION_SECONDS = 3.0
@@ -64,12 +65,15 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
             )
     else:
         config, reasons, architecture = derive_shape(config, len(tokenizer))
-    config, more = derive_training(config, architecture, len(shards.train.tokens) - 1)
-    reasons |= more
     for split in (shards.train, shards.eval):
         check_ids(split, architecture.vocab_size, str(shards.path))
 
-    config, layout, more = _layout(config, architecture)
+    config, device, dtype, more = _machine(config)
+    reasons |= more
+    usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype, 0.1)
+    config, more = derive_training(config, architecture, len(shards.train.tokens) - 1, usual)
+    reasons |= more
+    config, layout, more = _layout(config, architecture, device, dtype)
     reasons |= more
     model = build.fresh(architecture, config.train.seed) if base is None else copy.deepcopy(base.model)
     train = config.train
@@ -107,8 +111,8 @@ def batch_rows(config: Config) -> int:
     return train.batch_tokens // train.context
 
 
-def _layout(config: Config, architecture: ModelConfig) -> tuple[Config, Layout, dict[str, str]]:
-    """Device, precision, threads, determinism and micro-batch."""
+def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[str, str]]:
+    """Device, precision, threads and determinism."""
     derived, train = Derived(), config.train
     device = runtime.device()
     threads = torch.get_num_threads() if train.threads is None else train.threads
@@ -130,15 +134,14 @@ def _layout(config: Config, architecture: ModelConfig) -> tuple[Config, Layout, 
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    micro = _micro_batch(config, architecture, device, dtype, derived)
-    return with_values(config, derived.values), Layout(device, dtype, micro), derived.reasons
+    return with_values(config, derived.values), device, dtype, derived.reasons
 
 
-def _micro_batch(
-    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype, derived: Derived
-) -> int:
+def _layout(
+    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Config, Layout, dict[str, str]]:
     """Rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would fit."""
-    train, element = config.train, dtype.itemsize
+    derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
     masked = config.data.mask_documents
     free = int(runtime.available_memory(device) * 0.9)
@@ -159,12 +162,13 @@ def _micro_batch(
                 f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
                 f"are free; train.micro_batch={fits} fits"
             )
-        return train.micro_batch
+        return config, Layout(device, dtype, train.micro_batch), {}
     cap = max(1, (16384 if device.type == "cpu" else 2**20) // train.context)  # larger gains nothing
     micro = max(1, min(wanted, fits, cap))
     if wanted > micro and train.batch_tokens != "full":  # equal micro-batches
         micro = -(-wanted // -(-wanted // micro))
-    return derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
+    derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
+    return with_values(config, derived.values), Layout(device, dtype, int(micro)), derived.reasons
 
 
 def _length(
@@ -229,8 +233,8 @@ def _steps_in_budget(
     steps = int((left - evaluations * eval_seconds - 1.0) * MARGIN / step_seconds)
     if steps < 1:
         raise UsageError(
-            f"train.time_budget_s={train.time_budget_s:g}: {runtime.process_seconds():.0f} s went into preparation and a "
-            f"step takes {duration(step_seconds)}; give more time or a smaller model"
+            f"train.time_budget_s={train.time_budget_s:g}: {runtime.process_seconds():.0f} s went into preparation "
+            f"and a step takes {duration(step_seconds)}; give more time or a smaller model"
         )
     return steps, f"{duration(left)} of {train.time_budget_s:g} s left, {1000 * step_seconds:.0f} ms a step"
 
@@ -248,10 +252,11 @@ def _rhythm(
     if compile == "auto":
         assert train.context
         tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
-        rate = 0.4 * runtime.matmul_rate(layout.device, layout.dtype, 0.1)
+        rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype, 0.1)
         expected = tokens * flops_per_token(architecture, train.context) / rate
         pays = expected * COMPILE_GAIN > COMPILE_SECONDS and train.batch_tokens != "full" and _can_compile(layout)
-        why = f"about {duration(expected)} of training; compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
+        cost = f"compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
+        why = f"about {duration(expected)} of training; {cost}"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
         raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")
