@@ -7,7 +7,6 @@ Beside each key stands whether a run that exists may continue with another value
 """
 
 import difflib
-import math
 import re
 import types
 from collections.abc import Iterator
@@ -80,7 +79,9 @@ class Data(Section):
         None, "share of the text held out"
     )
     eval_bytes: Count | None = fixed(None, "at most so many bytes of validation text")
-    invalid_utf8: Literal["replace", "error"] = fixed("replace", "bytes that are not UTF-8: U+FFFD and counted, or stop")
+    invalid_utf8: Literal["replace", "error"] = fixed(
+        "replace", "bytes that are not UTF-8: U+FFFD and counted, or stop"
+    )
     mask_documents: bool = fixed(False, "attention stays within a document, positions restart with it")
     shards: str | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
 
@@ -91,8 +92,12 @@ class Tokenizer(Section):
     vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] = fixed(
         4096, "BPE vocabulary, the 256 bytes and the reserved tokens included"
     )
-    pattern: Literal["gpt-2", "llama-bpe", "qwen2"] = fixed("qwen2", "how text is split before BPE, by llama.cpp's name")
-    sample_bytes: Count = fixed(16_000_000, "BPE is trained on a sample of at most so many bytes, spread over the corpus")
+    pattern: Literal["gpt-2", "llama-bpe", "qwen2"] = fixed(
+        "qwen2", "how text is split before BPE, by llama.cpp's name"
+    )
+    sample_bytes: Count = fixed(
+        16_000_000, "BPE is trained on a sample of at most so many bytes, spread over the corpus"
+    )
 
 
 class Model(Section):
@@ -200,7 +205,9 @@ class Config(Section):
         if self.model.path and (beside := _differing(self.model) - {"path", "dropout"}):
             raise ValueError(f"model.path={self.model.path[:80]} brings its own shape; remove model.{min(beside)}")
         if self.model.path and (beside := _differing(self.tokenizer)):
-            raise ValueError(f"model.path={self.model.path[:80]} brings its own tokenizer; remove tokenizer.{min(beside)}")
+            raise ValueError(
+                f"model.path={self.model.path[:80]} brings its own tokenizer; remove tokenizer.{min(beside)}"
+            )
         if self.train.batch_tokens == "full" and self.train.max_tokens:
             raise ValueError("train.batch_tokens=full counts epochs: use train.max_epochs in place of train.max_tokens")
         return self
@@ -290,7 +297,12 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             raise UsageError(f"{key}: {name} is a value, not a section")
         node = child
     field = keys().get(key)
-    if isinstance(value, str) and field is not None and _takes_list(field.annotation) and not _takes_text(field.annotation):
+    if (
+        isinstance(value, str)
+        and field is not None
+        and _takes_list(field.annotation)
+        and not _takes_text(field.annotation)
+    ):
         value = [part for part in value.split(",") if part]
     node[last] = value
 
@@ -312,7 +324,9 @@ def _explain(error: ValidationError | RecursionError) -> str:
         return "nested too deeply"
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if isinstance(part, (str, int))]
-    key = ".".join(part for part in path if not part.startswith(("function-", "constrained-", "literal[", "list[", "tuple[")))
+    key = ".".join(
+        part for part in path if not part.startswith(("function-", "constrained-", "literal[", "list[", "tuple["))
+    )
     known = keys()
     sections = [name for name in Config.model_fields if name != "stages"]
     if first["type"] == "extra_forbidden":
@@ -324,7 +338,9 @@ def _explain(error: ValidationError | RecursionError) -> str:
         key = key.rpartition(".")[0]  # drop pydantic's union member names
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if key in known:
-        alternatives = [e["msg"] for e in error.errors() if e["loc"][: key.count(".") + 1] == first["loc"][: key.count(".") + 1]]
+        alternatives = [
+            e["msg"] for e in error.errors() if e["loc"][: key.count(".") + 1] == first["loc"][: key.count(".") + 1]
+        ]
         message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in alternatives))
         return f"{key}={_shown(first['input'])}: {message[0].lower() + message[1:]}"
     return f"{key}: {message}" if key else message
@@ -398,7 +414,7 @@ def read_resolved(path: Path) -> tuple[Config, dict[str, Any]]:
     """Reads a run's config.yaml back: the resolved Config, and what was asked."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        asked = tree.pop("asked")
+        asked = tree.pop("asked") or {}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a run's configuration ({error}); start over with --fresh") from error
     return build(tree, str(path)), asked

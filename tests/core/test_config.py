@@ -1,0 +1,282 @@
+"""Configuration fails closed: whatever is typed gives a checked Config or one line that names the key."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptworks.core import config
+from gptworks.core.errors import DataError, UsageError
+
+KEYS = list(config.keys())
+
+
+def refused(overrides: Any, *words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        config.load("laptop", overrides)
+    assert caught.value.code == 64
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("train.max_step", "train.max_steps"),
+        ("train.learning_rat", "train."),
+        ("trian", "train"),
+        ("data.text_colum", "data.text_column"),
+        ("max_steps", "train.max_steps"),
+        ("train.dropout", "model.dropout"),
+        ("model.d_model", "model."),
+    ],
+)
+def test_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
+    refused([f"{key}=1"], "unknown key", key, f"did you mean {nearest}")
+
+
+def test_misspelt_key_in_a_file_names_the_file_and_the_nearest(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train: {max_stesp: 5}\n")
+    with pytest.raises(UsageError, match=r"mine\.yaml: unknown key 'train.max_stesp': did you mean train.max_steps"):
+        config.load(str(recipe))
+
+
+IMPOSSIBLE: list[tuple[str, Any]] = [
+    ("train.lr", "yes"),
+    ("train.lr", "nan"),
+    ("train.lr", math.nan),
+    ("train.lr", math.inf),
+    ("train.lr", -1e-3),
+    ("train.lr", True),
+    ("train.lr", "1e999"),
+    ("train.lr", 10**5000),
+    ("train.max_steps", 0),
+    ("train.max_steps", -5),
+    ("train.max_steps", 1.5),
+    ("train.max_steps", "1.5"),
+    ("train.max_steps", True),
+    ("train.max_steps", [1]),
+    ("train.max_steps", "٣"),
+    ("train.max_steps", "9" * 5000),
+    ("train.max_steps", "x" * 10_000),
+    ("train.seed", -1),
+    ("train.seed", 10**16),
+    ("train.betas", "0.9"),
+    ("train.betas", "0.9,1.5"),
+    ("train.batch_tokens", "half"),
+    ("train.precision", "fp8"),
+    ("train.context", 1),
+    ("model.dropout", 1),
+    ("model.depth", 0),
+    ("tokenizer.vocab_size", 100),
+    ("tokenizer.kind", "word"),
+    ("data.train", {"a": 1}),
+    ("data.train", "\udcff"),
+    ("model.path", "\udcff"),
+    ("data.mask_documents", "perhaps"),
+    ("stages", "train,fly"),
+    ("generate.prompts", 5),
+]
+
+
+@pytest.mark.parametrize("key, value", IMPOSSIBLE, ids=[f"{n}-{row[0]}" for n, row in enumerate(IMPOSSIBLE)])
+def test_impossible_value_names_its_key(key: str, value: Any) -> None:
+    refused({key: value}, key)
+
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([10**5000, -(10**5000), 10**18, 2**63, 2**64]),
+    st.floats(),
+    st.text(max_size=20),
+    st.text(alphabet="0123456789.eE+-_kMBGT٣１ ", max_size=12),
+    st.sampled_from(
+        ["yes", "null", "nan", "-inf", "[", "{", "[1", "{a: b}", "&a", "*a", "\x00", "\ud800", "x" * 10_000]
+    ),
+    st.lists(st.one_of(st.integers(), st.text(max_size=3), st.none(), st.lists(st.none(), max_size=2)), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.binary(max_size=4),
+)
+NAMES = st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS), st.sampled_from(["train", "stages", "", ".", "a.b.c"]), st.text(max_size=8))  # fmt: skip
+
+
+@given(st.dictionaries(NAMES, HOSTILE, min_size=1, max_size=3))
+@settings(max_examples=500, deadline=None)
+def test_any_values_give_a_config_or_one_line(overrides: dict[str, Any]) -> None:
+    try:
+        made = config.load("laptop", overrides)
+    except UsageError as error:
+        assert len(str(error)) < 1000
+    else:
+        assert isinstance(made, config.Config)
+        for key, field in config.keys().items():
+            value = config.get(made, key)
+            assert not isinstance(value, float) or math.isfinite(value), field
+
+
+@given(st.lists(st.builds("{}={}".format, NAMES, st.text(max_size=20)) | st.text(max_size=10), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_any_command_line_gives_a_config_or_one_line(overrides: list[str]) -> None:
+    try:
+        config.load("laptop", overrides)
+    except UsageError as error:
+        assert len(str(error)) < 1000
+
+
+@given(st.text(max_size=200) | st.text(alphabet="{}[]:,-&*!|>'\"# \n\tab1", max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_any_recipe_file_gives_a_config_or_one_line(text: str) -> None:
+    try:
+        tree = config._parse(text, "recipe")
+        if isinstance(tree, dict):
+            config.build(tree, "recipe")
+    except UsageError as error:
+        assert "recipe" in str(error)
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "a: " * 5000, "- 1\n- 2\n", "train: {lr: " + "9" * 5000 + "}", "\x00", "a: !!python/object:os.system x"], ids=range(6))  # fmt: skip
+def test_hostile_recipe_file_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError, match="mine.yaml"):
+        config.load(str(recipe))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["nothere.yaml", "a\0b.yaml", "x" * 5000 + ".yaml", "shakespear_char", "laptop.json"], ids=range(5)
+)
+def test_unknown_recipe_is_a_usage_error(recipe: str) -> None:
+    with pytest.raises(UsageError):
+        config.load(recipe)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'shakespeare_char'"):
+        config.load("shakespear_char")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("10M", 10_000_000), ("2.5M", 2_500_000), ("3k", 3000), ("1_000", 1000), ("1e5", 100_000), ("12", 12)],
+)
+def test_counts_take_units(text: str, expected: int) -> None:
+    made = config.load(None, [f"train.max_tokens={text}"]).train.max_tokens
+    assert made == expected and type(made) is int
+
+
+@pytest.mark.parametrize("text, expected", [("3e-4", 3e-4), ("0.001", 0.001), ("1", 1.0), ("0", 0.0)])
+def test_rates_take_exponents(text: str, expected: float) -> None:
+    assert config.load(None, [f"train.lr={text}"]).train.lr == expected
+
+
+def test_yaml_reads_an_exponent_without_a_dot_as_a_number(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {lr: 3e-4, max_tokens: 10M}\n")  # YAML 1.1 takes 3e-4 for text
+    made = config.load(str(recipe))
+    assert (made.train.lr, made.train.max_tokens) == (3e-4, 10_000_000)
+
+
+def test_overrides_beat_the_recipe_and_the_last_one_wins() -> None:
+    made = config.load("laptop", ["tokenizer.vocab_size=2000", "tokenizer.vocab_size=3000", "model.parameters=null"])
+    assert made.tokenizer.vocab_size == 3000
+    assert made.model.parameters is None
+    assert config.load(None, ["train.tensorboard=false"]).train.tensorboard is False
+    assert config.load(None, ["generate.prompts=[]"]).generate.prompts == []
+    assert made.model.family == "qwen3"  # the recipe's other keys stay
+
+
+def test_list_overrides_take_commas_or_brackets() -> None:
+    made = config.load(None, ["train.betas=0.8,0.99", "stages=train,report", 'generate.prompts=["a, b", "c"]'])
+    assert made.train.betas == (0.8, 0.99)
+    assert made.stages == ["train", "report"]
+    assert made.generate.prompts == ["a, b", "c"]
+    assert config.load(None, ["data.train=[a.txt, b.txt]"]).data.train == ["a.txt", "b.txt"]
+
+
+def test_model_is_short_for_model_path() -> None:
+    assert config.load(None, ["model=some/folder"]).model.path == "some/folder"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.depth=4", "model.parameters=1M"],
+        ["model=x", "model.hidden_size=64"],
+        ["model=x", "tokenizer.vocab_size=500"],
+        ["train.batch_tokens=full", "train.max_tokens=1M"],
+    ],
+)
+def test_contradicting_keys_are_refused(overrides: list[str]) -> None:
+    with pytest.raises(UsageError):
+        config.load(None, overrides)
+
+
+def test_every_builtin_recipe_loads() -> None:
+    assert "laptop" in config.recipe_names()
+    for name in config.recipe_names():
+        config.load(name)
+
+
+def round_trip(made: config.Config, path: Path, reasons: dict[str, str]) -> None:
+    path.write_text(config.dump(made, made, reasons), encoding="utf-8")
+    resolved, asked = config.read_resolved(path)
+    assert resolved == made
+    assert config.build(asked, "asked") == made
+    assert config.changes(asked, made) == []
+
+
+@pytest.mark.parametrize("recipe", config.recipe_names())
+def test_dump_reads_back_equal(recipe: str, tmp_path: Path) -> None:
+    round_trip(config.load(recipe), tmp_path / "config.yaml", {"train.seed": "because: # 'so'"})
+
+
+def test_dump_of_defaults_reads_back_equal(tmp_path: Path) -> None:
+    round_trip(config.load(None), tmp_path / "config.yaml", {})
+
+
+def test_dump_of_a_run_from_a_model_folder_reads_back_equal(tmp_path: Path) -> None:
+    """It spells out tokenizer and model keys that beside model.path may not be set."""
+    round_trip(config.load(None, ["model=some/folder", "model.dropout=0.2"]), tmp_path / "config.yaml", {})
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(
+    separator=TEXT.filter(bool),
+    prompts=st.lists(TEXT | st.text(alphabet="\n 'a\":#-[]{}\t1", max_size=8), max_size=3),
+    lr=st.floats(0, 1e29),
+    seed=st.integers(0, 10**15),
+)
+@settings(max_examples=200, deadline=None)
+def test_dump_reads_back_equal_for_any_text(
+    tmp_path_factory: pytest.TempPathFactory, separator: str, prompts: list[str], lr: float, seed: int
+) -> None:
+    tree = {"data": {"separator": separator}, "generate": {"prompts": prompts}, "train": {"lr": lr, "seed": seed}}
+    round_trip(config.build(tree, "test"), tmp_path_factory.getbasetemp() / "config.yaml", {})
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"a: 1", b"asked: [", b"\xff\xfe", b"asked: {}\nnope: 1"])
+def test_damaged_config_of_a_run_is_reported(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    with pytest.raises((DataError, UsageError), match="config.yaml"):
+        config.read_resolved(path)
+
+
+def test_changes_lists_fixed_keys_alone() -> None:
+    old = {"train": {"lr": 1e-3, "log_every": 5}, "data": {"train": "a.txt"}}
+    new = config.load(None, ["train.lr=2e-3", "train.log_every=7", "data.train=a.txt", "train.checkpoint_every=9"])
+    assert config.changes(old, new) == [("train.lr", 1e-3, 2e-3)]
+
+
+def test_a_default_spelled_out_is_no_change() -> None:
+    assert config.changes({}, config.load(None, ["train.seed=1", "tokenizer.kind=bpe"])) == []

@@ -1,0 +1,180 @@
+"""A folder either has its name, its manifest and all its files, or it is not there."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptworks.core import folder, runtime
+from gptworks.core.errors import DataError, RunMismatch, StorageError
+
+
+def make(path: Path, text: str = "hello") -> None:
+    with folder.commit(path, {"kind": "test"}) as aside:
+        (aside / "a.txt").write_text(text)
+        (aside / "inner").mkdir()
+        (aside / "inner" / "b.bin").write_bytes(bytes(range(256)))
+
+
+def test_commit_makes_a_folder_that_verifies(tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    manifest = folder.verify(tmp_path / "x")
+    assert manifest["kind"] == "test"
+    assert set(manifest["files"]) == {"a.txt", "inner/b.bin"}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_commit_replaces_a_folder_whole(tmp_path: Path) -> None:
+    make(tmp_path / "x", "old")
+    with folder.commit(tmp_path / "x") as aside:
+        (aside / "c.txt").write_text("new")
+    assert sorted(os.listdir(tmp_path / "x")) == ["c.txt", folder.MANIFEST]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), DataError("bad row")])
+def test_failure_inside_leaves_the_old_folder_and_no_leftovers(tmp_path: Path, error: BaseException) -> None:
+    make(tmp_path / "x", "old")
+    with pytest.raises(type(error)), folder.commit(tmp_path / "x") as aside:
+        (aside / "a.txt").write_text("half")
+        raise error
+    folder.verify(tmp_path / "x")
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_failure_inside_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), folder.commit(tmp_path / "x") as aside:
+        (aside / "a.txt").write_text("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace", "mkdir"])
+def test_full_disk_is_a_storage_error_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    make(tmp_path / "x", "old")
+
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(StorageError, match="disk is full") as caught:
+            make(tmp_path / "x", "new")
+    assert caught.value.code == 74
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    folder.verify(tmp_path / "x")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_failure_of_the_last_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "x", "old")
+    rename, calls = os.rename, []
+
+    def second_fails(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "I/O error")
+        rename(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", second_fails)
+        with pytest.raises(StorageError):
+            make(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def dead_process() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path: Path) -> None:
+    number = dead_process()
+    make(tmp_path / f".x.old.{number}.tmp", "old")  # killed between the two renames
+    make(tmp_path / f".x.{number}.tmp", "new")
+    with pytest.raises(RuntimeError), folder.commit(tmp_path / "x"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+
+
+def test_a_folder_another_process_is_filling_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / f".x.{os.getppid()}.tmp"
+    theirs.mkdir()
+    make(tmp_path / "x")
+    assert theirs.is_dir()
+
+
+def test_write_text_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    folder.write_json(path, {"a": 1})
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError):
+            folder.write_json(path, {"a": 2})
+    assert folder.read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def truncate(path: Path) -> None:
+    (path / "inner" / "b.bin").write_bytes(bytes(range(255)))
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "inner" / "b.bin").read_bytes())
+    data[100] ^= 1
+    (path / "inner" / "b.bin").write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    (path / "inner" / "b.bin").unlink()
+
+
+@pytest.mark.parametrize("damage, word", [(truncate, "255 bytes"), (flip, "SHA-256"), (remove, "missing")])
+def test_verify_names_the_damaged_file(tmp_path: Path, damage: Any, word: str) -> None:
+    make(tmp_path / "x")
+    damage(tmp_path / "x")
+    with pytest.raises(DataError, match=rf"b\.bin: .*{word}"):
+        folder.verify(tmp_path / "x")
+    folder.verify(tmp_path / "x", ["a.txt"])  # the other file is fine
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"files": []}', '{"files": {"a.txt": 5}}', '{"files": {"a.txt": {}}}', "[" * 100_000],
+    ids=range(8),
+)
+def test_broken_manifest_is_a_data_error(tmp_path: Path, text: str) -> None:
+    make(tmp_path / "x")
+    (tmp_path / "x" / folder.MANIFEST).write_text(text)
+    with pytest.raises(DataError, match=folder.MANIFEST):
+        folder.verify(tmp_path / "x")
+
+
+def test_missing_manifest_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        folder.verify(tmp_path)
+
+
+def test_a_held_run_refuses_a_second_process_and_is_free_again_afterwards(tmp_path: Path) -> None:
+    with (
+        runtime.hold(tmp_path / "run"),
+        pytest.raises(RunMismatch, match="another process"),
+        runtime.hold(tmp_path / "run"),
+    ):
+        pass
+    with runtime.hold(tmp_path / "run"):
+        pass
