@@ -32,8 +32,10 @@ class Batch:
         if device.type == "cpu":
             return self
         pin = device.type == "cuda"  # a pinned copy does not wait for the transfer
-        move = [(t.pin_memory() if pin else t).to(device, non_blocking=True) if t is not None else None
-                for t in (self.tokens, self.targets, self.weights, self.segments)]
+        move = [
+            (t.pin_memory() if pin else t).to(device, non_blocking=True) if t is not None else None
+            for t in (self.tokens, self.targets, self.weights, self.segments)
+        ]
         return Batch(move[0], move[1], move[2], move[3])  # type: ignore[arg-type]
 
     def rows(self, size: int) -> Iterator["Batch"]:

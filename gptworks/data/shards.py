@@ -143,7 +143,9 @@ def open_shards(path: Path, verified: bool = False) -> Shards:
 
 def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
     """Raises DataError if the stream has an id the model has no row for."""
-    largest = max((int(stream.tokens[i : i + 10_000_000].max()) for i in range(0, len(stream.tokens), 10_000_000)), default=0)
+    largest = max(
+        (int(stream.tokens[i : i + 10_000_000].max()) for i in range(0, len(stream.tokens), 10_000_000)), default=0
+    )
     if largest >= vocab_size:
         raise DataError(f"{what}: token id {largest} is beyond the model's vocabulary of {vocab_size}")
 
@@ -175,7 +177,9 @@ def _reason_to_rewrite(path: Path, settings: dict[str, Any], source: Source, eva
         old = manifest.get("settings") or {}
         changed = [key for key in settings if old.get(key) != settings[key]]
         return f"{', '.join(changed)} changed"
-    if manifest["sources"] != _stamps(source, eval_source) and manifest["source_sha256"] != _hashes(source, eval_source):
+    if manifest["sources"] != _stamps(source, eval_source) and manifest["source_sha256"] != _hashes(
+        source, eval_source
+    ):
         return "the text changed"
     return None
 
@@ -193,13 +197,16 @@ def _survey(source: Source, few: int) -> tuple[list[int], int]:
     return draws, characters
 
 
-def _splitter(data: Data, source: Source, eval_source: Source | None) -> tuple[Callable[[Findings, Progress | None], Iterator[tuple[Piece, bool]]], str]:
+def _splitter(
+    data: Data, source: Source, eval_source: Source | None
+) -> tuple[Callable[[Findings, Progress | None], Iterator[tuple[Piece, bool]]], str]:
     """A function that streams (piece, is it validation?), and how the split was made in words."""
 
     def stream(findings: Findings, progress: Progress | None) -> Iterator[Piece]:
         return source.pieces(findings, progress.add if progress else lambda count: None)
 
     if eval_source is not None:
+
         def separate(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
             yield from ((piece, False) for piece in stream(findings, progress))
             left = data.eval_bytes or 2**63
@@ -212,7 +219,9 @@ def _splitter(data: Data, source: Source, eval_source: Source | None) -> tuple[C
                 left -= size
                 yield piece, True
 
-        return separate, f"validation: {data.eval}" + (f", its first {data.eval_bytes:,} bytes" if data.eval_bytes else "")
+        return separate, f"validation: {data.eval}" + (
+            f", its first {data.eval_bytes:,} bytes" if data.eval_bytes else ""
+        )
 
     fraction = data.eval_fraction or min(HELD_OUT, HELD_OUT_BYTES / max(source.size, 1))
     if data.eval_bytes:
@@ -322,8 +331,10 @@ def _refuse_empty(splits: dict[str, dict[str, int]], data: Data) -> None:
     for name, facts in splits.items():
         if facts["tokens"] < 2:
             where = data.train if name == "train" or not data.eval else data.eval
-            hint = "; every document may be the same, or data.eval_fraction too large" if name == "train" else (
-                "; give data.eval a file, or a larger data.eval_fraction"
+            hint = (
+                "; every document may be the same, or data.eval_fraction too large"
+                if name == "train"
+                else ("; give data.eval a file, or a larger data.eval_fraction")
             )
             raise DataError(f"{where}: no text for the {name} split{hint}")
 

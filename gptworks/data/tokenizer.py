@@ -55,9 +55,11 @@ class Tokenizer:
             token = token.get("content")
         if not token:
             return None
-        found = self.backend.token_to_id(token)
+        found = self.backend.token_to_id(token) if isinstance(token, str) else None
         if found is None:
-            raise DataError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
+            raise DataError(
+                f"tokenizer_config.json names {str(token)[:80]!r} as {name}, which tokenizer.json does not have"
+            )
         return found
 
     # -- what a document is --------------------------------------------------------------------------------------
@@ -109,10 +111,9 @@ class Tokenizer:
         """
         text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is not text
         if control:
+            self._check_characters(text)
             self.backend.encode_special_tokens = False
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-            self._check_characters(text, ids)
-            return ids
+            return self.backend.encode(text, add_special_tokens=False).ids
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -150,13 +151,13 @@ class Tokenizer:
         assert self._characters is not None
         points, ids = self._characters
         given = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        place = np.minimum(np.searchsorted(points, given), len(points) - 1)
-        unknown = points[place] != given
+        place = np.searchsorted(points, given, side="right") - 1  # -1, the largest, where `given` is below all
+        unknown = points[place] != given if len(points) else np.ones(len(given), dtype=bool)
         if unknown.any():
             raise self._unknown(sorted({chr(c) for c in given[unknown][:100_000]}))
         return ids[place]
 
-    def _check_characters(self, text: str, ids: list[int]) -> None:
+    def _check_characters(self, text: str) -> None:
         if self._characters is not None:
             rest = text
             for token in self.control_tokens:
@@ -210,12 +211,15 @@ class Tokenizer:
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, pattern: str) -> "Tokenizer":
         """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2): the 256 bytes, the reserved tokens, merges."""
         backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        if pattern == "gpt-2":  # ByteLevel's own rule; spelled out as a Split, other software does not know it
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        else:
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

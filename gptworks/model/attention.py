@@ -11,7 +11,12 @@ from gptworks.model.config import ModelConfig
 
 
 class Linear(nn.Linear):
-    """Keeps its weight in full precision and multiplies in the precision of its input."""
+    """Keeps its weight in full precision and multiplies in the precision of its input.
+
+    Like every module here it starts unset: values come from `Transformer.initialise` or from a file.
+    """
+
+    def reset_parameters(self) -> None: ...
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None else None

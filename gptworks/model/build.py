@@ -34,22 +34,9 @@ class Loaded:
 
 def fresh(config: ModelConfig, seed: int) -> Transformer:
     """A new model with initial weights that are a function of `seed` and the shape."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to_empty(device="cpu")
-    _restore_constants(model)
+    model = Transformer(config)
     model.initialise(seed)
     return model
-
-
-def _restore_constants(model: Transformer) -> None:
-    config = model.config
-    if config.positions == "sinusoidal":
-        model.model.register_buffer(
-            "sinusoids", sinusoids(config.max_position_embeddings, config.hidden_size), persistent=False
-        )
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def load(path: str | Path, dropout: float | None = None) -> Loaded:
@@ -78,10 +65,9 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
         config = replace(config, positions="sinusoidal")
     if dropout is not None:
         config = config.with_dropout(dropout)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer(config)
     assign(model, FAMILIES[config.family].read_weights(weights, config), str(path))
-    _restore_constants(model)
+    model.tie()
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     return Loaded(path, model.eval(), tokenizer, stop_ids(path, tokenizer), lineage)
 

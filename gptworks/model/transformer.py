@@ -15,6 +15,12 @@ from gptworks.model.config import ModelConfig
 from gptworks.model.mlp import MLP
 
 
+class Embedding(nn.Embedding):
+    """A table of rows, unset at first."""
+
+    def reset_parameters(self) -> None: ...
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -41,9 +47,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.positions == "sinusoidal":
             table = sinusoids(config.max_position_embeddings, config.hidden_size)
             self.register_buffer("sinusoids", table, persistent=False)
@@ -60,7 +66,11 @@ class Transformer(nn.Module):
         self.dtype = torch.float32  # of the computation; parameters stay as they are
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the head the input embedding, where the two are one matrix."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:

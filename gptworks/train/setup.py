@@ -130,7 +130,8 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
         on = derived.choose("train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU")
     else:
         on = train.deterministic
-    torch.use_deterministic_algorithms(bool(on), warn_only=device.type != "cpu")
+    # use_deterministic_algorithms also imports the compiler, three seconds; `_rhythm` calls it where we compile.
+    torch.set_deterministic_debug_mode(("default", "warn", "error")[(1 + (device.type == "cpu")) if on else 0])
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -260,6 +261,8 @@ def _rhythm(
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
         raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")
+    if compile and train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=layout.device.type != "cpu")
     return with_values(config, derived.values), replace(layout, compile=bool(compile)), derived.reasons
 
 
