@@ -1,6 +1,7 @@
 """The command line: parse, call one stage, print. Standard output carries results, standard error all else."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gptworks.core.errors import GptworksError, UsageError
+from gptworks.core.errors import DataError, GptworksError, UsageError
 from gptworks.core.log import console
 
 app = typer.Typer(
@@ -21,9 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[
-    str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)
-]
+Recipe = Annotated[str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings as key=value, for example train.max_steps=100.", show_default=False),
@@ -47,8 +46,6 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
         _fail("stopped by Ctrl-C; run the same command to continue", 75, debug)
     except MemoryError:
         _fail("out of memory; use a smaller model, context or micro-batch", 77, debug)
-    except BrokenPipeError:
-        raise SystemExit(0) from None
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 74, debug)
     except Exception as error:
@@ -68,7 +65,16 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 
 def _print(result: Any, as_json: bool, lines: Callable[[Any], str]) -> None:
-    print(json.dumps(result, ensure_ascii=False) if as_json else lines(result), flush=True)
+    _put((json.dumps(result, ensure_ascii=False) if as_json else lines(result)) + "\n")
+
+
+def _put(text: str) -> None:
+    """Writes a result to standard output; a reader who has seen enough (`| head -1`) is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None, fresh: bool, as_json: bool,
@@ -89,7 +95,7 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
 
     printed = _do(work, debug)
     if printed:
-        print(printed, flush=True)
+        _put(printed + "\n")
 
 
 def _dry_run(config: Any, as_json: bool) -> str:
@@ -133,7 +139,7 @@ def train(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: F
 def evaluate(
     folder: Folder,
     data: Annotated[str, typer.Option(help="Text to score: file, folder, glob or built-in name.")],
-    context: Annotated[int | None, typer.Option(help="Block length in tokens; default the model's.")] = None,
+    context: Annotated[int | None, typer.Option(help="Block length in tokens; default the model's.", min=1)] = None,
     stride: Annotated[int | None, typer.Option(help="Slide windows by so many tokens; default: blocks.")] = None,
     batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
@@ -191,9 +197,12 @@ def generate(
             raise UsageError("give --prompt TEXT or --prompts FILE")
         how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
         if prompts is not None:
-            texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
+            try:
+                texts = [line for line in prompts.read_text(encoding="utf-8").split("\n") if line]
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{prompts}: cannot read the prompts: {error}") from None
         else:
-            texts = [prompt or ""]
+            texts = [(prompt or "").encode("utf-8", "replace").decode("utf-8")]  # a terminal may send broken bytes
         options: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_eos": ignore_eos}
         if json:
             results = lifecycle.generate(folder, texts, how, max_new_tokens, **options)
@@ -201,13 +210,11 @@ def generate(
         engine = lifecycle.engine_of(folder)
         for text in texts:
             made = Generation(text)
-            print(text, end="", flush=True)
+            _put(text)
             for part in engine.stream(text, how, max_new_tokens, result=made, **options):
-                print(part, end="", flush=True)
-            print(flush=True)
-            console.say(
-                f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]"
-            )
+                _put(part)
+            _put("\n")
+            console.say(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]")
         return None
 
     result = _do(work, debug)
@@ -256,8 +263,7 @@ def recipes(json: Json = False) -> None:
     from gptworks.core import config as configuration
 
     found = {
-        name: configuration.recipe_text(name).splitlines()[0].lstrip("# ")
-        for name in configuration.recipe_names()
+        name: configuration.recipe_text(name).splitlines()[0].lstrip("# ") for name in configuration.recipe_names()
     }
     _print(found, json, lambda rows: "\n".join(f"{name:<18}{text}" for name, text in rows.items()))
 
@@ -285,11 +291,10 @@ def main() -> None:
     """The console script. A wrong option is exit code 64, as every usage error."""
     try:
         app(standalone_mode=False)
-    except SystemExit:
-        raise
     except Exception as error:  # typer's own: unknown command or option, missing argument
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
         if type(error).__name__ in ("Abort", "Exit"):
             raise SystemExit(getattr(error, "exit_code", 75)) from None
-        print(f"error: {message or type(error).__name__} (gptworks --help)", file=sys.stderr)
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {error.format_message() or type(error).__name__} (gptworks --help)", file=sys.stderr)
         raise SystemExit(64) from None

@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = "the king and queen walked slowly over old stones, singing of rain; nobody answered. Where? There!".split()
+WORDS = "the king and queen walked slowly over old stones, singing of rain; nobody answered. Where?".split()  # noqa: SIM905
 
 # Dropout is on, so that a comparison of two runs also compares random state.
 TINY: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Batches: order, shuffling and packing are pure functions of (seed, epoch, index), so a loader's state is two integers.
+"""Batches: order, shuffling and packing are pure functions of (seed, epoch, index), so the state is two integers.
 
 Each epoch, long documents are cut into pieces of the context length at an offset of that epoch's own; short pieces are
 packed into rows by best fit; the rows are shuffled. Every token is predicted exactly once an epoch.

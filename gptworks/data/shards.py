@@ -228,6 +228,8 @@ def _splitter(
         fraction = min(fraction, data.eval_bytes / max(source.size, 1))
     few = math.ceil(min(FEW / min(fraction, 1 - fraction), 1e6))
     draws, characters = _survey(source, few)
+    if not draws:
+        raise DataError(f"{data.train}: no text")
 
     if len(draws) == 1:
         boundary = int(characters * (1 - fraction))

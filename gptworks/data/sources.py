@@ -152,7 +152,7 @@ def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
     """The file's bytes, unpacked, a few megabytes at a time; refuses what is not text."""
     try:
         with open(path, "rb") as raw:
-            stream: IO[bytes] = gzip.open(raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[assignment]
+            stream: IO[bytes] = gzip.open(raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[assignment]  # noqa: SIM115
             done, first = 0, True
             while block := stream.read(PIECE):
                 if first and b"\0" in block[:65536]:

@@ -41,13 +41,14 @@ class Tokenizer:
         backend.no_truncation()
         self.eos_id = self._named("eos_token")
         self.bos_id = self._named("bos_token")
+        self._size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._state = json.loads(backend.to_str())
         self._fast: Any = None
         self._characters = self._character_table()
 
     def __len__(self) -> int:
         """One more than the largest id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._size
 
     def _named(self, name: str) -> int | None:
         token = self.config.get(name)
@@ -277,7 +278,8 @@ def _gigatoken(state: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
         return None
     backend = Backend.from_str(json.dumps(state))
     backend.encode_special_tokens = True
-    trial = "It's 12345 words:\r\n\n  déjà vu, 红楼梦! \t<|endoftext|><|im_start|>user\n 'Ve x_1 += ﬁn\u0301 🎉👩‍👧 \u00a0\u3000end "
+    trial = "It's 12345 words:\r\n\n  déjà vu, 红楼梦! \t<|endoftext|><|im_start|>user\n 'Ve x_1 "
+    trial += "+= ﬁn\u0301 🎉👩‍👧 \u00a0\u3000end "
     try:
         same = backend.encode(trial, add_special_tokens=False).ids == list(encode(trial))
     except Exception:

@@ -94,8 +94,8 @@ HOSTILE = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
-    st.sampled_from([10**5000, -(10**5000), 10**18, 2**63, 2**64]),
-    st.floats(),
+    st.sampled_from([10**18, 2**63, 2**64]) | st.builds(lambda sign: sign * 10**5000, st.sampled_from([1, -1])),
+    st.floats(allow_subnormal=False),
     st.text(max_size=20),
     st.text(alphabet="0123456789.eE+-_kMBGT٣１ ", max_size=12),
     st.sampled_from(
@@ -105,11 +105,16 @@ HOSTILE = st.one_of(
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
     st.binary(max_size=4),
 )
-NAMES = st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS), st.sampled_from(["train", "stages", "", ".", "a.b.c"]), st.text(max_size=8))  # fmt: skip
+NAMES = st.one_of(
+    st.sampled_from(KEYS),
+    st.sampled_from(KEYS),
+    st.sampled_from(["train", "stages", "", ".", "a.b.c"]),
+    st.text(max_size=8),
+)
 
 
 @given(st.dictionaries(NAMES, HOSTILE, min_size=1, max_size=3))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_values_give_a_config_or_one_line(overrides: dict[str, Any]) -> None:
     try:
         made = config.load("laptop", overrides)
@@ -142,7 +147,18 @@ def test_any_recipe_file_gives_a_config_or_one_line(text: str) -> None:
         assert "recipe" in str(error)
 
 
-@pytest.mark.parametrize("text", ["[" * 10_000, "a: " * 5000, "- 1\n- 2\n", "train: {lr: " + "9" * 5000 + "}", "\x00", "a: !!python/object:os.system x"], ids=range(6))  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10_000,
+        "a: " * 5000,
+        "- 1\n- 2\n",
+        "train: {lr: " + "9" * 5000 + "}",
+        "\x00",
+        "a: !!python/object:os.system x",
+    ],
+    ids=range(6),
+)
 def test_hostile_recipe_file_is_a_usage_error(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(text)
@@ -253,10 +269,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 @given(
     separator=TEXT.filter(bool),
     prompts=st.lists(TEXT | st.text(alphabet="\n 'a\":#-[]{}\t1", max_size=8), max_size=3),
-    lr=st.floats(0, 1e29),
+    lr=st.floats(0, 1e29, allow_subnormal=False),
     seed=st.integers(0, 10**15),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_dump_reads_back_equal_for_any_text(
     tmp_path_factory: pytest.TempPathFactory, separator: str, prompts: list[str], lr: float, seed: int
 ) -> None:

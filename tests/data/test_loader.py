@@ -1,0 +1,228 @@
+"""Order and packing are pure functions of (seed, epoch); every token is predicted once."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptworks.data.loader import Batch, Cursor, Loader, Plan, best_fit, blocks, plan_epoch
+from gptworks.data.shards import Stream
+
+EOS = 0
+
+
+def stream_of(sizes: list[int]) -> Stream:
+    """Documents of so many tokens; every token but the start token is its own position, so that it can be found."""
+    total = sum(sizes)
+    tokens = np.arange(total, dtype=np.uint32)
+    starts = np.cumsum([0, *sizes[:-1]])
+    return Stream(tokens, starts.astype(np.int64), total)
+
+
+SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) >= 2)
+
+
+def pieces_of(plan: Plan) -> list[tuple[int, int]]:
+    return list(zip(plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+
+
+@given(sizes=SIZES, context=st.integers(2, 30), seed=st.integers(0, 5), epoch=st.integers(0, 5))
+@settings(max_examples=300, deadline=None)
+def test_every_position_is_an_input_once_an_epoch(sizes: list[int], context: int, seed: int, epoch: int) -> None:
+    stream = stream_of(sizes)
+    plan = plan_epoch(stream, context, seed, epoch)
+    covered = sorted(position for start, length in pieces_of(plan) for position in range(start, start + length))
+    assert covered == list(range(sum(sizes) - 1))
+    fill = [int(plan.lengths[a:b].sum()) for a, b in pairwise(plan.offsets)]
+    assert min(fill) > 0 and max(fill) <= context
+    assert plan.offsets[-1] == len(plan.starts)
+
+
+@given(sizes=SIZES, context=st.integers(2, 30))
+@settings(max_examples=200, deadline=None)
+def test_a_document_that_fits_a_row_is_never_cut(sizes: list[int], context: int) -> None:
+    stream = stream_of(sizes)
+    starts = stream.documents.tolist()
+    lengths = dict(zip(starts, sizes, strict=True))
+    lengths[starts[-1]] -= 1  # the last token has nothing to predict
+    plan = plan_epoch(stream, context, 1, 0)
+    found = pieces_of(plan)
+    for start, length in lengths.items():
+        if 0 < length <= context:
+            assert (start, length) in found
+    assert plan.cut_documents == sum(length > context for length in lengths.values())
+    for start, length in found:  # no piece crosses into the next document
+        begin = max(s for s in starts if s <= start)
+        assert start + length <= begin + lengths[begin]
+
+
+def test_an_epoch_is_a_function_of_seed_and_number() -> None:
+    stream = stream_of([5, 50, 17, 3, 90, 8] * 10)
+    same = plan_epoch(stream, 16, 7, 2), plan_epoch(stream, 16, 7, 2)
+    assert pieces_of(same[0]) == pieces_of(same[1])
+    assert same[0].offsets.tolist() == same[1].offsets.tolist()
+    others = [plan_epoch(stream, 16, 7, 3), plan_epoch(stream, 16, 8, 2)]
+    assert all(pieces_of(other) != pieces_of(same[0]) for other in others)
+
+
+def test_long_documents_are_cut_elsewhere_in_another_epoch() -> None:
+    stream = stream_of([1000])
+    cuts = [frozenset(plan_epoch(stream, 32, 1, epoch).starts.tolist()) for epoch in range(20)]
+    assert len(set(cuts)) > 10
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_best_fit_never_overfills_and_leaves_no_two_rows_that_would_fit_one(lengths: list[int]) -> None:
+    rows, count = best_fit(lengths, 20)
+    fill = np.bincount(rows, weights=lengths, minlength=count)
+    assert fill.max() <= 20 and fill.min() > 0 and len(fill) == count
+    half_empty = sorted(fill)[:2]
+    assert count == 1 or sum(half_empty) > 20
+
+
+def test_best_fit_packs_exactly_where_that_is_possible() -> None:
+    rows, count = best_fit([7, 3, 6, 4, 5, 5, 10], 10)
+    assert count == 4 and sorted(np.bincount(rows, weights=[7, 3, 6, 4, 5, 5, 10])) == [10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("median", [30, 150, 700])
+def test_packing_wastes_under_two_percent(median: int) -> None:
+    """Lengths as of real corpora: log-normal, from a line to many rows."""
+    draw = np.random.default_rng(0)
+    sizes = np.clip(draw.lognormal(np.log(median), 1.0, 3000), 4, 50_000).astype(int).tolist()
+    plan = plan_epoch(stream_of(sizes), 256, 1, 0)
+    assert 1 - plan.lengths.sum() / (len(plan) * 256) < 0.02
+
+
+def loader(sizes: list[int], context: int = 16, rows: int | None = 3, **options: object) -> Loader:
+    return Loader(stream_of(sizes), context, rows, 5, **options)  # type: ignore[arg-type]
+
+
+def rows_of(batch: Batch) -> list[tuple[list[int], list[int], list[float]]]:
+    return [
+        (batch.tokens[i].tolist(), batch.targets[i].tolist(), batch.weights[i].tolist())
+        for i in range(len(batch.tokens))
+    ]
+
+
+def test_a_batch_holds_inputs_their_next_tokens_and_no_more() -> None:
+    made = loader([5, 40, 9, 3, 70])
+    cursor, seen = Cursor(), []
+    while cursor.epoch == 0:
+        batch, cursor = made.take(cursor)
+        for tokens, targets, weights in rows_of(batch):
+            for token, target, weight in zip(tokens, targets, weights, strict=True):
+                if weight:
+                    assert (weight, target) == (1.0, token + 1)  # each token is its own position
+                    seen.append(token)
+                else:
+                    assert (token, target) == (0, 0)
+    first_epoch = 5 + 40 + 9 + 3 + 70 - 1
+    assert sorted(seen[:first_epoch]) == list(range(first_epoch))
+
+
+def straight(made: Loader, number: int) -> tuple[list[Batch], list[Cursor]]:
+    batches, cursors = [], [Cursor()]
+    for _ in range(number):
+        batch, cursor = made.take(cursors[-1])
+        batches.append(batch)
+        cursors.append(cursor)
+    return batches, cursors
+
+
+def test_from_any_cursor_on_the_sequence_is_that_of_a_straight_run() -> None:
+    sizes = [5, 40, 9, 3, 70, 22]
+    batches, cursors = straight(loader(sizes), 25)
+    assert cursors[-1].epoch >= 2
+    for start in range(25):
+        fresh = loader(sizes)  # another process
+        batch, after = fresh.take(cursors[start])
+        assert after == cursors[start + 1]
+        assert rows_of(batch) == rows_of(batches[start])
+
+
+def test_batch_size_changes_the_grouping_not_the_order() -> None:
+    sizes = [5, 40, 9, 3, 70, 22]
+    singles, _ = straight(loader(sizes, rows=1), 12)
+    groups, _ = straight(loader(sizes, rows=4), 3)
+    assert [row for batch in singles for row in rows_of(batch)] == [row for batch in groups for row in rows_of(batch)]
+
+
+def test_full_batches_are_whole_epochs() -> None:
+    made = loader([5, 40, 9, 3, 70], rows=None)
+    batches, cursors = straight(made, 3)
+    assert cursors == [Cursor(epoch, 0) for epoch in range(4)]
+    for epoch, batch in enumerate(batches):
+        assert len(batch.tokens) == len(made.plan(epoch))
+        assert batch.weights.sum() == 126
+
+
+def test_the_last_batch_of_the_last_epoch_is_short() -> None:
+    made = loader([5, 40, 9, 3, 70], rows=4, max_epochs=2)
+    total = made.rows_in(2)
+    assert total == len(made.plan(0)) + len(made.plan(1)) and total % 4
+    cursor, sizes, weight = Cursor(), [], 0.0
+    while cursor.epoch < 2:
+        batch, cursor = made.take(cursor)
+        sizes.append(len(batch.tokens))
+        weight += float(batch.weights.sum())
+    assert sizes == [4] * (total // 4) + [total % 4]
+    assert weight == 2 * 126
+    assert cursor == Cursor(2, 0)
+
+
+def test_rows_of_a_part_of_an_epoch() -> None:
+    made = loader([50] * 20)
+    whole = len(made.plan(0))
+    assert made.rows_in(1) == whole and made.rows_in(0.5) == round(whole / 2)
+    assert made.rows_in(1.25) == whole + round(len(made.plan(1)) / 4)
+
+
+def test_segments_number_the_pieces_of_a_row() -> None:
+    made = loader([5, 3, 4, 9, 2, 40], mask_documents=True)
+    starts = made.stream.documents.tolist()
+    batch, _ = made.take(Cursor())
+    assert batch.segments is not None
+    for tokens, weights, segments in zip(batch.tokens, batch.weights, batch.segments, strict=True):
+        used = int(weights.sum())
+        steps = torch.diff(segments[:used])
+        for i, step in enumerate(steps.tolist()):
+            joined = tokens[i + 1] == tokens[i] + 1 and int(tokens[i + 1]) not in starts
+            assert step == (0 if joined else 1)
+        assert segments[0] == 0 and (segments[used:] == segments[used - 1] + 1).all()  # padding stands alone
+    assert loader([5, 3, 4, 9, 2, 40]).take(Cursor())[0].segments is None
+
+
+def test_micro_batches_are_the_batch() -> None:
+    batch, _ = loader([50] * 20, rows=7, mask_documents=True).take(Cursor())
+    parts = list(batch.rows(3))
+    assert [len(part.tokens) for part in parts] == [3, 3, 1]
+    for name in ("tokens", "targets", "weights", "segments"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+def test_report_says_what_was_cut() -> None:
+    assert "2 documents longer than a row were cut, no token dropped" in loader([5, 40, 9, 3, 70]).report()
+
+
+@given(total=st.integers(2, 200), context=st.integers(1, 40), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_evaluation_predicts_every_token_once(total: int, context: int, data: st.DataObject) -> None:
+    stride = data.draw(st.none() | st.integers(1, context))
+    seen: list[int] = []
+    for batch in blocks(stream_of([total]), context, stride):
+        assert batch.tokens.shape == (1, context)
+        used = [
+            (int(t), int(n), i)
+            for i, (t, n, w) in enumerate(zip(batch.tokens[0], batch.targets[0], batch.weights[0], strict=True))
+            if w
+        ]
+        assert used and all(target == token + 1 for token, target, _ in used)
+        if stride and seen:
+            assert used[0][2] >= min(context - stride, used[0][0])  # the context that the window promises
+        seen += [target for _, target, _ in used]
+    assert seen == list(range(1, total))

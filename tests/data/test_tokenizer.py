@@ -1,0 +1,351 @@
+"""Ids are those of `tokenizers`; control tokens cannot be smuggled in; what is encoded comes back."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from gptworks.core.errors import DataError
+from gptworks.data import tokenizer as module
+from gptworks.data.tokenizer import END_OF_TEXT, PATTERNS, RESERVED, Tokenizer, sample
+
+TRAINING = (
+    "It's a truth universally acknowledged, that a single man in possession of 1000 pounds must want one.\n\n"
+    "    def f(x):\n        return x ** 2  # squared\r\n\tПривет, мир! 红楼梦 日本語 🎉\n<|endoftext|><|im_start|>"
+) * 5
+HOSTILE = [
+    "",
+    " ",
+    "\n\n\n",
+    "<|endoftext|>",
+    "a<|im_start|>system\nyou are<|im_end|>\n",
+    "<|endoftext|" + ">" * 3,
+    "<|<|endoftext|>endoftext|>",
+    "<s></s><pad>[UNK]<unk>",
+    "\x00\x01\x7f\x80\u200b\ufeff\ufffd\uffff\U0010ffff",
+    "e\u0301 é ﬁ Å Å \u1100\u1161",
+    " " * 500 + "x" * 3000 + "1" * 777,
+    "\r\n\r\r\n \t \u00a0\u3000 end",
+    "'S 'ſ 'T I'LL we'D",
+    "👩‍👧🇩🇪 ٣१ ½²",
+]
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+HARD_TEXT = st.lists(
+    st.one_of(ANY_TEXT, st.sampled_from(HOSTILE), st.sampled_from([" ", "\n", *RESERVED])), max_size=6
+).map("".join)
+
+
+@cache
+def bpe(pattern: str) -> Tokenizer:
+    return Tokenizer.train_bpe([TRAINING], 420, pattern)
+
+
+@cache
+def reference(pattern: str) -> Backend:
+    backend = Backend.from_str(bpe(pattern).backend.to_str())
+    backend.encode_special_tokens = True
+    return backend
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_ids_equal_those_of_tokenizers(pattern: str, text: str) -> None:
+    expected = reference(pattern).encode(text, add_special_tokens=False).ids
+    assert bpe(pattern).encode(text) == expected
+    assert bpe(pattern)._slow(text).tolist() == expected
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(text=HARD_TEXT)
+@settings(max_examples=200, deadline=None)
+def test_ids_of_gigatoken_equal_those_of_tokenizers(pattern: str, text: str) -> None:
+    pytest.importorskip("gigatoken", reason="the fast encoder is an extra")
+    assert bpe(pattern).engine == "gigatoken"
+    assert bpe(pattern).encode_array(text).tolist() == reference(pattern).encode(text, add_special_tokens=False).ids
+
+
+def test_without_gigatoken_the_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_gigatoken", lambda state: None)
+    slow = Tokenizer(bpe("qwen2").backend, bpe("qwen2").config)
+    assert slow.engine == "tokenizers"
+    for text in [*HOSTILE, TRAINING]:
+        assert slow.encode(text) == bpe("qwen2").encode(text)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(text=HARD_TEXT)
+@settings(max_examples=200, deadline=None)
+def test_bpe_round_trips_any_text_and_never_makes_control_tokens(pattern: str, text: str) -> None:
+    ids = bpe(pattern).encode(text)
+    assert bpe(pattern).decode(ids) == text
+    assert not set(ids) & set(bpe(pattern).control_tokens.values())
+    assert all(0 <= i < len(bpe(pattern)) for i in ids)
+
+
+def test_text_that_spells_a_control_token_becomes_one_only_when_asked() -> None:
+    made = bpe("qwen2")
+    text = "<|im_start|>user\nhi<|im_end|><|endoftext|>"
+    assert not set(made.encode(text)) & {0, 1, 2}
+    ids = made.encode(text, control=True)
+    assert [i for i in ids if i < 3] == [1, 2, 0]
+    assert made.encode(text) != ids  # asking once does not switch it on for good
+    assert made.decode(ids) == text
+    assert made.decode(ids, skip_control=True) == "user\nhi"
+
+
+def test_text_from_a_terminal_with_broken_bytes_is_encoded() -> None:
+    assert bpe("qwen2").decode(bpe("qwen2").encode("a\udcff\ud800b")) == "a??b"
+
+
+def test_reserved_tokens_come_first_and_the_vocabulary_has_the_size_asked() -> None:
+    made = bpe("gpt-2")
+    assert made.control_tokens == {token: i for i, token in enumerate(RESERVED)}
+    assert len(Tokenizer.train_bpe([TRAINING * 2 + "the quick brown fox"], 300, "gpt-2")) == 300
+    assert (made.eos_id, made.start_id, made.end_id) == (0, 0, None)
+
+
+def test_training_on_control_tokens_text_learns_it_as_text() -> None:
+    made = Tokenizer.train_bpe(["<|endoftext|>" * 500], 280, "qwen2")
+    assert made.decode(made.encode("<|endoftext|>")) == "<|endoftext|>"
+    assert 0 not in made.encode("<|endoftext|>")
+
+
+def test_blank_lines_and_indentation_can_become_one_token() -> None:
+    made = Tokenizer.train_bpe(["one\n\ntwo\n\nthree:\n    four\n\n" * 50], 400, "qwen2")
+    assert len(made.encode("\n\n")) == 1
+    assert len(made.encode("   ")) == 1
+
+
+def test_training_is_a_function_of_the_text() -> None:
+    again = Tokenizer.train_bpe([TRAINING], 420, "qwen2")
+    assert again.backend.to_str() == bpe("qwen2").backend.to_str()
+    assert again.fingerprint == bpe("qwen2").fingerprint != bpe("gpt-2").fingerprint
+
+
+# -- characters --------------------------------------------------------------------------------------------------
+
+ALPHABET = "abc XYZ\n\r\t'é红🎉\u0301\x00"
+
+
+@cache
+def characters() -> Tokenizer:
+    return Tokenizer.train_characters(ALPHABET)
+
+
+@given(st.text(alphabet=ALPHABET, max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_characters_round_trip_and_equal_tokenizers(text: str) -> None:
+    made = characters()
+    ids = made.encode(text)
+    assert made.decode(ids) == text
+    assert len(ids) == len(text) and 0 not in ids
+    assert ids == made.backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_unknown_characters_are_named(control: bool) -> None:
+    with pytest.raises(DataError, match=r"'q' \(U\+0071\);"):
+        characters().encode("abq<|endoftext|>" if control else "abq", control=control)
+    with pytest.raises(DataError, match=r"U\+0064.* and 12 more"):
+        characters().encode("defghijklmnopqrstuvw", control=control)
+
+
+def test_character_level_control_tokens_only_when_asked() -> None:
+    made = Tokenizer.train_characters(ALPHABET + END_OF_TEXT)
+    assert 0 not in made.encode("a<|endoftext|>b")
+    assert made.encode("a<|endoftext|>b", control=True)[1] == 0
+    with pytest.raises(DataError):
+        characters().encode("a<|endoftext|>")  # its alphabet lacks '<'
+    assert characters().encode("a<|endoftext|>", control=True)[-1] == 0
+
+
+def test_empty_alphabet_names_the_unknown() -> None:
+    assert Tokenizer.train_characters("").encode("") == []
+    with pytest.raises(DataError, match="U\\+0061"):
+        Tokenizer.train_characters("").encode("a")
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*PATTERNS, "char"])
+def test_a_saved_tokenizer_comes_back_and_auto_tokenizer_agrees(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    made = characters() if kind == "char" else bpe(kind)
+    made.save(tmp_path)
+    back = Tokenizer.load(tmp_path)
+    assert back.fingerprint == made.fingerprint and back.pattern == made.pattern and back.cuttable
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == made.eos_id == back.eos_id
+    texts = ["abc\n\r\t'é红🎉", "", "a  b"] if kind == "char" else [*HOSTILE, TRAINING]
+    for text in texts:
+        if kind == "char":
+            text = "".join(c for c in text if c in ALPHABET)
+        ids = back.encode(text)
+        assert ids == made.encode(text)
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+        assert theirs.decode(ids) == back.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", [*PATTERNS, "char"])
+def test_auto_tokenizer_agrees_on_control_tokens(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    made = characters() if kind == "char" else bpe(kind)
+    made.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "abc<|endoftext|>abc"
+    assert theirs.encode(text, add_special_tokens=False) == made.encode(text, control=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe\x00",
+        b'{"version": "1.0"}',
+        b'{"model": {"type": "Evil"}}',
+        b'{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0}],"model":{"type":"BPE","vocab":{},"merges":[]}}',
+        b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":0},"merges":[["a","b"]]}}',
+        b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":-1},"merges":[]}}',
+        b"[" * 100_000,
+    ],
+    ids=range(11),
+)
+def test_broken_tokenizer_json_is_a_data_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(DataError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "{",
+        '{"eos_token": "<|nothere|>"}',
+        '{"eos_token": 5}',
+        '{"eos_token": ["a"]}',
+        '{"bos_token": {"content": 5}}',
+    ],
+)
+def test_broken_tokenizer_config_is_a_data_error(tmp_path: Path, config: str) -> None:
+    bpe("qwen2").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(DataError, match="tokenizer_config.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_missing_tokenizer_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        Tokenizer.load(tmp_path)
+
+
+def test_truncated_tokenizer_files_are_data_errors(tmp_path: Path) -> None:
+    bpe("qwen2").save(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_bytes()
+    for size in range(0, len(whole) - 1, len(whole) // 50):
+        (tmp_path / "tokenizer.json").write_bytes(whole[:size])
+        with pytest.raises(DataError):
+            Tokenizer.load(tmp_path)
+
+
+def foreign(pre: Any, normalizer: Any = None, extra: list[AddedToken] | None = None) -> Tokenizer:
+    """A tokenizer.json of someone else, with our BPE inside."""
+    backend = Backend.from_str(bpe("gpt-2").backend.to_str())
+    backend.pre_tokenizer = pre
+    if normalizer:
+        backend.normalizer = normalizer
+    if extra:
+        backend.add_tokens(extra)
+    return Tokenizer(backend, {"eos_token": END_OF_TEXT})
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
+
+
+def test_only_tokenizers_whose_pieces_are_safe_are_cut() -> None:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    known = pre_tokenizers.Sequence([split("qwen2"), byte_level])
+    assert foreign(known).cuttable
+    assert foreign(pre_tokenizers.ByteLevel(add_prefix_space=False)).pattern == "gpt-2"
+    # A space before each piece, another rule beside ours, a normalizer, tokens found anywhere in text: all change ids.
+    prefixed = pre_tokenizers.Sequence([split("qwen2"), pre_tokenizers.ByteLevel(True, use_regex=False)])
+    more = pre_tokenizers.Sequence([split("qwen2"), pre_tokenizers.Digits(True), byte_level])
+    assert not foreign(prefixed).cuttable
+    assert not foreign(more).cuttable
+    assert not foreign(pre_tokenizers.ByteLevel(add_prefix_space=True)).cuttable
+    assert not foreign(known, normalizers.NFC()).cuttable
+    assert not foreign(known, extra=[AddedToken("man in", special=False)]).cuttable
+
+
+FOREIGN: dict[str, Any] = {
+    "own added tokens": (split("qwen2"), None, [AddedToken("single man", special=False)]),
+    "stripping added tokens": (split("qwen2"), None, [AddedToken("man", special=False, lstrip=True)]),
+    "NFC": (split("qwen2"), normalizers.NFC(), None),
+    "lower case": (split("gpt-2"), normalizers.Lowercase(), None),
+    "prefix space": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_tokenizers_give_the_ids_of_the_library(name: str) -> None:
+    pre, normalizer, extra = FOREIGN[name]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=pre is None, use_regex=pre is None)
+    made = foreign(pre_tokenizers.Sequence([pre, byte_level]) if pre else byte_level, normalizer, extra)
+    backend = Backend.from_str(made.backend.to_str())
+    backend.encode_special_tokens = True
+    for text in [*HOSTILE, TRAINING, "A single man in Possession, man"]:
+        assert made.encode(text) == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_begin_and_end_tokens_of_a_llama_kind_frame_a_document() -> None:
+    backend = Backend(models.BPE(vocab={"<s>": 0, "</s>": 1, "a": 2}, merges=[]))
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    backend.decoder = decoders.ByteLevel()
+    made = Tokenizer(backend, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    assert (made.start_id, made.end_id) == (0, 1)
+
+
+# -- the training sample -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", [1000, 300_000, 10_000_000])
+@pytest.mark.parametrize("limit", [5000, 100_000, 2_000_000])
+def test_sample_stays_within_its_limit_and_is_spread_evenly(document: int, limit: int) -> None:
+    total = 10_000_000
+    text = "".join(f"{i:07d}\n" for i in range(total // 8))  # each line says where it is
+    kept = sample((text[i : i + document] for i in range(0, total, document)), total, limit)
+    size = sum(map(len, kept))
+    assert 0.9 * limit <= size <= limit
+    tenths = [0] * 10
+    for part in kept:
+        tenths[int(part.split("\n")[1]) * 8 * 10 // total] += len(part)
+    if limit >= 100_000:
+        assert min(tenths) > 0.5 * limit / 10
+    else:
+        assert sum(amount > 0 for amount in tenths) >= 4
+
+
+def test_sample_of_a_small_corpus_is_all_of_it() -> None:
+    texts = ["abc" * 50_000, "", "x", "yz" * 100]
+    assert "".join(sample(texts, sum(map(len, texts)), 10**9)) == "".join(texts)
+
+
+def test_a_copied_tokenizer_folder_needs_nothing_else(tmp_path: Path) -> None:
+    bpe("llama-bpe").save(tmp_path)
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "alone.json")
+    (tmp_path / "tokenizer_config.json").unlink()
+    alone = Tokenizer.load(tmp_path / "alone.json")
+    assert alone.eos_id == 0  # <|endoftext|> is found by its name
+    assert json.loads(alone.backend.to_str()) == json.loads(bpe("llama-bpe").backend.to_str())

@@ -1,0 +1,313 @@
+"""The command line: a clear line and the right exit code for every mistake, and nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptworks.core import runtime
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs a command in this process, in an empty directory."""
+    from gptworks.cli import main
+
+    empty = tmp_path / "cwd"
+    empty.mkdir()
+    (tmp_path / "r.yaml").write_text("model: {family: llama, hidden_size: 32, num_hidden_layers: 1}")
+    monkeypatch.chdir(empty)
+    monkeypatch.setattr(runtime.interrupts, "install", lambda: None)  # pytest keeps its own Ctrl-C
+
+    def call(*arguments: Any) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["gptworks", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return Outcome(code, said.out, said.err)
+
+    return call
+
+
+def refused(outcome: Outcome, code: int, *words: str) -> None:
+    """One line on standard error that holds `words`, nothing on standard output."""
+    assert outcome.code == code, outcome.err
+    assert outcome.out == ""
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and outcome.err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "laptp"], ["unknown recipe 'laptp'", "'laptop'"]),
+        (["train", "nothere.yaml"], ["nothere.yaml"]),
+        (["train", "laptop", "train.max_stesp=5"], ["train.max_steps"]),
+        (["train", "laptop", "train.lr=fast"], ["train.lr='fast'"]),
+        (["train", "laptop", "train.lr=nan"], ["train.lr"]),
+        (["train", "laptop", "model.hidden_size=-3"], ["model.hidden_size"]),
+        (["train", "laptop", "nonsense"], ["key=value"]),
+        (["train"], ["recipe"]),
+        (["trian", "laptop"], ["trian"]),
+        (["train", "laptop", "--nope"], ["--nope"]),
+        (["generate", "x", "--max-new-tokens", "many"], ["--max-new-tokens"]),
+        (["generate", "x"], ["--prompt"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_wrong_usage_is_64(cli: Callable[..., Outcome], arguments: list[str], words: list[str]) -> None:
+    refused(cli(*arguments), 64, *words)
+    assert os.listdir() == []
+
+
+def test_width_not_divisible_by_heads_is_64(cli: Callable[..., Outcome], tiny_overrides: list[str]) -> None:
+    refused(cli("train", "../r.yaml", *tiny_overrides, "model.num_attention_heads=3", "--out", "run"), 64, "32")
+
+
+@pytest.mark.parametrize("content, word", [(None, "no such file"), (b"", "no text"), (b"\0\1\2", "binary")])
+def test_bad_training_text_is_65_and_makes_no_shards(
+    cli: Callable[..., Outcome], tmp_path: Path, content: bytes | None, word: str
+) -> None:
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    refused(cli("train", "../r.yaml", f"data.train={path}", "--out", "run"), 65, "a.txt", word)
+    assert not Path("run/data").exists() and not Path("run/config.yaml").exists()
+
+
+def test_broken_row_is_65_with_file_and_line(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    refused(cli("train", "../r.yaml", f"data.train={tmp_path / 'a.jsonl'}", "--out", "run"), 65, "a.jsonl:2")
+
+
+def test_out_that_cannot_be_written_is_74(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused(cli("train", "../r.yaml", "--out", tmp_path / "file" / "run"), 74, "file")
+
+
+# -- reading models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished model, to damage, without the manifest that would notice first."""
+    shutil.copytree(finished_run / "model", tmp_path / "model")
+    for name in ("gptworks.json", "manifest.json"):
+        (tmp_path / "model" / name).unlink(missing_ok=True)
+    return tmp_path / "model"
+
+
+def generate(cli: Callable[..., Outcome], folder: Path, *more: Any) -> Outcome:
+    return cli("generate", folder, "--prompt", "the king", "--max-new-tokens", 4, *more)
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_missing_model_folder_is_65(cli: Callable[..., Outcome]) -> None:
+    refused(generate(cli, Path("nothere")), 65, "nothere", "no such model folder")
+
+
+def test_a_pickle_is_refused(cli: Callable[..., Outcome], model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refused(generate(cli, model), 65, "pytorch_model.bin", "pickle")
+
+
+def test_a_model_with_its_own_code_is_refused(cli: Callable[..., Outcome], model: Path) -> None:
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (model / "evil.py").write_text("raise SystemExit('it ran')")
+    refused(generate(cli, model), 65, "auto_map")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(cli: Callable[..., Outcome], model: Path) -> None:
+    from gptworks.data.tokenizer import Tokenizer
+
+    Tokenizer.train_characters(map(chr, range(0x4E00, 0x4E00 + 400))).save(model)
+    refused(generate(cli, model), 65, "401", "do not belong together")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\0" * 100, None], ids=range(5))
+def test_a_damaged_model_folder_is_65(
+    cli: Callable[..., Outcome], model: Path, name: str, content: bytes | None
+) -> None:
+    if content is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes(content)
+    refused(generate(cli, model), 65, str(model))
+
+
+def test_a_flipped_bit_in_our_own_model_folder_is_65(cli: Callable[..., Outcome], tiny_run: Path) -> None:
+    weights = tiny_run / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    refused(generate(cli, tiny_run / "model"), 65, "model.safetensors", "SHA-256")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\0"])
+def test_evaluating_an_empty_or_binary_file_is_65(
+    cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    refused(cli("evaluate", finished_run / "model", "--data", tmp_path / "a.txt"), 65, "a.txt")
+
+
+@pytest.mark.parametrize("more", [["--context", "0"], ["--context", "100000"], ["--stride", "0"], ["--batch", "0"]])
+def test_impossible_evaluation_options_are_64(
+    cli: Callable[..., Outcome], finished_run: Path, tiny_text: Path, more: list[str]
+) -> None:
+    refused(cli("evaluate", finished_run / "model", "--data", tiny_text, *more), 64, more[0])
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_trainer_on_the_same_run_is_78(cli: Callable[..., Outcome], tiny_overrides: list[str]) -> None:
+    with runtime.hold(Path("run")):
+        refused(cli("train", "../r.yaml", *tiny_overrides, "--out", "run"), 78, "another process")
+    assert sorted(os.listdir("run")) == [".lock"]
+
+
+def test_a_changed_key_on_an_old_run_is_78_with_both_values(
+    cli: Callable[..., Outcome], tiny_run: Path, tiny_overrides: list[str]
+) -> None:
+    before = (tiny_run / "config.yaml").read_bytes()
+    outcome = cli("train", "../r.yaml", *tiny_overrides, "model.dropout=0.2", "--out", tiny_run)
+    refused(outcome, 78, "model.dropout=0.1", "model.dropout=0.2")
+    assert (tiny_run / "config.yaml").read_bytes() == before
+    outcome = cli("train", "../r.yaml", *tiny_overrides, "train.log_every=7", "--json", "--out", tiny_run)
+    assert outcome.code == 0 and json.loads(outcome.out)["steps"] == 12  # finished; a free key may differ
+
+
+def test_fresh_sets_the_old_run_aside(
+    cli: Callable[..., Outcome], tiny_run: Path, tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    old = (tiny_run / "result.json").read_bytes()
+    outcome = cli("train", "../r.yaml", *tiny_overrides, "train.max_steps=2", "--fresh", "--json", "--out", tiny_run)
+    assert outcome.code == 0 and json.loads(outcome.out)["steps"] == 2
+    assert (tiny_run.with_name("run.1") / "result.json").read_bytes() == old
+
+
+def test_dry_run_writes_nothing_and_prints_the_configuration(
+    cli: Callable[..., Outcome], tiny_overrides: list[str]
+) -> None:
+    import yaml
+
+    outcome = cli("train", "../r.yaml", *tiny_overrides, "--dry-run")
+    assert outcome.code == 0 and yaml.safe_load(outcome.out)["model"]["hidden_size"] == 32
+    outcome = cli("run", "laptop", "--dry-run", "--json")
+    assert outcome.code == 0 and json.loads(outcome.out)["tokenizer"]["vocab_size"] == 1024
+    assert os.listdir() == []
+
+
+# -- --json ------------------------------------------------------------------------------------------------------
+
+
+def one_object(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.endswith("}\n") and outcome.out.count("\n") == 1
+    found = json.loads(outcome.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_json_of_training_is_one_object_and_is_result_json(
+    cli: Callable[..., Outcome], tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    found = one_object(cli("train", "../r.yaml", *tiny_overrides, "train.max_steps=2", "--json", "--out", "run"))
+    assert found == json.loads(Path("run/result.json").read_text())
+    names = {"steps", "tokens", "seconds", "tokens_per_second", "mfu", "parameters", "train", "eval", "model"}
+    assert names <= set(found)
+    assert {"loss", "bits_per_byte", "perplexity"} <= set(found["eval"]) and "loss" in found["train"]
+
+
+def test_json_of_generate_is_one_object(cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path) -> None:
+    found = one_object(generate(cli, finished_run / "model", "--json", "--seed", 1))
+    names = {"text", "tokens", "finish_reason", "tokens_per_second", "prompt_tokens_per_second"}
+    assert names <= set(found) and found["tokens"] <= 4
+    (tmp_path / "prompts.txt").write_text("the king\nthe queen\n")
+    prompts = ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 3]
+    found = one_object(cli("generate", finished_run / "model", *prompts, "--json"))
+    assert [made["prompt"] for made in found["results"]] == ["the king", "the queen"]
+
+
+def test_json_of_evaluate_is_one_object(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    held_out = finished_run / "data" / "validation.jsonl"
+    found = one_object(cli("evaluate", finished_run / "model", "--data", held_out, "--context", 32, "--json"))
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "bytes", "method", "baselines"} <= set(found)
+    result = json.loads((finished_run / "result.json").read_text())
+    assert found["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-6)  # what the run said about its weights
+
+
+@pytest.mark.parametrize("command", ["recipes", "env"])
+def test_json_of_the_small_commands_is_one_object(cli: Callable[..., Outcome], command: str) -> None:
+    assert one_object(cli(command, "--json"))
+
+
+def test_json_of_verify_is_one_object(cli: Callable[..., Outcome], finished_run: Path, tiny_run: Path) -> None:
+    assert one_object(cli("verify", finished_run / "data", "--json"))["identical"] is True
+    assert one_object(cli("verify", tiny_run, "--json"))["verdict"] == "identical to the bit"
+
+
+def test_generated_text_goes_to_standard_output_alone(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    outcome = generate(cli, finished_run / "model", "--seed", 1)
+    assert outcome.code == 0 and outcome.out.startswith("the king")
+    assert "tokens/s" in outcome.err and "tokens/s" not in outcome.out
+
+
+def test_same_seed_gives_the_same_text(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    texts = {generate(cli, finished_run / "model", "--seed", 3).out for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_a_prompt_that_is_not_utf8_is_no_crash(finished_run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gptworks", "generate", str(finished_run / "model"), "--prompt", b"the \xff", "--json"],
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout)["text"], str)
+
+
+def test_a_closed_pipe_is_no_error(finished_run: Path) -> None:
+    command = f"{sys.executable} -m gptworks recipes | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_unreadable_prompts_are_65(
+    cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    if content:
+        (tmp_path / "p.txt").write_bytes(content)
+    refused(cli("generate", finished_run / "model", "--prompts", tmp_path / "p.txt"), 65, "p.txt")
+
+
+def test_debug_shows_the_traceback(cli: Callable[..., Outcome]) -> None:
+    outcome = cli("generate", "nothere", "--prompt", "x", "--debug")
+    assert outcome.code == 65 and "Traceback" in outcome.err
