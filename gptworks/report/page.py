@@ -402,7 +402,7 @@ def lineage(run: Run) -> str:
     if run.lineage and not run.lineage.get("parents"):
         rows.append(("parent", "none, trained from scratch"))
     for label, digest in (
-        ("SHA-256 of the tokenizer", run.data.get("tokenizer")),
+        ("tokenizer fingerprint", run.data.get("tokenizer")),
         ("SHA-256 of the weights", get(run.weights, "files", "model.safetensors", "sha256")),
     ):
         rows.append((label, code(digest) if digest else None))
