@@ -1,0 +1,47 @@
+"""examples/nano.py is the loop in one file: their losses are equal to the last bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from gptworks import lifecycle
+from gptworks.core import config as configuration
+from gptworks.train import loop
+
+NANO = Path(__file__).parents[2] / "examples" / "nano.py"
+STEPS = 8
+
+
+def test_nano_gives_the_losses_of_the_loop_exactly(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    done = subprocess.run(
+        [sys.executable, str(NANO), str(STEPS)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    nano = [float(line.split()[3]) for line in done.stdout.splitlines() if line.startswith("step ")]
+
+    losses: list[float] = []
+    gradients = loop._gradients
+
+    def recorded(*arguments):
+        loss, norm = gradients(*arguments)
+        losses.append(loss)
+        return loss, norm
+
+    monkeypatch.setattr(loop, "_gradients", recorded)
+    overrides = {
+        "data.train": "shakespeare", "tokenizer.kind": "char", "model.family": "qwen3", "model.hidden_size": 64,
+        "model.num_hidden_layers": 2, "model.num_attention_heads": 2, "model.intermediate_size": 192,
+        "train.context": 64, "train.batch_tokens": 512, "train.max_steps": STEPS, "train.optimizer": "adamw",
+        "train.lr": 3e-3, "train.schedule": "cosine", "train.warmup": 0.1, "train.weight_decay": 0.1,
+        "train.precision": "fp32", "train.compile": False, "train.tensorboard": False, "train.threads": threads,
+    }  # fmt: skip
+    lifecycle.train(configuration.load(None, overrides), tmp_path / "run")
+    assert len(nano) == STEPS
+    assert nano == losses
