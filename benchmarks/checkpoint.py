@@ -50,7 +50,8 @@ with tempfile.TemporaryDirectory(dir=".") as folder:
 assert source.fingerprint() == target.fingerprint()
 both = [w + r for w, r in zip(writes, reads, strict=True)]
 table(
-    f"a checkpoint of {parameter_count(config) / 1e6:.1f} M parameters, {size / 1e6:.0f} MB — median (range) of {len(both)}",
+    f"a checkpoint of {parameter_count(config) / 1e6:.1f} M parameters, {size / 1e6:.0f} MB — "
+    f"median (range) of {len(both)}",
     [
         ("write, fsync, hash, s", spread(writes)),
         ("verify and read back, s", spread(reads)),

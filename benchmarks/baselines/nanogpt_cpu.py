@@ -1,4 +1,4 @@
-"""nanoGPT's published settings for a CPU (README, "I only have a macbook"), as a plain loop: what the recipes are held against.
+"""nanoGPT's published settings for a CPU, as a plain loop: what the recipes are held against.
 
 4 layers, 4 heads, width 128, context 64, batch 12, 2,000 iterations, no dropout; AdamW 1e-3 falling to 1e-4 by a cosine
 after 100 steps of warm-up, betas 0.9 and 0.99, decay 0.1, clipping at 1. At the end, the exact loss over every
