@@ -20,7 +20,7 @@ class Generation:
     prompt: str
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    finish_reason: str = "length"  # stop: end-of-text or a stop string; length: max_new_tokens; context: full
+    finish_reason: str = "length"  # stop: end-of-text or a stop string; length: max_new_tokens
     prompt_tokens: int = 0
     prompt_tokens_per_second: float = 0.0
     tokens_per_second: float = 0.0
@@ -60,7 +60,10 @@ class Engine:
         cached: bool = True,
         result: Generation | None = None,
     ) -> Iterator[str]:
-        """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt."""
+        """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt.
+
+        Where the context is full, the model goes on from the later half of it.
+        """
         result = result if result is not None else Generation(prompt)
         ids = self.prompt_ids(prompt)
         limit = self.model.config.max_position_embeddings
@@ -84,11 +87,13 @@ class Engine:
         result: Generation,
     ) -> Iterator[str]:
         config, device = self.model.config, next(self.model.parameters()).device
-        cache = KeyValueCache(config.num_hidden_layers, config.max_position_embeddings) if cached else None
+        limit = config.max_position_embeddings
+        cache = KeyValueCache(config.num_hidden_layers, limit) if cached else None
         generator = torch.Generator().manual_seed(how.seed if how.seed is not None else torch.seed() % 2**63)
         text = _Text(self.tokenizer, stop)
         result.prompt_tokens = len(ids)
-        feed, start, first = ids, time.perf_counter(), 0.0
+        window = feed = ids  # what the model sees, and what of it the cache does not have yet
+        start, first = time.perf_counter(), 0.0
         while True:
             hidden = self.model(torch.tensor([feed], device=device), cache=cache)
             logits = self.model.logits(hidden[0, -1])
@@ -99,7 +104,7 @@ class Engine:
             if token in self.stop_ids and not ignore_eos:
                 result.finish_reason = "stop"
                 break
-            ids = [*ids, token]
+            ids, window, feed = [*ids, token], [*window, token], [token]
             result.tokens.append(token)
             yield from text.add(token)
             if text.stopped:
@@ -107,10 +112,11 @@ class Engine:
                 break
             if len(result.tokens) >= max_new_tokens:
                 break
-            if len(ids) >= config.max_position_embeddings:
-                result.finish_reason = "context"
-                break
-            feed = [token] if cached else ids
+            if len(window) > limit:
+                window = feed = window[-max(limit // 2, 1) :]
+                cache = KeyValueCache(config.num_hidden_layers, limit) if cached else None
+            if not cached:
+                feed = window
         yield from text.finish()
         result.text = text.shown
         steps = len(result.tokens) - (result.finish_reason != "stop" or text.stopped)
