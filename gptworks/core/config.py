@@ -251,13 +251,21 @@ def recipe_text(recipe: str) -> str:
 
 
 def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None) -> Config:
-    """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError."""
+    """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError.
+
+    An overriding `model=FOLDER` takes the place of the recipe's model and tokenizer sections (dropout stays).
+    """
     tree = (_parse(recipe_text(recipe), recipe) or {}) if recipe else {}
     if not isinstance(tree, dict):
         raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
     pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
+    pairs = [(SHORT.get(key, key), value) for key, value in pairs]
+    if any(key == "model.path" for key, _ in pairs):
+        shape = tree.get("model")
+        tree["model"] = {k: v for k, v in shape.items() if k == "dropout"} if isinstance(shape, dict) else {}
+        tree.pop("tokenizer", None)
     for key, value in pairs:
-        _assign(tree, SHORT.get(key, key), value)
+        _assign(tree, key, value)
     return build(tree, recipe or "configuration")
 
 
