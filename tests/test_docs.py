@@ -156,6 +156,17 @@ def test_every_recipe_is_documented() -> None:
         assert all(f"| `{name}` |" in text_of(page) for page in READMES)
 
 
+@pytest.mark.parametrize("name", configuration.recipe_names())
+def test_every_choice_of_a_recipe_is_explained(name: str) -> None:
+    section = text_of(ROOT / "docs" / "recipes.md").split(f"\n## {name}\n")[1].split("\n## ")[0]
+    rows = " ".join(line.split(" | ")[0] for line in section.splitlines() if line.startswith("| "))
+    recipe = yaml.safe_load(configuration.recipe_text(name))
+    chosen = [(k, v) for part in ("data", "tokenizer", "model", "train") for k, v in recipe.get(part, {}).items()]
+    spelled = {f"{key}: {str(value).lower() if isinstance(value, bool) else value}`" for key, value in chosen}
+    assert not {choice for choice in spelled if choice not in rows}
+    assert len(re.findall(r"[a-z_]+: ", rows)) == len(spelled)  # and nothing that the recipe does not say
+
+
 def test_exit_codes_in_the_docs_are_those_of_the_errors() -> None:
     codes = {kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")} | {0}
     page = text_of(ROOT / "docs" / "commands.md").split("## Exit codes")[1].split("##")[0]
