@@ -160,7 +160,7 @@ class Train(Section):
     min_lr: Fraction = fixed(0.0, "where decay ends, as a share of the peak")
     step_every: Fraction = fixed(0.25, "step: the rate drops each time this share of the run has passed")
     step_gamma: Fraction = fixed(0.3, "step: the factor of each drop")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = fixed("auto", "of the forward and backward pass")
+    precision: Literal["auto", "fp32", "bf16"] = fixed("auto", "of the forward and backward pass")
     compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
     deterministic: Literal["auto"] | bool = fixed("auto", "bit-for-bit repeatable kernels; auto: on the CPU")
     threads: Count | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
