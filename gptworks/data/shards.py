@@ -7,6 +7,8 @@ run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the r
 
 import json
 import math
+import queue
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,7 +79,7 @@ class Writer:
             self._end()
             self.starts.append(self.tokens)
             self._write_id(self.tokenizer.start_id)
-        self.bytes += len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8", "replace"))
+        self.bytes += piece.size
         if self.tokenizer.cuttable:
             self._write(self.tokenizer.encode_array(piece.text))
         else:  # ids may depend on the whole document
@@ -185,16 +187,18 @@ def _reason_to_rewrite(path: Path, settings: dict[str, Any], source: Source, eva
 
 
 def _survey(source: Source, few: int) -> tuple[list[int], int]:
-    """What each document draws (stops after `few`) and, if there is just one document, its characters."""
+    """What each document draws (stops after `few`) and, if there is just one document, its bytes."""
+    if source.one_plain_text and source.size:
+        return [0], source.size
     draws: list[int] = []
-    characters = 0
+    size = 0
     for piece in source.pieces(Findings()):
         if piece.first:
             draws.append(draw(piece.text))
         if len(draws) >= few:
             break
-        characters += len(piece.text)
-    return draws, characters
+        size += piece.size
+    return draws, size
 
 
 def _splitter(
@@ -211,12 +215,11 @@ def _splitter(
             yield from ((piece, False) for piece in stream(findings, progress))
             left = data.eval_bytes or 2**63
             for piece in eval_source.pieces(findings, progress.add if progress else lambda count: None):
-                size = len(piece.text.encode("utf-8"))
-                if size > left:
+                if piece.size > left:
                     if head := _head(piece.text, left):
                         yield Piece(head, piece.first), True
                     break
-                left -= size
+                left -= piece.size
                 yield piece, True
 
         return separate, f"validation: {data.eval}" + (
@@ -227,23 +230,24 @@ def _splitter(
     if data.eval_bytes:
         fraction = min(fraction, data.eval_bytes / max(source.size, 1))
     few = math.ceil(min(FEW / min(fraction, 1 - fraction), 1e6))
-    draws, characters = _survey(source, few)
+    draws, size = _survey(source, few)
     if not draws:
         raise DataError(f"{data.train}: no text")
 
     if len(draws) == 1:
-        boundary = int(characters * (1 - fraction))
+        boundary = int(size * (1 - fraction))
 
         def by_position(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
-            seen = 0
+            seen, begun = 0, False  # bytes; whether validation has
             for piece in stream(findings, progress):
-                head = piece.text[: max(boundary - seen, 0)]
+                head = piece.text if seen + piece.size <= boundary else _head(piece.text, max(boundary - seen, 0))
                 tail = piece.text[len(head) :]
                 if head:
-                    yield Piece(head, piece.first), False
+                    yield piece if not tail else Piece(head, piece.first), False
                 if tail:
-                    yield Piece(tail, seen + len(head) == boundary), True
-                seen += len(piece.text)
+                    yield piece if head == "" and begun else Piece(tail, not begun), True
+                    begun = True
+                seen += piece.size
 
         return by_position, f"validation: the last {fraction:.2%} of the one document"
 
@@ -308,7 +312,7 @@ def _build(
         tokenizer.save(aside)
         train, held = Writer(aside, "train", tokenizer), Writer(aside, "eval", tokenizer)
         with _validation_text(aside, wanted=eval_source is None) as keep:
-            for piece, is_eval in split(findings, progress):
+            for piece, is_eval in _ahead(split(findings, progress)):
                 (held if is_eval else train).add(piece)
                 if is_eval:
                     keep(piece)
@@ -327,6 +331,41 @@ def _build(
         f"from {findings.documents:,} document{'s' * (findings.documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
         f"({tokenizer.engine}); {how}"
     )
+
+
+def _ahead(pieces: Iterator[tuple[Piece, bool]], depth: int = 4) -> Iterator[tuple[Piece, bool]]:
+    """Reads and cuts in a thread of its own, a few pieces ahead of the encoder, which works outside Python's lock."""
+    ready: queue.Queue[tuple[Piece, bool] | BaseException | None] = queue.Queue(depth)
+    left = threading.Event()
+
+    def put(item: tuple[Piece, bool] | BaseException | None) -> bool:
+        while not left.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for item in pieces:
+                if not put(item):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+        thread.join()
 
 
 def _refuse_empty(splits: dict[str, dict[str, int]], data: Data) -> None:

@@ -1,6 +1,6 @@
 """Text from anywhere, as a stream of pieces: files, folders, globs and built-in texts; txt, md and jsonl, plain or gz.
 
-A document is handed out in pieces of a few megabytes, cut only where no token of a known split pattern can span, so
+A document is handed out in pieces of about a megabyte, cut only where no token of a known split pattern can span, so
 that memory stays bounded however large a file is and the ids are those of the whole text.
 """
 
@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,7 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 COLUMNS = ("text", "content", "story", "document")
 REFUSED = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".py", ".so")
 
-PIECE = 4_000_000  # characters
+PIECE = 1_000_000  # characters; larger ones spend their time in the allocator
 HARD_CUT = 64_000_000  # a text without a single newline or space between letters is cut here all the same
 SAFE_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
@@ -39,6 +40,11 @@ class Piece:
 
     text: str
     first: bool
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the text in UTF-8."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode("utf-8", "replace"))
 
 
 @dataclass
@@ -113,6 +119,12 @@ class Source:
         """Bytes on disk, for progress; compressed files count as they lie."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def one_plain_text(self) -> bool:
+        """Whether this is a single uncompressed text file that is one document: its size is known unread."""
+        lone = len(self.files) == 1 and not self.custom and not self.options.separator
+        return lone and _kind(self.files[0]) != ".jsonl" and self.files[0].suffix.lower() != ".gz"
+
     def stamp(self) -> list[dict[str, Any]]:
         """Path, size and time of every file: the quick test of whether anything changed."""
         stats = [(file, file.stat()) for file in self.files + self.code]
@@ -144,12 +156,12 @@ def _counted(pieces: Iterable[Piece], findings: Findings) -> Iterator[Piece]:
             findings.empty_documents += piece.first
             continue
         findings.documents += piece.first
-        findings.bytes += len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8", "replace"))
+        findings.bytes += piece.size
         yield piece
 
 
 def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """The file's bytes, unpacked, a few megabytes at a time; refuses what is not text."""
+    """The file's bytes, unpacked, a block at a time; refuses what is not text."""
     try:
         with open(path, "rb") as raw:
             stream: IO[bytes] = gzip.open(raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[assignment]  # noqa: SIM115

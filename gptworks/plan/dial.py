@@ -41,7 +41,7 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
         _size(model, vocab_size, context, derived)
     width: int = derived.values.get("model.hidden_size") or model.hidden_size or 0
     if model.num_attention_heads is None:
-        head_dim = model.head_dim or next((c for c in (64, 32) if width % c == 0 and width >= 4 * c), None)
+        head_dim = model.head_dim or next((c for c, least in ((64, 256), (32, 32)) if width % c == 0 and width >= least), None)
         if head_dim is None:
             head_dim = next(c for c in range(min(64, width), 0, -1) if width % c == 0)
         heads = max(width // head_dim, 1)

@@ -89,11 +89,21 @@ def test_one_document_is_split_by_position_as_nanogpt_does(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "PIECE", 500)  # the boundary also falls at and between pieces
-    text = "".join(story(i) for i in range(300))[: size - 1] + "é"
+    text = "".join(story(i) for i in range(300)).encode("ascii", "replace").decode()[:size]
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     shards = build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"})
     assert texts(shards, shards.train) == [text[: int(size * 0.9)]]
     assert texts(shards, shards.eval) == [text[int(size * 0.9) :]]
+
+
+def test_a_split_by_position_cuts_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE", 500)
+    text = "红楼梦 é " * 700
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    shards = build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"})
+    (head,), (tail,) = texts(shards, shards.train), texts(shards, shards.eval)
+    assert head + tail == text
+    assert abs(len(head.encode()) / len(text.encode()) - 0.9) < 0.01
 
 
 def test_shakespeare_is_split_where_nanogpt_splits_it(tmp_path: Path) -> None:
