@@ -26,6 +26,10 @@ class Generation:
     tokens_per_second: float = 0.0
 
 
+_BACK = 4  # tokens before a new one that its decoding may depend on
+_PATIENCE = 32  # tokens that bytes without a meaning are kept back for
+
+
 class Engine:
     """Generates with one model; holds no state between calls."""
 
@@ -90,7 +94,8 @@ class Engine:
         limit = config.max_position_embeddings
         cache = KeyValueCache(config.num_hidden_layers, limit) if cached else None
         generator = torch.Generator().manual_seed(how.seed if how.seed is not None else torch.seed() % 2**63)
-        text = _Text(self.tokenizer, stop)
+        control = set(self.tokenizer.control_tokens.values())
+        text = _Text(self.tokenizer, stop, [i for i in ids if i not in control])
         result.prompt_tokens = len(ids)
         window = feed = ids  # what the model sees, and what of it the cache does not have yet
         start, first = time.perf_counter(), 0.0
@@ -126,29 +131,35 @@ class Engine:
 class _Text:
     """Decodes ids as they come; keeps back half a character and anything that may become a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], context: list[int] | None = None) -> None:
+        """`context` is what stands before: some decoders drop the space that a text begins with."""
         self.tokenizer, self.stop = tokenizer, tuple(s for s in stop if s)
         self.shown, self.stopped = "", False
-        self._whole, self._ids, self._done = "", list[int](), 0
+        self._whole, self._ids = "", list(context or [])[-_BACK:]
+        self._done = len(self._ids)  # ids up to here end with a whole character
+        self._taken = 0  # characters of what comes after, already in `_whole`
 
     def add(self, token: int) -> Iterator[str]:
         self._ids.append(token)
-        # Decoding from a few tokens back keeps the cost of a step constant and spaces right.
-        back = max(self._done - 4, 0)
-        before = self.tokenizer.decode(self._ids[back : self._done])
-        now = self.tokenizer.decode(self._ids[back:])
-        if now.endswith("\ufffd") and len(self._ids) - self._done < 4:
-            return  # a character whose bytes are not all there yet
-        self._whole += now[len(before) :]
-        self._done = len(self._ids)
+        fresh = self._fresh()
+        # What may still become a character has to wait; bytes that never do must not wait for ever.
+        sure = fresh.rstrip("\ufffd") if len(self._ids) - self._done < _PATIENCE else fresh
+        self._whole += sure[self._taken :]
+        self._taken = max(len(sure), self._taken)
+        if sure == fresh:
+            self._done, self._taken = len(self._ids), 0
         yield from self._show()
+
+    def _fresh(self) -> str:
+        """The text of the ids after `_done`. Decoding from a few tokens back keeps a step's cost constant and spaces
+        right."""
+        back = max(self._done - _BACK, 0)
+        before = self.tokenizer.decode(self._ids[back : self._done])
+        return self.tokenizer.decode(self._ids[back:])[len(before) :]
 
     def finish(self) -> Iterator[str]:
         if not self.stopped:
-            if self._done < len(self._ids):
-                back = max(self._done - 4, 0)
-                before = self.tokenizer.decode(self._ids[back : self._done])
-                self._whole += self.tokenizer.decode(self._ids[back:])[len(before) :]
+            self._whole += self._fresh()[self._taken :]
             yield from self._show(final=True)
 
     def _show(self, final: bool = False) -> Iterator[str]:

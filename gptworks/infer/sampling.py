@@ -40,11 +40,11 @@ def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generat
     scores = logits.float().cpu()
     if how.repetition_penalty != 1.0 and len(seen):
         unique = seen.unique()
-        values = scores[unique]
+        values, scores = scores[unique], scores.clone()
         scores[unique] = torch.where(values > 0, values / how.repetition_penalty, values * how.repetition_penalty)
-    if how.temperature == 0:
+    if how.temperature < 1e-6:  # 0, or so near it that the division below would overflow
         return int(scores.argmax())
-    scores = scores / how.temperature
+    scores = (scores - scores.max()) / how.temperature  # the likeliest at 0: no temperature overflows
     if 0 < how.top_k < len(scores):
         scores[scores < scores.topk(how.top_k).values[-1]] = -torch.inf
     probabilities = scores.softmax(-1)

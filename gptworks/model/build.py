@@ -73,27 +73,31 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
 
 
 def _is_sinusoidal(table: Tensor) -> bool:
-    return table.shape[1] % 2 == 0 and torch.equal(table.float(), sinusoids(*table.shape))
+    return table.ndim == 2 and table.shape[1] % 2 == 0 and torch.equal(table.float(), sinusoids(*table.shape))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's safetensors, whole or sharded, copied into memory. Raises DataError."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        listing = folder.read_json(index).get("weight_map", {})
-        files = sorted(path / name for name in set(listing.values()))
+        read = folder.read_json(index)
+        listing = read.get("weight_map") if isinstance(read, dict) else None
+        names = list(listing.values()) if isinstance(listing, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{index}: not an index of weight files")
+        files = sorted({path / name for name in names})
         if any(file.parent != path for file in files):
             raise DataError(f"{index}: names a file outside the folder")
     else:
         files = [path / "model.safetensors"]
-    if not files or not files[0].is_file():
+    if not files[0].is_file():
         pickles = [name for name in PICKLES if (path / name).is_file()]
         if pickles:
             raise DataError(
                 f"{path / pickles[0]}: a pickle, which can run code when loaded; refused. Convert it where you trust "
                 "it: transformers' save_pretrained(folder) writes model.safetensors"
             )
-        raise DataError(f"{files[0] if files else path}: no such weight file")
+        raise DataError(f"{files[0]}: no such weight file")
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -150,9 +154,9 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str
         **family.write_config(config),
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
         "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.eos_id,
     }
-    special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # No pad_token_id in config.json: transformers gives that row of the embedding no gradient, and ours ends texts.
+    special = {key: raw[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": tokenizer.eos_id}
     weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
     with folder.commit(path) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

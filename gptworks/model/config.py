@@ -99,8 +99,10 @@ def choose_family(asked: Model, grouped: bool, free_head_dim: bool) -> str:
     closest = min(DEFAULTS, key=lambda family: len(_conflicts(family, parts)))
     here = _conflicts(asked.family or closest, parts)
     fit = [family for family in DEFAULTS if not _conflicts(family, parts)]
-    if fit:
-        advice = f"model.family={fit[0]} can"
+    if fit:  # only where a family was asked for by name
+        own = DEFAULTS[named]
+        nearest_fit = min(fit, key=lambda family: sum(DEFAULTS[family][part] != own[part] for part in PARTS))
+        advice = f"model.family={nearest_fit} can"
     else:
         advice = f"the nearest is model.family={closest} without {', '.join(_conflicts(closest, parts))}"
     raise UsageError(f"{named} cannot hold {', '.join(here)}: {advice}")

@@ -28,18 +28,39 @@ class Family:
 def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
     """The architecture a config.json describes. Raises DataError for what the decoder cannot express."""
     kind = raw.get("model_type")
+    _check_values(raw)
     if raw.get("auto_map"):
         raise DataError("config.json asks for code of its own (auto_map); gptworks runs no code from a model folder")
     if raw.get("quantization_config"):
         raise DataError("config.json describes quantised weights, which this version does not read")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise DataError(f"config.json has model_type {kind!r}; this version reads {', '.join(FAMILIES)}")
     try:
         return FAMILIES[kind].read_config(raw)
     except KeyError as error:
         raise DataError(f"config.json lacks {error}") from None
-    except (TypeError, AttributeError, UsageError) as error:
+    except (TypeError, ValueError, AttributeError, UsageError) as error:
         raise DataError(f"config.json: {error}") from None
+
+
+_SIZES = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+          "max_position_embeddings n_embd n_layer n_head n_inner n_positions").split()  # fmt: skip
+_NUMBERS = "rms_norm_eps layer_norm_epsilon rope_theta attention_dropout embd_pdrop attn_pdrop resid_pdrop".split()
+
+
+def _check_values(raw: dict[str, Any]) -> None:
+    """Raises DataError for a size that is no size and a number that is none; a null is a value left out."""
+    for key in _SIZES:
+        value = raw.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise DataError(f"config.json has {key} {value!r}; it must be a whole number above 0")
+    for key in _NUMBERS:
+        value = raw.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 <= value < float("inf")):
+            raise DataError(f"config.json has {key} {value!r}; it must be a number of at least 0")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key), (dict, type(None))):
+            raise DataError(f"config.json has {key} {raw[key]!r}; it must be an object")
 
 
 # -- Llama and Qwen3: our own names ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ reasons, and is read back when the run continues.
 
 import copy
 import math
+import statistics
 import time
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ from gptworks.train.state import State
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
 COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
 COMPILE_GAIN = 0.15  # of the step's time
-CALIBRATION_SECONDS = 3.0
+CALIBRATION_SECONDS = 6.0
 MARGIN = 0.95  # of what is left of a time budget is planned for
 
 
@@ -222,8 +223,7 @@ def _steps_in_budget(
         return "timed" if len(times) >= 3 and time.perf_counter() - began > enough else None
 
     run(trial, loader, NextToken(), train, replace(layout, compile=False), 10**9, [timer])
-    usual = sorted(times[1:])
-    step_seconds = sum(usual) / len(usual)
+    step_seconds = statistics.median(times[1:])
     began = time.perf_counter()
     score(trial.model, shards.eval, train.context, eval_rows)
     eval_seconds = time.perf_counter() - began

@@ -63,7 +63,7 @@ class State:
         for group in self.tensors():
             for name in sorted(group):
                 digest.update(name.encode())
-                digest.update(group[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(_bits(group[name]))
         counters = {key: value for key, value in self.counters().items() if key not in ("seconds", "stopped")}
         digest.update(json.dumps(counters, sort_keys=True).encode())
         return digest.hexdigest()
@@ -74,7 +74,7 @@ class State:
             if ours.keys() != theirs.keys():
                 return f"{kind} {sorted(ours.keys() ^ theirs.keys())[0]} is in only one of them"
             for name, value in ours.items():
-                if not torch.equal(value.cpu(), theirs[name].cpu()):
+                if _bits(value) != _bits(theirs[name]):
                     most = float((value.cpu().double() - theirs[name].cpu().double()).abs().max())
                     return f"{kind} {name} differs by up to {most:.3g}"
         mine, yours = self.counters(), other.counters()
@@ -82,6 +82,10 @@ class State:
             if mine[key] != yours[key]:
                 return f"{key} is {mine[key]} and {yours[key]}"
         return None
+
+
+def _bits(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def save(state: State, checkpoints: Path, facts: dict[str, Any]) -> Path:
@@ -126,17 +130,26 @@ def listing(checkpoints: Path) -> list[Path]:
 def newest_good(checkpoints: Path) -> Path | None:
     """The newest checkpoint that verifies. A damaged one is reported, set aside, and the one before it taken.
 
-    Raises DataError if there are checkpoints and none is good: a run never starts over by accident.
+    Raises DataError if there are checkpoints and none is good, however often it is called: a run never starts over by
+    accident.
     """
-    found = listing(checkpoints)
-    for path in reversed(found):
+    damaged: list[Path] = []
+    for path in reversed(listing(checkpoints)):
         try:
             folder.verify(path)
-            return path
         except DataError as error:
-            console.warn(f"damaged checkpoint set aside: {error}")
-            path.rename(path.with_name(f"{path.name}.damaged"))
-    if found:
+            console.warn(f"damaged checkpoint: {error}")
+            damaged.append(path)
+            continue
+        for bad in damaged:  # only now that there is a good one
+            aside = bad.with_name(f"{bad.name}.damaged")
+            with folder.storage_errors(bad):
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+        if damaged:
+            console.warn(f"continuing from {path}; the damaged one is set aside")
+        return path
+    if damaged:
         raise DataError(f"{checkpoints}: no checkpoint is undamaged; --fresh starts the run over")
     return None
 
@@ -152,6 +165,9 @@ def restore(state: State, path: Path) -> dict[str, Any]:
     parameters = dict(state.model.named_parameters())
     if weights.keys() != parameters.keys():
         raise DataError(f"{path}: holds another model: {sorted(weights.keys() ^ parameters.keys())[0]}")
+    for name, value in weights.items():
+        if value.shape != parameters[name].shape:
+            raise DataError(f"{path}: holds another model: {name} is {list(value.shape)} there")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
