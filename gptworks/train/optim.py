@@ -250,7 +250,8 @@ def cosine(step: int, total: int, warmup: int, train: Train) -> float:
 
 def step(step: int, total: int, warmup: int, train: Train) -> float:
     """A factor `step_gamma` after each `step_every` of the run."""
-    drops = int(step / max(total, 1) / train.step_every) if train.step_every else 0
+    share = step / max(total, 1)
+    drops = int(share / train.step_every + 1e-9) if train.step_every else 0  # 0.3 / 0.1 is just below 3
     return max(train.step_gamma**drops, train.min_lr)
 
 
