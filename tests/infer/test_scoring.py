@@ -1,0 +1,143 @@
+"""The figure a model is judged by: exact, independent of the batch size, beside what simple means need."""
+
+import lzma
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from gptworks.core.errors import NotFinite
+from gptworks.data.loader import blocks
+from gptworks.data.shards import Stream
+from gptworks.infer.scoring import score, unigram, xz
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(vocab_size=len(tiny.tokenizer()))
+
+
+STREAM = tiny.stream(documents=5, characters=150)
+
+
+def by_hand(model, stream: Stream, context: int, stride: int) -> tuple[float, int]:
+    """-log p of every token after the first, in a loop: windows of `context` inputs, `stride` apart."""
+    ids, total, predicted, start = stream.tokens.astype(int).tolist(), 0.0, 0, 0
+    while predicted < len(ids) - 1:
+        end = min(start + context, len(ids) - 1)
+        with torch.no_grad():
+            shares = model.logits(model(torch.tensor([ids[start:end]]))).double().softmax(-1)[0]
+        for place in range(max(start, predicted), end):
+            total -= math.log(shares[place - start, ids[place + 1]])
+        predicted, start = end, start + stride
+    return total, len(ids) - 1
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, None), (32, 8), (32, 31), (7, None), (32, 1)])
+def test_the_score_is_the_mean_written_out(model, context, stride):
+    made = score(model, STREAM, context, rows=4, stride=stride)
+    total, tokens = by_hand(model, STREAM, context, stride or context)
+    assert made.tokens == tokens == len(STREAM.tokens) - 1
+    assert made.loss == pytest.approx(total / tokens, abs=1e-6)
+    assert made.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-6)
+    assert made.bits_per_byte == pytest.approx(total / math.log(2) / STREAM.bytes, rel=1e-6)
+    assert made.bytes == STREAM.bytes
+
+
+def test_the_score_does_not_depend_on_the_batch_size(model):
+    scores = [score(model, STREAM, 32, rows=rows).loss for rows in (1, 2, 3, 16, 1000)]
+    assert max(scores) - min(scores) < 1e-6
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 5), (16, 16), (16, 1), (5000, None), (5000, 7)])
+def test_every_token_is_predicted_exactly_once(context, stride):
+    ids = np.arange(len(STREAM.tokens), dtype=np.uint32)  # each token its own name
+    counted: Counter[int] = Counter()
+    for batch in blocks(Stream(ids, np.array([0]), 1), context, stride):
+        assert (batch.targets == batch.tokens + 1)[batch.weights > 0].all()
+        counted.update(batch.targets[batch.weights > 0].tolist())
+    assert counted == Counter(range(1, len(ids)))
+
+
+def test_scoring_leaves_the_mode_alone_and_has_no_dropout():
+    model = tiny.model(vocab_size=31, dropout=0.5)
+    model.train()
+    assert score(model, STREAM, 32) == score(model, STREAM, 32)
+    assert model.training
+
+
+def test_a_stride_gives_later_tokens_more_context():
+    """With a text of one repeated block, a token is foreseeable once the window holds its block."""
+    ids = np.tile(np.arange(8, dtype=np.uint16), 12)
+
+    class Copies(torch.nn.Module):
+        """Certain of the token 8 places back, where it sees one; else it takes every token for as likely."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens: torch.Tensor, segments: object = None) -> torch.Tensor:
+            return tokens
+
+        def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            made = torch.zeros(*tokens.shape, 8)
+            made[:, 7:].scatter_(2, tokens[:, :-7, None], 100.0)
+            return made
+
+    stream = Stream(ids, np.array([0]), 1)
+    last = len(ids) - 1
+    blind = 7 * -(-last // 16)  # of each block's 16 places the first 7 see too little
+    assert score(Copies(), stream, 16).loss == pytest.approx(math.log(8) * blind / last, rel=1e-5)  # type: ignore[arg-type]
+    assert score(Copies(), stream, 16, stride=8).loss == pytest.approx(math.log(8) * 7 / last, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_finite_have_no_score():
+    model = tiny.model(vocab_size=31)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(NotFinite):
+        score(model, STREAM, 32)
+
+
+def test_unigram_is_the_entropy_of_the_predicted_tokens():
+    tokens = np.array([9, 1, 1, 2, 3], dtype=np.uint16)  # the first is never predicted
+    made = unigram(Stream(tokens, np.array([0]), 6))
+    assert made["loss"] == pytest.approx(0.5 * math.log(2) + 2 * 0.25 * math.log(4))
+    assert made["bits_per_byte"] == pytest.approx(4 * 1.5 / 6)
+    predicted = STREAM.tokens[1:].tolist()
+    entropy = -sum(n / len(predicted) * math.log(n / len(predicted)) for n in Counter(predicted).values())
+    assert unigram(STREAM)["loss"] == pytest.approx(entropy, rel=1e-9)
+
+
+def test_a_model_that_knows_the_frequencies_scores_the_unigram_entropy():
+    """Two ways to one figure: a model whose logits are the log frequencies."""
+    model = tiny.model(vocab_size=31)
+    counts = torch.tensor(np.bincount(STREAM.tokens[1:], minlength=31))
+
+    class Frequencies(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, segments=None):
+            return tokens
+
+        def logits(self, hidden):
+            return counts.double().log().float().expand(*hidden.shape, 31)
+
+    assert score(Frequencies(), STREAM, 32).loss == pytest.approx(unigram(STREAM)["loss"], abs=1e-5)
+    assert score(model, STREAM, 32).loss != pytest.approx(unigram(STREAM)["loss"], abs=1e-2)
+
+
+def test_xz_is_what_the_tool_needs():
+    text = tiny.text(4000).encode()
+    made = xz(text)
+    assert made is not None
+    file = lzma.LZMACompressor(format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME)
+    assert made["bytes"] == len(file.compress(text) + file.flush())
+    assert made["bits_per_byte"] == pytest.approx(made["bytes"] * 8 / 4000)
+    assert xz(b"") is None
