@@ -23,9 +23,9 @@ from gptworks.model.build import Loaded
 from gptworks.model.config import parameter_count
 from gptworks.plan.cost import flops_per_token
 from gptworks.train import loop, setup
-from gptworks.train.hooks import Checkpointer, Evaluator, Logger, Metrics, Sampler, sampling
+from gptworks.train.hooks import Budget, Checkpointer, Evaluator, Logger, Metrics, Sampler, sampling
 from gptworks.train.objectives import NextToken
-from gptworks.train.state import listing, newest_good, restore
+from gptworks.train.state import State, listing, newest_good, restore
 
 # -- train -------------------------------------------------------------------------------------------------------
 
@@ -134,6 +134,7 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         logger,
         evaluator,
         Sampler(metrics, shards.tokenizer, run.stop_ids, config, total),
+        Budget(config, total, run.most_steps, state),
         Checkpointer(out / "checkpoints", config.train.checkpoint_every, total, facts),
     ]
     try:
@@ -152,7 +153,7 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         "matmul_gflops": round(rate / 1e9, 1),
         "peak_memory_bytes": runtime.peak_memory(),
         "parameters": parameter_count(state.model.config),
-        "stopped": state.stopped or f"reached step {total}",
+        "stopped": state.stopped or f"reached step {state.step}",
         "train": {"loss": metrics.last_loss},
         "eval": final.as_dict(),
         "model": str(out / "model"),
@@ -293,6 +294,10 @@ def verify(path: Path) -> dict[str, Any]:
         assert total
         evaluator = Evaluator(_Silence(), shards, resolved, total, run.eval_rows)  # type: ignore[arg-type]
         run.state.stopped = None
+
+        def replan(state: State, m: loop.StepMetrics) -> None:
+            state.replans += [decided for decided in target.replans if decided[0] == state.step]
+
         loop.run(
             run.state,
             run.loader,
@@ -300,7 +305,7 @@ def verify(path: Path) -> dict[str, Any]:
             resolved.train,
             run.layout,
             total,
-            [evaluator],
+            [evaluator, replan],
             until=target.step,
         )
         difference = run.state.difference(target)

@@ -21,7 +21,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.temperature >= 0, f"temperature={self.temperature}: must be 0 or more"),
+            (0 <= self.temperature < float("inf"), f"temperature={self.temperature}: must be 0 or more"),
             (self.top_k >= 0, f"top_k={self.top_k}: must be 0 (all) or more"),
             (0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0, at most 1"),
             (0 <= self.min_p <= 1, f"min_p={self.min_p}: must be between 0 and 1"),

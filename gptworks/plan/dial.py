@@ -41,12 +41,7 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
         _size(model, vocab_size, context, derived)
     width: int = derived.values.get("model.hidden_size") or model.hidden_size or 0
     if model.num_attention_heads is None:
-        head_dim = model.head_dim or next((c for c, least in ((64, 256), (32, 32)) if width % c == 0 and width >= least), None)
-        if head_dim is None:
-            head_dim = next(c for c in range(min(64, width), 0, -1) if width % c == 0)
-        heads = max(width // head_dim, 1)
-        if model.num_key_value_heads:  # query heads in whole groups
-            heads = max(heads // model.num_key_value_heads, 1) * model.num_key_value_heads
+        heads, head_dim = _heads(model, width)
         if model.head_dim is None and width % heads:
             raise UsageError(
                 f"model.hidden_size={width} has no whole heads beside num_key_value_heads="
@@ -69,7 +64,7 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
 
 def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None:
     """Width and depth from the dial, or from whichever of the two is given."""
-    if model.depth or model.num_hidden_layers:
+    if model.depth or (model.num_hidden_layers and not model.parameters):
         depth = model.depth or model.num_hidden_layers or 0
         if model.hidden_size is None:
             derived.choose("model.hidden_size", 64 * depth, "64 for each layer, the shape that scales well")
@@ -81,28 +76,45 @@ def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None
     best: tuple[float, int, int] | None = None
     widths = [model.hidden_size] if model.hidden_size else range(32, 32 * 1024 + 1, 32)
     for width in widths:
-        for depth in range(1, 257):
-            if model.hidden_size is None and not 24 <= width / depth <= 96:
+        for depth in [model.num_hidden_layers] if model.num_hidden_layers else range(1, 257):
+            if not model.hidden_size and not model.num_hidden_layers and not 24 <= width / depth <= 96:
                 continue
             total = _try_count(model, width, depth, vocab_size, context)
+            if total is None:
+                break
             # A factor off the wish costs most; off the aspect ratio of 48, a little.
             miss = abs(math.log(total / wanted)) + 0.03 * abs(math.log(width / depth / 48))
             if best is None or miss < best[0]:
                 best = (miss, width, depth)
             if total > 4 * wanted:
                 break
-        if best and _try_count(model, width, 1, vocab_size, context) > 4 * wanted:
+        if best and (_try_count(model, width, 1, vocab_size, context) or 0) > 4 * wanted:
             break
-    assert best
+    if best is None:
+        raise UsageError(
+            f"no width gives whole heads with model.num_attention_heads={model.num_attention_heads}, "
+            f"num_key_value_heads={model.num_key_value_heads}; set model.hidden_size and model.head_dim too"
+        )
     if model.hidden_size is None:
         derived.choose("model.hidden_size", best[1], why)
-    derived.choose("model.num_hidden_layers", best[2], why)
+    if model.num_hidden_layers is None:
+        derived.choose("model.num_hidden_layers", best[2], why)
 
 
-def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: int) -> int:
-    heads = model.num_attention_heads or model.num_key_value_heads or 1
-    if width % heads:
-        return 10**18
+def _heads(model: Model, width: int) -> tuple[int, int]:
+    """Query heads for a width, in whole groups, and the channels aimed at in each."""
+    head_dim = model.head_dim or next((c for c in (64, 32) if width % c == 0 and width >= 4 * c), None)
+    if head_dim is None:
+        head_dim = next(c for c in range(min(64, width), 0, -1) if width % c == 0)
+    heads, groups = max(width // head_dim, 1), model.num_key_value_heads or 1
+    return max(heads // groups, 1) * groups, head_dim
+
+
+def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: int) -> int | None:
+    """Parameters of a shape; None where its heads are not whole."""
+    heads = model.num_attention_heads or _heads(model, width)[0]
+    if model.head_dim is None and width % heads:
+        return None
     trial = model.model_copy(update={"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads})
     return parameter_count(build_config(trial, vocab_size, context))
 

@@ -11,7 +11,7 @@ from gptworks.core import folder
 from gptworks.core.config import Config
 from gptworks.core.errors import Preempted
 from gptworks.core.log import console, count, duration
-from gptworks.core.runtime import interrupts, peak_memory
+from gptworks.core.runtime import interrupts, peak_memory, process_seconds
 from gptworks.data.shards import Shards
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
@@ -114,7 +114,7 @@ class Logger:
         self._data += m.data_seconds
         self._weight += m.weight
         self._loss += m.loss * m.weight
-        if state.step % self.every and state.step != self.total and not state.stopped:
+        if state.step % self.every and state.step != state.length(self.total) and not state.stopped:
             return
         loss = self._loss / self._weight
         speed = self._weight / self._seconds
@@ -138,14 +138,17 @@ class Logger:
         self._seconds = self._data = self._weight = self._loss = 0.0
         if console.terminal:
             console.live(line)
-        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or state.step == self.total:
+        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or state.step == state.length(
+            self.total
+        ):
             self._said = time.perf_counter()
             console.say(line)
 
     def _line(self, state: State, loss: float, speed: float) -> str:
-        left = (self.total - state.step) * state.seconds / state.step
+        total = state.length(self.total)
+        left = (total - state.step) * state.seconds / state.step
         return (
-            f"step {state.step:>{len(str(self.total))}}/{self.total}  loss {loss:.4f}  "
+            f"step {state.step:>{len(str(total))}}/{total}  loss {loss:.4f}  "
             f"{loss * self.nats_to_bits_per_byte:.3f} bits/byte  {count(speed)} tokens/s  "
             f"{speed * self.flops / self.rate:.0%} of matmul rate  data {self._data / max(self._seconds, 1e-9):.1%}  "
             f"{duration(left)} left"
@@ -168,13 +171,14 @@ class Evaluator:
         return self.last[1]
 
     def __call__(self, state: State, m: StepMetrics) -> str | None:
-        if state.step % self.every and state.step != self.total:
+        if not state.due(self.every, self.total):
             return None
+        total = state.length(self.total)
         found = self.measure(state)
         values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
         self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
         console.say(
-            f"step {state.step:>{len(str(self.total))}}/{self.total}  eval loss {found.loss:.4f}  "
+            f"step {state.step:>{len(str(total))}}/{total}  eval loss {found.loss:.4f}  "
             f"{found.bits_per_byte:.3f} bits/byte  perplexity {found.perplexity:.2f}"
         )
         if state.best_loss is None or found.loss < state.best_loss:
@@ -196,10 +200,11 @@ class Sampler:
     ) -> None:
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
         self.options, self.seed = config.generate, config.train.seed
-        self.steps = {max(round(total * share), 1) for share in (0.1, 0.25, 0.5, 1.0)}
+        self.total = total
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        if state.step not in self.steps or not self.options.prompts:
+        steps = {max(round(state.length(self.total) * share), 1) for share in (0.1, 0.25, 0.5, 1.0)}
+        if state.step not in steps or not self.options.prompts:
             return
         engine = Engine(state.model, self.tokenizer, self.stop_ids)
         how = sampling(self.options, self.seed)
@@ -211,6 +216,38 @@ class Sampler:
 def sampling(options: Any, seed: int | None) -> Sampling:
     """The sampling a recipe's `generate` section asks for."""
     return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p, seed)
+
+
+class Budget:
+    """Plans a run with a time budget anew while its learning rate is flat, from the pace so far.
+
+    A machine is rarely as fast as in the seconds it was timed. What is decided is part of the state, saved by the
+    Checkpointer at the same step, and read back by a resume or a replay; a run that was interrupted keeps its plan.
+    """
+
+    def __init__(self, config: Config, total: int, most: int, state: State) -> None:
+        assert config.train.checkpoint_every
+        self.train, self.total, self.most, self.every = config.train, total, most, config.train.checkpoint_every
+        self.from_step, self.started = state.step, time.perf_counter()
+
+    def __call__(self, state: State, m: StepMetrics) -> None:
+        train, length = self.train, state.length(self.total)
+        flat = {"constant": 1.0, "wsd": 1 - train.cooldown}.get(train.schedule, 0.0)
+        if (
+            self.from_step
+            or not train.time_budget_s
+            or state.step >= flat * length
+            or not state.due(self.every, self.total)
+        ):
+            return
+        pace = (time.perf_counter() - self.started) / state.step  # evaluations, samples and checkpoints included
+        left = train.time_budget_s - process_seconds() - 2.0
+        steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
+        if state.step >= round((train.warmup or 0.0) * steps) and abs(steps - length) > 0.02 * length:
+            state.replans.append([state.step, steps])
+            console.say(
+                f"step {state.step}: {steps} steps fit into train.time_budget_s={train.time_budget_s:g}, not {length}"
+            )
 
 
 class Checkpointer:
@@ -225,5 +262,5 @@ class Checkpointer:
             raise Preempted(
                 f"stopped by {interrupts.requested} at step {state.step}; saved, run the same command to continue"
             )
-        if state.step % self.every == 0 or state.step == self.total or state.stopped:
+        if state.due(self.every, self.total) or state.stopped:
             save(state, self.path, self.facts)

@@ -58,7 +58,7 @@ def run(
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
     loss_sum = torch.compile(objective.loss_sum, dynamic=False) if layout.compile else objective.loss_sum
-    while state.step < (until or total) and not state.stopped:
+    while state.step < (until or state.length(total)) and not state.stopped:
         start = time.perf_counter()
         batch, cursor = loader.take(state.cursor)
         data_seconds = time.perf_counter() - start
@@ -67,7 +67,7 @@ def run(
             raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
         try:
             loss, norm = _gradients(state, batch, loss_sum, weight, train, layout)
-            lr = set_rates(state.optimizers, rate_factor(state.step, total, train))
+            lr = set_rates(state.optimizers, rate_factor(state.step, state.length(total), train))
             for optimizer in state.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -49,6 +49,7 @@ class Run:
     layout: Layout
     eval_rows: int
     stop_ids: tuple[int, ...]
+    most_steps: int  # what limits other than the clock allow
 
 
 def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool = False) -> Run:
@@ -90,8 +91,9 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
     state = State(model.to(layout.device), [])
     state.optimizers = make_optimizers(state.model, train)
     eval_rows = max(1, min(64, 16384 // train.context))
+    most_steps = 10**15
     if not resolved:
-        config, more = _length(config, state, loader, layout, shards, eval_rows)
+        config, most_steps, more = _length(config, state, loader, layout, shards, eval_rows)
         reasons |= more
     total = config.train.max_steps
     assert total
@@ -99,7 +101,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
     config, layout, more = _rhythm(config, layout, architecture, total)
     reasons |= more
     stop_ids = base.stop_ids if base else ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
-    return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids)
+    return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids, most_steps)
 
 
 def batch_rows(config: Config) -> int:
@@ -175,8 +177,9 @@ def _layout(
 
 def _length(
     config: Config, state: State, loader: Loader, layout: Layout, shards: Shards, eval_rows: int
-) -> tuple[Config, dict[str, str]]:
-    """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits."""
+) -> tuple[Config, int, dict[str, str]]:
+    """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits; also gives the
+    smallest without the budget."""
     train, derived = config.train, Derived()
     assert train.context
     limits: list[tuple[int, str]] = []
@@ -195,12 +198,13 @@ def _length(
         else:
             steps = math.ceil(loader.rows_in(train.max_epochs) / batch_rows(config))
         limits.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
+    most_steps = min(limits, default=(10**15, ""))[0]
     if train.time_budget_s:
         limits.append(_steps_in_budget(config, state, loader, layout, shards, eval_rows))
     steps, why = min(limits)
     if train.max_steps != steps:
         derived.choose("train.max_steps", steps, why)
-    return with_values(config, derived.values), derived.reasons
+    return with_values(config, derived.values), most_steps, derived.reasons
 
 
 def _steps_in_budget(

@@ -39,8 +39,18 @@ class State:
     cursor: Cursor = field(default_factory=Cursor)
     best_loss: float | None = None  # lowest evaluation loss so far
     evals_since_best: int = 0
+    replans: list[list[int]] = field(default_factory=list)  # [step, new length]: what a time budget decided on the way
     seconds: float = 0.0  # of training, over all of the run's processes
     stopped: str | None = None  # why the run ended, once it has
+
+    def length(self, planned: int) -> int:
+        """Steps in the run: as planned, or as a time budget last decided."""
+        return self.replans[-1][1] if self.replans else planned
+
+    def due(self, every: int, planned: int) -> bool:
+        """Whether this step is one in `every`, stretched with the run's length, or the last."""
+        length = self.length(planned)
+        return self.step % -(-every * length // planned) == 0 or self.step == length
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights by name, and optimizer state by `<optimizer>.<parameter>.<slot>`."""
@@ -54,7 +64,7 @@ class State:
         return weights, slots
 
     def counters(self) -> dict[str, Any]:
-        keys = ("step", "tokens", "best_loss", "evals_since_best", "seconds", "stopped")
+        keys = ("step", "tokens", "best_loss", "evals_since_best", "replans", "seconds", "stopped")
         return {key: getattr(self, key) for key in keys} | {"cursor": asdict(self.cursor)}
 
     def fingerprint(self) -> str:
@@ -78,7 +88,7 @@ class State:
                     most = float((value.cpu().double() - theirs[name].cpu().double()).abs().max())
                     return f"{kind} {name} differs by up to {most:.3g}"
         mine, yours = self.counters(), other.counters()
-        for key in ("step", "tokens", "cursor", "best_loss", "evals_since_best"):
+        for key in ("step", "tokens", "cursor", "best_loss", "evals_since_best", "replans"):
             if mine[key] != yours[key]:
                 return f"{key} is {mine[key]} and {yours[key]}"
         return None
@@ -179,7 +189,7 @@ def restore(state: State, path: Path) -> dict[str, Any]:
             torch.device("cpu") if value.ndim == 0 and slot == "step" and not parameter.is_cuda else parameter.device
         )
         state.optimizers[int(number)].state[parameter][slot] = value.clone().to(place)
-    for key in ("step", "tokens", "best_loss", "evals_since_best", "seconds", "stopped"):
+    for key in ("step", "tokens", "best_loss", "evals_since_best", "replans", "seconds", "stopped"):
         setattr(state, key, facts[key])
     state.cursor = Cursor(**facts["cursor"])
     return facts
