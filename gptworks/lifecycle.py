@@ -35,10 +35,10 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
 
     Returns what result.json has. Raises GptworksError.
     """
-    runtime.interrupts.install()
-    if fresh:
-        set_aside(out)
-    with runtime.hold(out):
+    if fresh and out.exists():
+        with runtime.hold(out):
+            set_aside(out)
+    with runtime.interrupts.listening(), runtime.hold(out):
         resolved = _continued(config, out)
         finished = out / "result.json"
         if resolved and finished.is_file() and (out / "model").is_dir():

@@ -6,6 +6,7 @@ import platform
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,14 +179,25 @@ class Interrupts:
     def __init__(self) -> None:
         self.requested: str | None = None
 
-    def install(self) -> None:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the block runs, in the main thread; afterwards signals do what they did before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
         def handle(number: int, frame: Any) -> None:
             if self.requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.requested = signal.Signals(number).name
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+            self.requested = None
 
     def check(self) -> None:
         """For phases with nothing to save: leave now, the same command starts the phase again."""
