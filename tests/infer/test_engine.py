@@ -23,8 +23,10 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.script, self.said, self.weight = script, 0, torch.nn.Parameter(torch.zeros(1))
         self.config = tiny.shape(context=limit)
+        self.heard: list[list[int]] = []
 
     def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
+        self.heard.append(tokens[0].tolist())
         return torch.zeros(1, tokens.shape[1], 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -75,13 +77,17 @@ def test_cached_and_uncached_sampling_agree_beyond_a_full_context(engine):
     assert engine.generate("a bird", how, 3 * tiny.CONTEXT, ignore_eos=True, cached=False).tokens == cached.tokens
 
 
-def test_a_full_context_goes_on_from_its_later_half(engine):
-    made = engine.generate("the", GREEDY, tiny.CONTEXT + 4, ignore_eos=True)
-    ids = engine.prompt_ids("the") + made.tokens
-    over = tiny.CONTEXT + 1  # the first length that does not fit
-    with torch.no_grad():
-        logits = engine.model.logits(engine.model(torch.tensor([ids[over - tiny.CONTEXT // 2 : over]])))
-    assert ids[over] == int(logits[0, -1].argmax())
+def test_a_full_context_goes_on_from_its_later_half(bpe):
+    script, limit = bpe.encode(tiny.text(200)), 16
+    model = Scripted(script, limit)
+    made = Engine(model, bpe, ()).generate("the", GREEDY, 40, cached=False)  # type: ignore[arg-type]
+    prompt = bpe.encode("the")
+    ids = prompt + made.tokens
+    lengths = [len(heard) for heard in model.heard]
+    first = limit - len(prompt) + 1  # so many fit, the last of them a full context
+    assert lengths[:first] == list(range(len(prompt), limit + 1))
+    assert lengths[first : first + 9] == list(range(limit // 2, limit + 1))
+    assert all(ids[: len(prompt) + n][-len(heard) :] == heard for n, heard in enumerate(model.heard))
 
 
 def test_the_seed_decides_the_text(engine):
@@ -226,3 +232,5 @@ def test_a_decoder_that_drops_the_first_space_keeps_that_of_a_continuation():
     text = _Text(tokenizer, (), [1])
     assert [piece for i in (2, 3) for piece in text.add(i)] == [" sea", " was"]
     assert pieces_of(tokenizer, [1, 2]) == ["the", " sea"]
+    engine = Engine(Scripted([2, 3, 0]), tokenizer, (0,))  # type: ignore[arg-type]
+    assert engine.generate("▁the", GREEDY, 9).text == " sea was"
