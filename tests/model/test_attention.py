@@ -1,0 +1,154 @@
+"""The decoder against what it is defined to compute."""
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from gptworks.data.loader import Batch, Cursor, Loader
+from gptworks.infer.scoring import token_losses
+from gptworks.model.attention import Attention, KeyValueCache, rotary_table, rotate
+from gptworks.model.config import parameter_count
+from gptworks.model.transformer import Transformer
+
+SHAPES: list[dict[str, Any]] = [
+    {"family": "gpt2"},
+    {"family": "gpt2", "positions": "sinusoidal", "activation": "relu"},
+    {"family": "llama", "bias": True},
+    {"family": "qwen3", "num_key_value_heads": 2},
+    {"family": "qwen3", "num_key_value_heads": 1, "head_dim": 16},
+]
+each = pytest.mark.parametrize("parts", SHAPES, ids=str)
+
+
+@torch.no_grad()
+def logits(model: Transformer, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    return model.logits(model(ids, **options))
+
+
+@each
+def test_cached_logits_equal_uncached(parts):
+    model, ids = tiny.model(**parts), tiny.tokens(2, tiny.CONTEXT)
+    whole = logits(model, ids)
+    for cuts in ([1] * 32, [5, 1, 1, 9, 16], [32], [31, 1]):
+        cache, made = KeyValueCache(2, tiny.CONTEXT), []
+        for part in ids.split(cuts, dim=1):
+            made.append(logits(model, part, cache=cache))
+        assert (torch.cat(made, dim=1) - whole).abs().max() < 1e-5, cuts
+
+
+@each
+def test_the_future_does_not_change_the_past(parts):
+    model, ids = tiny.model(**parts), tiny.tokens(1, 32)
+    other = ids.clone()
+    other[0, 20] = (other[0, 20] + 1) % 31
+    one, two = logits(model, ids), logits(model, other)
+    assert torch.allclose(one[:, :20], two[:, :20], atol=1e-6)
+    assert (one[:, 20:] - two[:, 20:]).abs().amax(-1).min() > 1e-4  # and everything after it sees the change
+
+
+@each
+def test_packed_documents_score_as_if_alone(parts):
+    model, stream = tiny.model(**parts), tiny.stream()
+    loader = Loader(stream, tiny.CONTEXT, 16, seed=1, mask_documents=True)
+    batch, _ = loader.take(Cursor())
+    assert batch.segments is not None and batch.segments.max() > 1
+    with torch.no_grad():
+        packed = token_losses(model, batch)
+    compared = 0
+    for row in range(len(batch.tokens)):
+        for segment in batch.segments[row].unique():
+            here = batch.segments[row] == segment
+            if batch.weights[row, here].sum() == 0:
+                continue
+            alone = Batch(*(t[row, here][None] for t in (batch.tokens, batch.targets, batch.weights)))
+            with torch.no_grad():
+                expected = token_losses(model, alone)
+                assert (logits(model, alone.tokens) - logits(model, batch.tokens[row : row + 1],
+                        segments=batch.segments[row : row + 1])[:, here]).abs().max() < 1e-5  # fmt: skip
+            assert (packed[row, here] - expected[0]).abs().max() < 1e-5
+            compared += 1
+    assert compared > 16
+
+
+def test_attention_is_the_softmax_of_scaled_products_times_values():
+    torch.manual_seed(0)
+    config = tiny.shape(family="llama")
+    layer = Attention(config, 0).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, (T, H, C) = torch.randn(2, 9, 32), (9, 4, 8)
+    expected = []
+    for row in x:
+        heads = []
+        for h in range(H):
+            q, k, v = (row @ p.weight[h * C : (h + 1) * C].T for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+            scores = q @ k.T / math.sqrt(C)
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v)
+        expected.append(torch.cat(heads, dim=-1) @ layer.o_proj.weight.T)
+    with torch.no_grad():
+        assert (layer(x, None, None, None) - torch.stack(expected)).abs().max() < 1e-5
+
+
+def test_grouped_queries_equal_repeated_key_value_heads():
+    grouped = tiny.model(family="llama", num_key_value_heads=2)
+    full = tiny.model(family="llama", num_key_value_heads=4)
+    weights = grouped.state_dict()
+    for name, value in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = value.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    full.load_state_dict(weights)
+    ids = tiny.tokens(2, 32)
+    assert (logits(grouped, ids) - logits(full, ids)).abs().max() < 1e-5
+
+
+def test_rotary_products_depend_on_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def product(at: int, other: int) -> float:
+        turned = [rotate(x, rotary_table(torch.tensor([[p]]), 16, 10_000.0)) for x, p in ((q, at), (k, other))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(7, 3) == pytest.approx(product(107, 103), abs=1e-4)
+    assert product(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
+    assert abs(product(7, 3) - product(8, 3)) > 1e-3
+
+
+def test_rotary_models_do_not_see_absolute_position():
+    model = tiny.model(family="qwen3")
+    ids = tiny.tokens(1, 12)
+    shifted = torch.cat((torch.zeros(1, 7, dtype=torch.int64), ids), dim=1)
+    segments = torch.tensor([[0] * 7 + [1] * 12])
+    assert (logits(model, shifted, segments=segments)[:, 7:] - logits(model, ids)).abs().max() < 1e-5
+
+
+@each
+def test_parameter_count_is_the_number_of_parameters(parts):
+    for tied in (True, False):
+        model = tiny.model(**parts, tie_word_embeddings=tied)
+        assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tied_head_is_the_embedding():
+    model = tiny.model(family="qwen3")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_fresh_weights_are_a_function_of_the_seed():
+    one, two, three = (tiny.build.fresh(tiny.shape(), seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["model.embed_tokens.weight"], three["model.embed_tokens.weight"])
+
+
+def test_dropout_acts_in_training_only():
+    model = Transformer(tiny.shape(dropout=0.5))
+    model.initialise(1)
+    ids = tiny.tokens(1, 16)
+    model.eval()
+    assert torch.equal(logits(model, ids), logits(model, ids))
+    model.train()
+    assert not torch.equal(logits(model, ids), logits(model, ids))

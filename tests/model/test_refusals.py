@@ -1,0 +1,204 @@
+"""What cannot be held, and what is damaged, is refused with one line and the right exit code."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptworks.core.errors import DataError, UsageError
+from gptworks.model import build
+from gptworks.model.config import DEFAULTS
+
+# -- shapes no class holds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"family": "gpt2", "positions": "rotary"}, "model.family=llama can"),
+        ({"family": "gpt2", "num_key_value_heads": 2}, "num_key_value_heads below"),
+        ({"family": "gpt2", "head_dim": 16}, "head_dim other than"),
+        ({"family": "gpt2", "norm": "rmsnorm"}, "norm=rmsnorm"),
+        ({"family": "gpt2", "bias": False}, "bias=false"),
+        ({"family": "llama", "activation": "relu"}, "activation=relu"),
+        ({"family": "llama", "qk_norm": True}, "model.family=qwen3 can"),
+        ({"family": "qwen3", "bias": True}, "model.family=llama can"),
+        ({"family": "qwen3", "qk_norm": False}, "model.family=llama can"),
+        ({"positions": "sinusoidal", "activation": "swiglu"}, "the nearest is model.family="),
+        ({"norm": "layernorm", "positions": "rotary"}, "the nearest is model.family="),
+        ({"qk_norm": True, "bias": True}, "the nearest is model.family="),
+        ({"family": "lama"}, "did you mean 'llama'"),
+    ],
+    ids=str,
+)
+def test_a_combination_no_class_holds_is_refused_naming_the_nearest(parts, says):
+    with pytest.raises(UsageError, match=says) as refused:
+        tiny.shape(**parts)
+    assert refused.value.code == 64
+
+
+def test_the_nearest_that_is_named_can_hold_what_is_left():
+    with pytest.raises(UsageError, match="nearest is model.family=(\\w+) without (.*)") as refused:
+        tiny.shape(norm="layernorm", positions="rotary", activation="swiglu")
+    family, without = str(refused.value).rsplit("model.family=", 1)[1].split(" without ")
+    left = {"norm": "layernorm", "positions": "rotary", "activation": "swiglu"}
+    for part in without.split(", "):
+        left.pop(part.split("=")[0])
+    assert tiny.shape(family=family, **left).family == family
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_parts_alone_find_a_family_that_holds_them(family):
+    parts = {name: value for name, value in DEFAULTS[family].items() if name != "norm_eps"}
+    assert tiny.shape(**parts).family == family
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"hidden_size": 30},
+        {"num_key_value_heads": 3},
+        {"head_dim": 7},
+        {"hidden_size": 33, "num_attention_heads": 3, "family": "gpt2", "positions": "sinusoidal"},
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_divide_are_refused(parts):
+    with pytest.raises(UsageError):
+        tiny.shape(**parts)
+
+
+# -- damaged folders -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """A folder of ours, with its manifest."""
+    build.save(tmp_path / "model", tiny.model(vocab_size=31), tiny.tokenizer(), {})
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def foreign(ours):
+    """The same without manifest and lineage, as from anywhere else."""
+    (ours / "gptworks.json").unlink()
+    (ours / "manifest.json").unlink()
+    return ours
+
+
+def rewrite(path, change):
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors")
+
+
+def refused(path, says):
+    with pytest.raises(DataError, match=says) as error:
+        build.load(path)
+    assert error.value.code == 65 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(foreign, value):
+    rewrite(foreign, lambda w: w["model.norm.weight"].__setitem__(3, value))
+    refused(foreign, "model.norm.weight has values that are not finite")
+
+
+def test_missing_weight_is_refused(foreign):
+    rewrite(foreign, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(foreign, "missing weight model.layers.1.mlp.up_proj.weight")
+
+
+def test_unknown_weight_is_refused(foreign):
+    rewrite(foreign, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}))
+    refused(foreign, "unknown weight model.layers.2.mlp.up_proj.weight")
+
+
+def test_misshapen_weight_is_refused(foreign):
+    rewrite(foreign, lambda w: w.update({"model.norm.weight": torch.ones(31)}))
+    refused(foreign, r"model.norm.weight is \[31\]")
+
+
+def test_integer_weight_is_refused(foreign):
+    rewrite(foreign, lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}))
+    refused(foreign, "model.norm.weight")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights_are_refused(foreign, share):
+    file = foreign / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    refused(foreign, "damaged or not a safetensors file")
+
+
+def test_a_flipped_bit_in_a_folder_of_ours_is_found(ours):
+    file = ours / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    refused(ours, "SHA-256 differs")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_a_pickle_is_refused_unopened(foreign, name):
+    (foreign / "model.safetensors").rename(foreign / name)
+    refused(foreign, "pickle")
+
+
+def test_code_in_the_folder_is_refused(foreign):
+    edit(foreign, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    refused(foreign, "runs no code")
+
+
+def edit(path, **values):
+    raw = json.loads((path / "config.json").read_text())
+    for key, value in values.items():
+        raw.pop(key) if value is None else raw.update({key: value})
+    (path / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model_type": "mamba"}, "mamba"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"hidden_size": -32}, "hidden_size"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"vocab_size": "31"}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": "yarn"}, "rope"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"vocab_size": 30}, "do not belong together"),
+    ],
+    ids=str,
+)
+def test_a_config_we_cannot_follow_is_refused(foreign, values, says):
+    edit(foreign, **values)
+    refused(foreign, says)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"model_type": ["qwen3"]}'])
+def test_a_config_that_is_no_config_is_refused(foreign, text):
+    (foreign / "config.json").write_text(text)
+    refused(foreign, "config.json")
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["[]", "{}", '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": 3}}',
+     '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}', '{"weight_map": []}'],
+)  # fmt: skip
+def test_a_broken_shard_index_is_refused(foreign, index):
+    (foreign / "model.safetensors.index.json").write_text(index)
+    refused(foreign, "safetensors")
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", "no such model folder")
