@@ -43,9 +43,14 @@ def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
         raise DataError(f"config.json: {error}") from None
 
 
-_SIZES = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-          "max_position_embeddings n_embd n_layer n_head n_inner n_positions").split()  # fmt: skip
-_NUMBERS = "rms_norm_eps layer_norm_epsilon rope_theta attention_dropout embd_pdrop attn_pdrop resid_pdrop".split()
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+    "n_embd", "n_layer", "n_head", "n_inner", "n_positions",
+)  # fmt: skip
+_NUMBERS = (
+    "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "attention_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop",
+)  # fmt: skip
 
 
 def _check_values(raw: dict[str, Any]) -> None:
