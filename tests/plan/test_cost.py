@@ -1,0 +1,110 @@
+"""Costs from the shape alone, against what torch measures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptworks.core.config import Config
+from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
+
+
+@pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)
+def test_flops_are_those_torch_counts(parts):
+    """Torch counts every matmul of a step. It counts the whole attention square; ours halves it for the mask."""
+    model = tiny.model(**parts, vocab_size=64, hidden_size=64, context=64).train()
+    ids = tiny.tokens(2, 64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(model(ids)).sum().backward()
+    half = 6 * 2 * 4 * 16 * 64  # layers, heads, channels, context
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(flops_per_token(model.config, 64) + half, rel=0.02)
+
+
+def test_flops_follow_the_formula():
+    config = tiny.shape(family="qwen3", vocab_size=1000, hidden_size=64, num_hidden_layers=3)
+    matrices = 3 * (4 * 64 * 64 + 3 * 64 * config.intermediate_size) + 1000 * 64
+    attention = 6 * 3 * 64 * 128
+    assert flops_per_token(config, 128) == pytest.approx(6 * matrices + attention, rel=0.01)  # norms are the 1 %
+
+
+PROBE = """
+import json, sys, torch
+from gptworks.core.runtime import peak_memory
+from gptworks.core.config import Model
+from gptworks.model import build
+from gptworks.model.config import build_config
+sys.path.insert(0, sys.argv[1])
+import tiny
+from gptworks.data.loader import Batch
+from gptworks.train.objectives import NextToken
+from gptworks.train.optim import make_optimizers
+torch.set_num_threads(1)
+options = json.loads(sys.argv[2])
+config = build_config(Model(**options["shape"]), 1024, 256)
+def step(model, optimizers, rows, context):
+    ids = torch.randint(1024, (rows, context))
+    NextToken().loss_sum(model, Batch(ids, ids, torch.ones(rows, context))).div(ids.numel()).backward()
+    for optimizer in optimizers:
+        optimizer.step(); optimizer.zero_grad()
+small = build.fresh(tiny.shape(vocab_size=1024), 1)
+step(small, make_optimizers(small, tiny.settings(optimizer=options["optimizer"])), 1, 8)  # libraries are loaded
+before = peak_memory()
+model = build.fresh(config, 1).train()
+optimizers = make_optimizers(model, tiny.settings(optimizer=options["optimizer"]))
+for _ in range(2):
+    step(model, optimizers, options["rows"], 256)
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rows", "shape"),
+    [
+        ("adamw", 32, {"family": "qwen3", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}),
+        ("muon", 1, {"family": "gpt2", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}),
+    ],
+)
+def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer, rows, shape):
+    """At most half above it, for a step of activations mostly and for one of weights mostly."""
+    from pathlib import Path
+
+    from gptworks.core.config import Model
+    from gptworks.model.config import build_config
+
+    asked = json.dumps({"optimizer": optimizer, "rows": rows, "shape": shape})
+    tests = str(Path(tiny.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", PROBE, tests, asked], capture_output=True, text=True, check=True)
+    config = build_config(Model(**shape), 1024, 256)
+    estimate = step_bytes(config, 256, rows, optimizer, 4)
+    assert int(done.stdout) <= estimate < 1.5 * int(done.stdout)
+
+
+def test_memory_grows_with_what_it_should():
+    config = tiny.shape(vocab_size=1000)
+    assert step_bytes(config, 32, 2, "adamw", 4) - step_bytes(config, 32, 1, "adamw", 4) == row_bytes(
+        config, 32, 4, False
+    )
+    assert row_bytes(config, 32, 2, False) < row_bytes(config, 32, 4, False) < row_bytes(config, 32, 4, True)
+    assert row_bytes(config, 64, 4, True) > 2 * row_bytes(config, 32, 4, True)  # the attention matrix is square
+    assert state_bytes(config, "sgd") < state_bytes(config, "adamw")
+
+
+def test_an_impossible_step_names_what_fits(monkeypatch):
+    from gptworks.core import runtime
+    from gptworks.core.errors import OutOfMemory
+    from gptworks.train import setup
+
+    config = Config.model_validate({"train": {"context": 32, "batch_tokens": 1024, "micro_batch": 32}})
+    architecture = tiny.shape()
+    room = state_bytes(architecture, "muon") + 5.5 * row_bytes(architecture, 32, 4, False)
+    monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
+    with pytest.raises(OutOfMemory, match=r"train.micro_batch=5 fits") as refused:
+        setup._layout(config, architecture, torch.device("cpu"), torch.float32)
+    assert refused.value.code == 77
+    monkeypatch.setattr(runtime, "available_memory", lambda device: 1000)
+    with pytest.raises(OutOfMemory, match="smaller model"):
+        setup._layout(config, architecture, torch.device("cpu"), torch.float32)
