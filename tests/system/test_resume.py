@@ -1,0 +1,390 @@
+"""A run that is stopped and continued is the run that was never stopped, in every bit."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptworks import lifecycle
+from gptworks.core import folder, runtime
+from gptworks.core.errors import DataError, Preempted, RunMismatch
+from gptworks.model import build
+from gptworks.train.hooks import Checkpointer
+from gptworks.train.state import listing
+
+STEPS = 12
+STEADY = {"train.precision": "fp32", "train.compile": False, "train.micro_batch": 4}  # of 8 rows: accumulation 2
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def signals_put_back():
+    """A run takes SIGTERM and Ctrl-C over for its process; the test process wants them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    runtime.interrupts.requested = None
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(n): what SIGTERM at step n does; None: never."""
+    at: list[int | None] = [None]
+    usual = Checkpointer.__call__
+
+    def hooked(self, state, metrics):
+        if state.step == at[0]:
+            runtime.interrupts.requested = "SIGTERM"
+        return usual(self, state, metrics)
+
+    monkeypatch.setattr(Checkpointer, "__call__", hooked)
+    return lambda step: at.__setitem__(0, step)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_config, tmp_path_factory):
+    """A function: settings -> the folder of a run left in peace, made once for each."""
+    made: dict[str, Path] = {}
+
+    def run(**settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("straight") / "run"
+            lifecycle.train(tiny_config(**STEADY, **settings), made[key], "tiny")
+        return made[key]
+
+    return run
+
+
+def stop_at(interrupt, step, config, out):
+    interrupt(step)
+    with pytest.raises(Preempted, match=f"at step {step}; saved, run the same command to continue") as stopped:
+        lifecycle.train(config, out, "tiny")
+    assert stopped.value.code == 75
+    runtime.interrupts.requested = None
+    interrupt(None)
+    assert not (out / "result.json").exists() and not (out / "model").exists()
+
+
+def end_state(run: Path, steps: int = STEPS) -> dict[str, object]:
+    """Every bit of the last checkpoint and of the model folder's weights; counters without the clock."""
+    last = run / "checkpoints" / f"step-{steps:08d}"
+    state = folder.read_json(last / "state.json")
+    files = [last / "model.safetensors", last / "optimizer.safetensors", run / "model" / "model.safetensors"]
+    found: dict[str, object] = {f"{f.parent.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return found | {key: state[key] for key in ("step", "tokens", "cursor", "best_loss", "evals_since_best")}
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"], row["train/grad_norm"]) for row in rows if "train/loss" in row]
+
+
+# -- resume ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_bitwise_equal_to_straight_run(straight, tiny_config, tmp_path, interrupt, optimizer, threads):
+    settings = {"train.optimizer": optimizer, "train.threads": threads}
+    expected = straight(**settings)
+    for step in (1, 4, 7, STEPS):  # the first, one with a checkpoint of its own, one between, the last
+        out = tmp_path / f"from-{step}"
+        config = tiny_config(**STEADY, **settings)
+        stop_at(interrupt, step, config, out)
+        result = lifecycle.train(config, out, "tiny")
+        assert end_state(out) == end_state(expected), f"resumed from step {step}"
+        assert losses(out) == losses(expected)
+        assert result["eval"] == folder.read_json(expected / "result.json")["eval"]
+
+
+def test_the_comparison_would_see_one_other_dropout_mask(straight, tiny_config, tmp_path):
+    """What the test above rests on: a run of another seed ends elsewhere."""
+    lifecycle.train(tiny_config(**STEADY, **{"train.seed": 2}), tmp_path / "run", "tiny")
+    ours, theirs = end_state(tmp_path / "run"), end_state(straight())
+    assert all(ours[name] != theirs[name] for name in ours if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_chain_of_three_resumes_is_bitwise_equal_to_straight_run(
+    straight, tiny_config, tmp_path, interrupt, optimizer
+):
+    config = tiny_config(**STEADY, **{"train.optimizer": optimizer})
+    for step in (2, 5, 9):
+        stop_at(interrupt, step, config, tmp_path / "run")
+    lifecycle.train(config, tmp_path / "run", "tiny")
+    expected = straight(**{"train.optimizer": optimizer})
+    assert end_state(tmp_path / "run") == end_state(expected)
+    assert losses(tmp_path / "run") == losses(expected)
+
+
+def test_patience_counts_over_a_resume(straight, tiny_config, tmp_path, interrupt):
+    settings = {"train.lr": 0, "train.adam_lr": 0, "train.patience": 3, "train.eval_every": 2}
+    config = tiny_config(**STEADY, **settings)
+    stop_at(interrupt, 5, config, tmp_path / "run")
+    result = lifecycle.train(config, tmp_path / "run", "tiny")
+    assert result["steps"] == 8 and "train.patience" in result["stopped"]  # best at 2, then 4, 6, 8
+    assert end_state(tmp_path / "run", 8) == end_state(straight(**settings), 8)
+
+
+def test_metrics_have_each_step_once_after_a_resume_from_an_older_checkpoint(
+    straight, tiny_config, tmp_path, monkeypatch
+):
+    """Killed without a word after step 7 was logged: steps 5 to 7 are done, and logged, again."""
+    usual = Checkpointer.__call__
+
+    def killed(self, state, metrics):
+        if state.step == 7:
+            raise SystemExit("killed")
+        return usual(self, state, metrics)
+
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Checkpointer, "__call__", killed)
+        lifecycle.train(config, out, "tiny")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "train/lo')  # and a line the power cut left half-written
+    assert [step for step, _, _ in losses_of_whole_lines(out)] == list(range(1, 8))
+    lifecycle.train(config, out, "tiny")
+    assert [step for step, _, _ in losses(out)] == list(range(1, STEPS + 1))
+    assert losses(out) == losses(straight())
+    assert end_state(out) == end_state(straight())
+
+
+def losses_of_whole_lines(run: Path) -> list[tuple[int, float, float]]:
+    path = run / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text("".join(line for line in text.splitlines(keepends=True) if line.endswith("\n")))
+    try:
+        return losses(run)
+    finally:
+        path.write_text(text)
+
+
+def test_stopped_between_the_last_checkpoint_and_the_model_folder(straight, tiny_config, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise SystemExit("killed")
+
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(build, "save", killed)
+        lifecycle.train(config, out, "tiny")
+    result = lifecycle.train(config, out, "tiny")
+    assert end_state(out) == end_state(straight())
+    assert result["train"]["loss"] == losses(out)[-1][1] and result["steps"] == STEPS
+
+
+def test_a_finished_run_is_left_as_it_is(straight, tiny_config, tmp_path):
+    shutil.copytree(straight(), tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    result = lifecycle.train(tiny_config(**STEADY), tmp_path / "run", "tiny")
+    assert result == folder.read_json(straight() / "result.json")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_another_setting_on_the_same_run_is_refused(tiny_config, tmp_path, interrupt):
+    stop_at(interrupt, 2, tiny_config(**STEADY), tmp_path / "run")
+    with pytest.raises(RunMismatch, match=r"train\.seed=1, now train\.seed=2") as refused:
+        lifecycle.train(tiny_config(**STEADY, **{"train.seed": 2}), tmp_path / "run", "tiny")
+    assert refused.value.code == 78
+
+
+def test_a_second_trainer_is_refused(tiny_config, tmp_path):
+    with runtime.hold(tmp_path / "run"), pytest.raises(RunMismatch, match="another process") as refused:
+        lifecycle.train(tiny_config(**STEADY), tmp_path / "run", "tiny")
+    assert refused.value.code == 78
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_but_no_bit(straight, tiny_config, tmp_path, interrupt):
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    stop_at(interrupt, 10, config, out)
+    flip(listing(out / "checkpoints")[-1] / "model.safetensors", -5)
+    lifecycle.train(config, out, "tiny")
+    assert end_state(out) == end_state(straight())
+    assert losses(out) == losses(straight())
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_start_over(tiny_config, tmp_path, interrupt):
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    stop_at(interrupt, 10, config, out)
+    for path in listing(out / "checkpoints"):
+        flip(path / "optimizer.safetensors", -5)
+    for _ in range(2):
+        with pytest.raises(DataError, match="--fresh"):
+            lifecycle.train(config, out, "tiny")
+    assert not (out / "model").exists()
+
+
+@pytest.mark.parametrize("file", ["train.tokens", "eval.tokens", "train.documents", "tokenizer.json", "manifest.json"])
+def test_flipped_shards_are_rebuilt_or_refused_but_never_used(straight, tiny_config, tmp_path, interrupt, file):
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    stop_at(interrupt, 6, config, out)
+    flip(out / "data" / file, (out / "data" / file).stat().st_size // 2)
+    try:
+        lifecycle.train(config, out, "tiny")
+    except DataError:
+        assert not (out / "model").exists()
+    else:
+        assert end_state(out) == end_state(straight())
+
+
+def text_changed(tiny_config, tmp_path, tiny_text):
+    mine = tmp_path / "mine.txt"
+    shutil.copy(tiny_text, mine)
+    return mine, tiny_config(**STEADY, **{"data.train": str(mine)})
+
+
+def test_text_changed_mid_run_does_not_change_the_run(straight, tiny_config, tiny_text, tmp_path, interrupt):
+    mine, config = text_changed(tiny_config, tmp_path, tiny_text)
+    stop_at(interrupt, 6, config, tmp_path / "run")
+    mine.write_text("something else altogether. " * 500)
+    lifecycle.train(config, tmp_path / "run", "tiny")
+    assert end_state(tmp_path / "run") == end_state(straight())
+
+
+def test_changed_text_and_damaged_shards_are_refused_together(tiny_config, tiny_text, tmp_path, interrupt):
+    """The ids the run began with cannot be made again, so it does not go on with others."""
+    mine, config = text_changed(tiny_config, tmp_path, tiny_text)
+    out = tmp_path / "run"
+    stop_at(interrupt, 6, config, out)
+    mine.write_text(mine.read_text() + "the king nobody knew.\n" * 500)
+    flip(out / "data" / "train.tokens", 100)
+    with pytest.raises((DataError, RunMismatch)):
+        lifecycle.train(config, out, "tiny")
+    assert not (out / "model").exists()
+
+
+# -- verify ------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, place: int) -> None:
+    """One bit of one byte."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def seal(checkpoint: Path, name: str) -> None:
+    """The manifest redone, so that hashes alone cannot tell."""
+    manifest = folder.read_json(checkpoint / folder.MANIFEST)
+    manifest["files"][name] = {"bytes": (checkpoint / name).stat().st_size, "sha256": folder.sha256(checkpoint / name)}
+    folder.write_json(checkpoint / folder.MANIFEST, manifest)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_verify_says_identical_then_names_one_flipped_bit(straight, tmp_path, optimizer):
+    out = tmp_path / "run"
+    shutil.copytree(straight(**{"train.optimizer": optimizer}), out)
+    found = lifecycle.verify(out)
+    assert found["verdict"] == "identical to the bit" and found["identical"] is True
+    assert (found["from_step"], found["to_step"]) == (8, STEPS)
+
+    newest = listing(out / "checkpoints")[-1]
+    for name, what in (("model.safetensors", "weight "), ("optimizer.safetensors", "optimizer state ")):
+        sound = (newest / name).read_bytes()
+        flip(newest / name, header_end(sound))
+        with pytest.raises(DataError, match=name):  # the manifest tells
+            lifecycle.verify(out)
+        seal(newest, name)
+        found = lifecycle.verify(out)
+        assert found["identical"] is False
+        assert found["verdict"].startswith(what) and first_tensor(sound) in found["verdict"]
+        (newest / name).write_bytes(sound)
+        seal(newest, name)
+    assert lifecycle.verify(out)["identical"] is True
+
+
+def header_end(content: bytes) -> int:
+    """Where the first tensor of a safetensors file begins: 8 bytes of length, then the header."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def first_tensor(content: bytes) -> str:
+    entries = json.loads(content[8 : header_end(content)])
+    return min((e["data_offsets"][0], name) for name, e in entries.items() if name != "__metadata__")[1]
+
+
+def test_verify_holds_after_a_resume(tiny_config, tmp_path, interrupt):
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    stop_at(interrupt, 7, config, out)
+    assert lifecycle.verify(out)["verdict"] == "identical to the bit"  # 4 to 7, of an unfinished run
+    lifecycle.train(config, out, "tiny")
+    assert lifecycle.verify(out)["verdict"] == "identical to the bit"
+
+
+def test_verify_of_one_checkpoint_says_what_is_missing(tiny_config, tmp_path, interrupt):
+    stop_at(interrupt, 3, tiny_config(**STEADY), tmp_path / "run")
+    with pytest.raises(DataError, match="two checkpoints, there are 1"):
+        lifecycle.verify(tmp_path / "run")
+
+
+# -- real processes ----------------------------------------------------------------------------------------------
+
+
+def test_sigterm_exits_75_and_the_same_command_finishes_with_equal_bits(tiny_config, tiny_overrides, tmp_path):
+    steps = 600
+    settings = {"train.max_steps": steps, "train.checkpoint_every": 300, "train.eval_every": 300} | STEADY
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
+    recipe.write_text("{}\n")
+    more = [f"{key}={str(value).lower()}" for key, value in settings.items()]
+    line = [sys.executable, "-m", "gptworks", "train", str(recipe), *tiny_overrides, *more, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        waited = time.monotonic()
+        while process.poll() is None and time.monotonic() - waited < 60:
+            if (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text().count("train/loss") >= 5:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM at step" in said and "Traceback" not in said
+    stopped = len(losses(out))
+    assert 5 <= stopped < steps and listing(out / "checkpoints")[-1].name == f"step-{stopped:08d}"
+
+    again = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
+    assert again.returncode == 0, again.stderr
+    lifecycle.train(tiny_config(**settings), tmp_path / "straight", "tiny")
+    assert end_state(out, steps) == end_state(tmp_path / "straight", steps)
+    assert losses(out) == losses(tmp_path / "straight")
+
+
+def killed(folder, monkeypatch, **options):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kills
+
+    return kills.measure(folder, **options)
+
+
+def test_two_kills_leave_no_trace_in_any_bit(tmp_path, monkeypatch):
+    found = killed(tmp_path, monkeypatch, kills=2, steps=150, seed=3)
+    assert found["survived"] == 2 and found["differs"] == []
+
+
+@pytest.mark.slow
+def test_ten_chained_kills_over_four_thousand_steps_leave_no_trace_in_any_bit(tmp_path, monkeypatch):
+    found = killed(tmp_path, monkeypatch, kills=10, steps=4000, seed=1)
+    assert found["survived"] == 10 and found["differs"] == []
+
+
+def test_two_threads_are_what_the_run_uses(straight):
+    straight(**{"train.threads": 2})
+    lifecycle.verify(straight(**{"train.threads": 2}))
+    assert torch.get_num_threads() == 2
