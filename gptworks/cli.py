@@ -210,6 +210,7 @@ def generate(
         engine = lifecycle.engine_of(folder)
         for text in texts:
             made = Generation(text)
+            engine.prompt_ids(text)  # an error before anything is printed
             _put(text)
             for part in engine.stream(text, how, max_new_tokens, result=made, **options):
                 _put(part)

@@ -35,6 +35,7 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
 
     Returns what result.json has. Raises GptworksError.
     """
+    setup.check(config)
     if fresh and out.exists():
         with runtime.hold(out):
             set_aside(out)

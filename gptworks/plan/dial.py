@@ -36,6 +36,9 @@ class Derived:
 def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str], ModelConfig]:
     """Sets context, width, depth and heads where they are open; gives the architecture. Raises UsageError."""
     derived, model = Derived(), config.model
+    width_given, heads_given = model.hidden_size, model.num_attention_heads
+    if width_given and heads_given and not model.head_dim and width_given % heads_given:
+        raise UsageError(f"model.hidden_size={width_given} is not divisible by model.num_attention_heads={heads_given}")
     context = config.train.context or derived.choose("train.context", 256, "our default")
     if model.hidden_size is None or model.num_hidden_layers is None:
         _size(model, vocab_size, context, derived)

@@ -16,6 +16,7 @@ from gptworks.core import runtime
 from gptworks.core.config import Config, with_values
 from gptworks.core.errors import OutOfMemory, UsageError
 from gptworks.core.log import console, duration
+from gptworks.core.registry import resolve
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Shards, check_ids
 from gptworks.infer.scoring import score
@@ -26,7 +27,7 @@ from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_byt
 from gptworks.plan.dial import Derived, derive_shape, derive_training
 from gptworks.train.loop import Layout, StepMetrics, run
 from gptworks.train.objectives import NextToken
-from gptworks.train.optim import make_optimizers, rate_factor
+from gptworks.train.optim import OPTIMIZERS, SCHEDULES, make_optimizers
 from gptworks.train.state import State
 
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
@@ -50,6 +51,16 @@ class Run:
     eval_rows: int
     stop_ids: tuple[int, ...]
     most_steps: int  # what limits other than the clock allow
+
+
+def check(config: Config) -> None:
+    """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
+    resolve("optimizer", OPTIMIZERS, config.train.optimizer)
+    resolve("schedule", SCHEDULES, config.train.schedule)
+    if config.model.path is None:
+        derive_shape(config, config.tokenizer.vocab_size)
+    if isinstance(config.train.batch_tokens, int) and config.train.context:
+        batch_rows(config)
 
 
 def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool = False) -> Run:
@@ -97,7 +108,6 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         reasons |= more
     total = config.train.max_steps
     assert total
-    rate_factor(0, total, config.train)  # an unknown schedule is an error now, not later
     config, layout, more = _rhythm(config, layout, architecture, total)
     reasons |= more
     stop_ids = base.stop_ids if base else ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
