@@ -242,7 +242,7 @@ def _steps_in_budget(
     score(trial.model, shards.eval, train.context, eval_rows)
     eval_seconds = time.perf_counter() - began
     left = train.time_budget_s - runtime.process_seconds()
-    evaluations = 11 if train.eval_every is None else 1
+    evaluations = 6 if train.eval_every is None else 1
     if train.eval_every:
         step_seconds += eval_seconds / train.eval_every
     steps = int((left - evaluations * eval_seconds - 1.0) * MARGIN / step_seconds)
@@ -260,7 +260,8 @@ def _rhythm(
     """How often to evaluate and save, and whether compiling pays, now that the length is known."""
     derived, train = Derived(), config.train
     if train.eval_every is None:
-        derived.choose("train.eval_every", max(1, math.ceil(total / 10)), "ten evaluations")
+        times = 5 if train.time_budget_s else 10
+        derived.choose("train.eval_every", max(1, math.ceil(total / times)), f"{times} evaluations")
     if train.checkpoint_every is None:
         derived.choose("train.checkpoint_every", max(1, math.ceil(total / 10)), "ten checkpoints, two kept")
     compile = train.compile
