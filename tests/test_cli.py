@@ -31,7 +31,6 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     empty.mkdir()
     (tmp_path / "r.yaml").write_text("model: {family: llama, hidden_size: 32, num_hidden_layers: 1}")
     monkeypatch.chdir(empty)
-    monkeypatch.setattr(runtime.interrupts, "install", lambda: None)  # pytest keeps its own Ctrl-C
 
     def call(*arguments: Any) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["gptworks", *map(str, arguments)])
