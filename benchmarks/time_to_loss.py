@@ -1,6 +1,6 @@
 """`gptworks train shakespeare_char` against nanoGPT's CPU settings as a plain loop: whole processes, pair by pair.
 
-python benchmarks/time_to_loss.py --runs 5
+python benchmarks/time_to_loss.py --pairs 5
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from common import child, gptworks, parser, spread, table, write
 
 arguments = parser(__doc__)
+arguments.add_argument("--pairs", dest="runs", type=int, help="another name for --runs")
 arguments.add_argument("--steps", default="2000", help="of the baseline")
 arguments.add_argument("overrides", nargs="*", help="for our recipe")
 options = arguments.parse_args()

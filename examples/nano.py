@@ -170,10 +170,12 @@ for step, (tokens, targets, weights) in zip(range(STEPS), batches(), strict=Fals
 # ---- what it learned: the loss of the held-out text, and a sample (infer/)
 
 with torch.no_grad():
-    blocks = [held_out[i : i + CONTEXT + 1] for i in range(0, len(held_out) - 1, CONTEXT)]
+    padding = -(len(held_out) - 1) % CONTEXT  # of the last block
+    tokens = F.pad(torch.tensor(held_out[:-1]), (0, padding)).view(-1, CONTEXT)
+    targets = F.pad(torch.tensor(held_out[1:]), (0, padding), value=-100).view(-1, CONTEXT)  # -100 is not counted
     total = sum(
-        float(F.cross_entropy(model(torch.tensor(b[None, :-1]))[0], torch.tensor(b[1:]), reduction="sum"))
-        for b in blocks
+        float(F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum"))
+        for x, y in zip(tokens.split(64), targets.split(64), strict=True)
     )
     print(f"held-out loss {total / (len(held_out) - 1):.4f} nats a character")
     ids = [number["\n"]]

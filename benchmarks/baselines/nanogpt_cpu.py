@@ -81,10 +81,12 @@ for step in range(STEPS):
     optimizer.step()
 seconds = time.perf_counter() - start
 
-total, count = 0.0, 0
+count = len(held_out) - 1
+padding = -count % CONTEXT  # of the last block
+tokens = F.pad(torch.tensor(held_out[:-1]), (0, padding)).view(-1, CONTEXT)
+targets = F.pad(torch.tensor(held_out[1:]), (0, padding), value=-100).view(-1, CONTEXT)  # -100 is not counted
+total = 0.0
 with torch.no_grad():
-    for i in range(0, len(held_out) - 1, CONTEXT):
-        block = torch.tensor(held_out[i : i + CONTEXT + 1])
-        losses = F.cross_entropy(model(block[None, :-1])[0], block[1:], reduction="none")
-        total, count = total + float(losses.double().sum()), count + len(losses)
+    for x, y in zip(tokens.split(64), targets.split(64), strict=True):
+        total += float(F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").double().sum())
 print(json.dumps({"steps": STEPS, "train_seconds": seconds, "loss": total / count, "predicted": count}))
