@@ -1,7 +1,8 @@
 """Everything decided before step one: model, optimizers, loader, precision, threads, micro-batch, length of the run.
 
-What depends on the clock or the machine is decided here once, becomes numbers in the run's config.yaml with their
-reasons, and is read back when the run continues.
+What depends on the clock or the machine is decided here, becomes numbers in the run's config.yaml with their reasons,
+and is read back when the run continues. One decision may follow later: `hooks.Budget` plans a time budget anew from the
+run's own pace, and keeps that in the state.
 """
 
 import copy
