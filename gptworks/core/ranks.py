@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -226,9 +227,10 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        cause = re.sub(r"\[/.*?\]", "", " ".join(str(error).split())).strip()[:80]
         raise PeerLost(
-            f"another process of this run ended ({' '.join(str(error).split())[:120]}); its own message, if it could "
-            "leave one, is above. Run the same command to continue"
+            f"another process of this run ended ({cause}); its own message, if it could leave one, is above. "
+            "Run the same command to continue"
         ) from error
 
 

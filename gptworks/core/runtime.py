@@ -77,6 +77,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_memory(device: "torch.device") -> int:
     """Bytes we may still take on `device`: free memory, or what the container's limit leaves."""
     import torch

@@ -174,9 +174,11 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     device = runtime.device()
     threads = train.threads
     if threads is None:
-        threads = max(torch.get_num_threads() // ranks.per_machine, 1)
-        each = f" for each of {ranks.per_machine} processes" if ranks.world > 1 else ""
-        derived.choose("train.threads", threads, f"this machine's cores{each}; part of a bitwise resume")
+        threads, why = torch.get_num_threads(), "this machine's cores"
+        if ranks.world > 1:  # torchrun sets OMP_NUM_THREADS=1, which says nothing about the machine
+            threads = max(runtime.cores() // ranks.per_machine, 1)
+            why += f", shared by {ranks.per_machine} processes"
+        derived.choose("train.threads", threads, f"{why}; part of a bitwise resume")
     torch.set_num_threads(threads)
     precision: str = train.precision
     if precision == "auto":
