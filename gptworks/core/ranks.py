@@ -97,6 +97,10 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        # All are waited for here, where a signal is heard: forming the group would block deaf to it.
+        self._rendezvous().set(f"here {self.rank}", "")
+        for rank in range(self.world):
+            self.hear(f"here {rank}")
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1") and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the group has no password: stay on this machine
         with _peers():
