@@ -44,13 +44,16 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
     setup.check(config)
     with runtime.interrupts.listening():
         try:
-            if not ranks.main:
-                return _follow(config, out)
-            if fresh and out.exists():
+            if ranks.main:
+                if fresh and out.exists():
+                    with runtime.hold(out):
+                        set_aside(out)
                 with runtime.hold(out):
-                    set_aside(out)
-            with runtime.hold(out):
-                return _lead(config, out, recipe)
+                    result = _lead(config, out, recipe)
+            else:
+                result = _follow(config, out)
+            ranks.part()
+            return result
         finally:
             ranks.end()
 

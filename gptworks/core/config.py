@@ -202,7 +202,7 @@ class Train(Section):
 
 
 class Generate(Section):
-    prompts: list[str] = free(["\n"], "continued by the samples of train, generate and report")
+    prompts: list[str] = free([""], "continued by the samples of train, generate and report; empty: a text's beginning")
     max_new_tokens: Count = free(200, "length of a sample")
     temperature: NonNegative = free(0.8, "0 is greedy")
     top_k: Natural = free(0, "0: all")

@@ -117,7 +117,7 @@ class Ranks:
         self._watchdog.start()
 
     def end(self) -> None:
-        """Leaves the group, in peace with the others."""
+        """Leaves the group. Where others may still be at work, call `part` first."""
         if self.started:
             import torch.distributed as dist
 
@@ -126,6 +126,17 @@ class Ranks:
             self.started = False
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+    def part(self, seconds: float = 10.0) -> None:
+        """Says good-bye: the main process, which may host the meeting place, leaves last."""
+        if self.world == 1:
+            return
+        with contextlib.suppress(RuntimeError, PeerLost):
+            store, end = self._rendezvous(), time.monotonic() + seconds
+            store.set(f"left {self.rank}", "")
+            names = [f"left {rank}" for rank in range(self.world)] if self.main else []
+            while names and not store.check(names) and time.monotonic() < end:
+                time.sleep(POLL / 4)
 
     def beat(self) -> None:
         """Tells the watchdog that there is progress."""

@@ -21,6 +21,7 @@ from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
+from gptworks.core.failpoint import failpoint
 from gptworks.core.log import Progress, console, count
 from gptworks.core.runtime import process_seconds
 from gptworks.data.sources import Findings, Piece, Source, draw
@@ -313,6 +314,7 @@ def _build(
         train, held = Writer(aside, "train", tokenizer), Writer(aside, "eval", tokenizer)
         with _validation_text(aside, wanted=eval_source is None) as keep:
             for piece, is_eval in _ahead(split(findings, progress)):
+                failpoint("shards.piece")
                 (held if is_eval else train).add(piece)
                 if is_eval:
                     keep(piece)

@@ -90,6 +90,9 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
     for split in (shards.train, shards.eval):
         check_ids(split, architecture.vocab_size, str(shards.path))
 
+    for prompt in config.generate.prompts:
+        tokenizer.encode(prompt)  # a prompt that the vocabulary cannot spell is an error now, not after the training
+
     config, device, dtype, more = _machine(config)
     reasons |= more
     usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype, 0.1)
