@@ -11,9 +11,6 @@ import json
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +55,7 @@ class Site:
 
     def __init__(self, path: Path, steps: int = STEPS) -> None:
         self.path, self.steps, self.zygote = path, steps, Zygote()
-        self.starts, self.launcher, self.port = 0, None, ""
+        self.host: Child | None = None
         draw = random.Random(1)
         rows = [" ".join(draw.choice(WORDS) for _ in range(draw.randint(3, 30))) for _ in range(40)]
         (path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -81,14 +78,14 @@ class Site:
         """The command on one process, or on several as torchrun would start them."""
         if processes == 1:
             return [self.zygote.start(self.command(out), self.log(out), [*sabotage, f"samples={out}.samples.0"], **env)]
-        port = self._launcher()
-        self.starts += 1
+        if self.host:
+            self.host.kill()  # a new meeting place for each start
+        self.host, port = self.zygote.meeting_place(self.path / "port")
         common = {
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(self.starts),
         }
         return [
             self.zygote.start(
@@ -97,22 +94,6 @@ class Site:
             )
             for rank in range(processes)
         ]  # fmt: skip
-
-    def _launcher(self) -> str:
-        """The port of a meeting place that outlives the processes, as torchrun's does."""
-        if self.launcher is None:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.port = str(free.getsockname()[1])
-            code = (
-                "import sys, torch.distributed as d\n"
-                f"s = d.TCPStore('127.0.0.1', {self.port}, is_master=True, wait_for_workers=False)\n"
-                "print('ready', flush=True)\nsys.stdin.read()"
-            )
-            line = [sys.executable, "-c", code]
-            self.launcher = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            assert self.launcher.stdout and self.launcher.stdout.readline()
-        return self.port
 
     def finish(self, out: Path, processes: int = 1, sabotage: tuple[str, ...] = (), **env: str) -> list[int | None]:
         return [child.wait(120) for child in self.start(out, processes, sabotage, **env)]
@@ -123,10 +104,9 @@ class Site:
             file.unlink()
 
     def close(self) -> None:
+        if self.host:
+            self.host.kill()
         self.zygote.close()
-        if self.launcher:
-            self.launcher.kill()
-            self.launcher.wait()
 
 
 def end_state(out: Path, steps: int) -> dict[str, str]:
@@ -234,7 +214,7 @@ def kills(
 
 def compare(site: Site, out: Path, found: Found, what: str, codes: list[int | None], processes: int = 1) -> None:
     """The end of a disturbed run against the run in peace."""
-    if any(codes):
+    if any(code != 0 for code in codes):
         found.wrong.append(f"{what}: exit codes {codes}: {tail(site.log(out))}")
         return
     ours = end_state(out, site.steps)
@@ -350,7 +330,7 @@ def order_of_calls(site: Site, sabotage: tuple[str, ...] = ()) -> Found:
     site.remove(out)
     log = Path(f"{out}.calls")
     codes = site.finish(out, sabotage=(*sabotage, f"order={log}:{out}"))
-    found.check(not any(codes), f"exit codes {codes}: {tail(site.log(out))}")
+    found.check(codes == [0], f"exit codes {codes}: {tail(site.log(out))}")
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     synced: set[str] = set()
     for place, row in enumerate(rows):

@@ -2,7 +2,8 @@
 
 `python zygote.py` reads one JSON request a line and answers each with one: {"argv": [...], "env": {...}, "log": path}
 starts a command and gives its pid; {"wait": pid, "seconds": s} gives its exit code (negative: the signal), or null if
-it still runs. A child may be told to misbehave, by names in the request: see `sabotage.py`.
+it still runs; {"store": path} starts the meeting place of several. A child may be told to misbehave, by names in the
+request: see `sabotage.py`.
 """
 
 import json
@@ -45,6 +46,14 @@ class Zygote:
         code = self.start(argv, log, sabotage, **env).wait(300)
         assert code is not None, "no end in 300 s"
         return code
+
+    def meeting_place(self, note: Path) -> "tuple[Child, str]":
+        """A process that hosts the store where others meet, as torchrun's own does; and its port."""
+        note.unlink(missing_ok=True)
+        host = Child(self, self._ask(store=str(note)))
+        while not note.is_file():
+            time.sleep(0.002)
+        return host, note.read_text()
 
     def close(self) -> None:
         assert self.process.stdin
@@ -113,6 +122,18 @@ def child(request: dict[str, Any]) -> None:
     os._exit(code)
 
 
+def host(note: str) -> None:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    aside = Path(note + ".new")
+    aside.write_text(str(store.port))
+    aside.rename(note)
+    while os.getppid() != 1:
+        time.sleep(1)
+    os._exit(0)
+
+
 def serve() -> None:
     import torch
 
@@ -125,7 +146,9 @@ def serve() -> None:
             answer: Any = wait(request["wait"], request["seconds"])
         else:
             answer = os.fork()
-            if answer == 0:
+            if answer == 0 and "store" in request:
+                host(request["store"])
+            elif answer == 0:
                 child(request)
         print(json.dumps(answer), flush=True)
 
