@@ -60,6 +60,8 @@ class Run:
 
 def check(config: Config) -> None:
     """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
+    if "???" in (config.data.train if isinstance(config.data.train, list) else [config.data.train]):
+        raise UsageError("this recipe trains on a text of yours: add data.train=FILE (a file, folder or glob)")
     resolve("optimizer", OPTIMIZERS, config.train.optimizer)
     resolve("schedule", SCHEDULES, config.train.schedule)
     check_wandb(config.train.wandb)
