@@ -6,6 +6,8 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
+
 from gptworks.core.config import keys
 
 PAGE = Path(__file__).parent / "commands.md"
@@ -22,6 +24,8 @@ def values(annotation: Any) -> str:
         return ", ".join(map(str, inner))
     if origin in (Union, types.UnionType):
         return ", ".join(dict.fromkeys(values(member) for member in inner if member is not type(None)))
+    if origin is list and isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
+        return f"list of {{{', '.join(inner[0].model_fields)}}}"
     if origin is list:
         return "list of text" if inner[0] is str else f"list of {values(inner[0])}"
     if origin is tuple:

@@ -104,12 +104,13 @@ def _alive(pid: str) -> bool:
 
 
 @contextmanager
-def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str] | None = None) -> Iterator[Path]:
     """Gives a folder to fill; on success it becomes `path` in one step, with a manifest of every file's SHA-256.
 
-    `facts` go into the manifest as they are when the block ends. If the block raises, `path` is what it was before.
-    An existing folder at `path` is moved away only after the new one is durable; a process that dies between those
-    two renames leaves the old one beside `path`, and the next `commit` puts it back first.
+    `facts` go into the manifest as they are when the block ends; `known` holds SHA-256 computed while writing. If the
+    block raises, `path` is what it was before. An existing folder at `path` is moved away only after the new one is
+    durable; a process that dies between those two renames leaves the old one beside `path`, and the next `commit` puts
+    it back first.
     """
     aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with storage_errors(path):
@@ -122,7 +123,8 @@ def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
             files = {}
             for file in sorted(p for p in aside.rglob("*") if p.is_file()):
                 fsync(file)
-                files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                name = file.relative_to(aside).as_posix()
+                files[name] = {"bytes": file.stat().st_size, "sha256": (known or {}).get(name) or sha256(file)}
             write_json(aside / MANIFEST, {**(facts or {}), "files": files})
             for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
                 fsync(folder)

@@ -13,7 +13,9 @@ from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.data import shards as module
-from gptworks.data import sources
+from gptworks.data import split
+from gptworks.data import text as texts_module
+from gptworks.data.findings import Piece
 from gptworks.data.shards import Shards, Stream, Writer, encode_text, open_shards, prepare
 from gptworks.data.tokenizer import Tokenizer
 
@@ -74,7 +76,7 @@ def test_few_documents_leave_neither_side_empty(tmp_path: Path, number: int, fra
     train, held = len(shards.train.documents), len(shards.eval.documents)
     assert train + held == number
     assert train and held
-    if number < module.FEW / min(fraction, 1 - fraction):
+    if number < split.FEW / min(fraction, 1 - fraction):
         assert held == max(1, min(number - 1, round(number * fraction)))
 
 
@@ -88,7 +90,7 @@ def test_many_copies_of_one_document_cannot_be_split(tmp_path: Path) -> None:
 def test_one_document_is_split_by_position_as_nanogpt_does(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE", 500)  # the boundary also falls at and between pieces
+    monkeypatch.setattr(texts_module, "PIECE", 500)  # the boundary also falls at and between pieces
     text = "".join(story(i) for i in range(300)).encode("ascii", "replace").decode()[:size]
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     shards = build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"})
@@ -97,7 +99,7 @@ def test_one_document_is_split_by_position_as_nanogpt_does(
 
 
 def test_a_split_by_position_cuts_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 500)
+    monkeypatch.setattr(texts_module, "PIECE", 500)
     text = "红楼梦 é " * 700
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     shards = build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"})
@@ -148,7 +150,7 @@ def test_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) -> Non
 def test_documents_cut_in_pieces_give_the_ids_of_the_whole(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(texts_module, "PIECE", 300)
     stories = [story(i) * (1 + i % 9) for i in range(60)]
     shards = build(tmp_path / "d", jsonl(tmp_path / "a.jsonl", stories), {"kind": kind})
     for stream in (shards.train, shards.eval):
@@ -159,7 +161,7 @@ def test_documents_cut_in_pieces_give_the_ids_of_the_whole(
 
 def test_a_tokenizer_of_unknown_kind_encodes_whole_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "cuttable", property(lambda self: False))
-    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(texts_module, "PIECE", 300)
     text = story(1) * 40
     (tmp_path / "a.txt").write_text(text)
     shards = build(tmp_path / "d", tmp_path / "a.txt")
@@ -190,7 +192,7 @@ def test_documents_end_with_their_own_token_where_there_is_one(tmp_path: Path) -
     made = Tokenizer(tokenizer.backend, {**tokenizer.config, "bos_token": "<s>"})
     writer = Writer(tmp_path, "train", made)
     for text in ("ab", "c"):
-        writer.add(sources.Piece(text, True))
+        writer.add(Piece(text, True))
     assert writer.close() == {"tokens": 7, "documents": 2, "bytes": 3}
     ids = np.fromfile(tmp_path / "train.tokens", dtype="<u2").tolist()
     a, b, c = made.encode("abc")
@@ -346,8 +348,9 @@ def test_invalid_utf8_is_counted_in_both_files(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "a.txt").write_bytes(b"training \xff text \xff" * 5)
     (tmp_path / "b.txt").write_bytes(b"validation \xff text" * 5)
     shards = build(tmp_path / "d", tmp_path / "a.txt", eval=str(tmp_path / "b.txt"))
-    assert "15 invalid UTF-8" in capsys.readouterr().err
-    assert "15 invalid UTF-8" in shards.manifest["findings"][0]
+    said = capsys.readouterr().err
+    assert "a.txt: 10 invalid UTF-8" in said and "b.txt: 5 invalid UTF-8" in said
+    assert [row["invalid_utf8"] for row in shards.manifest["found"]] == [10, 5, 15]
 
 
 def test_an_id_beyond_the_vocabulary_is_named() -> None:
