@@ -4,7 +4,7 @@ import hashlib
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -51,7 +51,7 @@ class Findings:
     rows: int = 0
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)  # of the first few rejected rows
-    notes: list[str] = field(default_factory=list)
+    columns: Counter[str] = field(default_factory=Counter)  # in how many files each was found to hold the text
 
     def heard(self, count: int) -> None:
         """So many more bytes were read from disk."""
@@ -101,16 +101,14 @@ class Findings:
 class Look:
     """A hash of every document of a source, to find copies, and a sample of its letters, to tell scripts."""
 
-    def __init__(self, size: int, total: int, sources: int) -> None:
-        """`size`: bytes on disk of the source (0: unknown) and of the corpus, of so many sources."""
-        self.size = size
-        self.characters = SAMPLE * size // total if size else SAMPLE // sources
-        self.most = HASHED // sources
+    def __init__(self, size: int, sources: int) -> None:
+        """`size`: bytes on disk of the source (0: unknown), which is one of so many."""
+        self.size, self.characters, self.most = size, SAMPLE // sources, HASHED // sources
         self._letters: Counter[str] = Counter()  # by script
         self._hashes = array("Q")
         self._open: Any = None  # the hash of the document that is being read
         self._sample: list[str] = []
-        self._waiting = self._taken = 0  # characters
+        self._seen = self._taken = self._waiting = 0  # characters
 
     def see(self, piece: Piece, read: int) -> None:
         """`read`: how much of the source's bytes has been read."""
@@ -118,9 +116,10 @@ class Look:
             self._close()
             self._open = hashlib.sha256()
         self._open.update(piece.text.encode("utf-8", "replace"))
+        self._seen += len(piece.text)
         so_far = min(read / self.size, 1.0) if self.size else 1.0
         wanted = min(int(self.characters * so_far) - self._taken, len(piece.text))
-        if wanted >= min(4096, len(piece.text)):  # whole documents, or a good stretch of a long one
+        if wanted >= min(4096, self.characters // 8, len(piece.text)):  # whole documents, or a good stretch
             self._sample.append(piece.text[:wanted])
             self._taken += wanted
             self._waiting += wanted
@@ -133,9 +132,10 @@ class Look:
         return np.array(self._hashes, dtype=np.uint64)
 
     def letters(self) -> Counter[str]:
-        """Letters of the sample by script."""
+        """About how many letters of each script the source has, judged by the sample."""
         self._tell()
-        return self._letters
+        scale = self._seen / max(self._taken, 1)
+        return Counter({script: round(number * scale) for script, number in self._letters.items()})
 
     def _close(self) -> None:
         if self._open and len(self._hashes) < self.most:
@@ -169,11 +169,13 @@ def table(findings: list[Findings], tokens: list[np.ndarray]) -> list[dict[str, 
     copies, examples = _copies(findings)
     letters = [one.look.letters() if one.look else Counter[str]() for one in findings]
     rows = [_row(*parts) for parts in zip(findings, tokens, copies, letters, strict=True)]
-    for row, example in zip(rows, examples, strict=True):
-        row["copy"] = example
+    for row, example, one in zip(rows, examples, findings, strict=True):
+        row |= {"copy": example, "compared": min(one.documents, one.look.most if one.look else 0)}
     if len(rows) > 1:
         sums = {key: sum(getattr(one, key) for one in findings) for key in COUNTS}
-        every = Findings("total", reasons=[reason for one in findings for reason in one.reasons][:REASONS], **sums)
+        reasons = [reason for one in findings for reason in one.reasons][:REASONS]
+        columns = sum((one.columns for one in findings), Counter[str]())
+        every = Findings("total", reasons=reasons, columns=columns, **sums)
         rows.append(_row(every, np.concatenate(tokens), sum(copies), sum(letters, Counter[str]())))
     return rows
 
@@ -189,6 +191,7 @@ def _row(found: Findings, tokens: np.ndarray, copies: int, letters: Counter[str]
         "tokens": int(tokens.sum()),
         **{key: getattr(found, key) for key in COUNTS},
         "reasons": found.reasons,
+        "columns": {column: files for column, files in found.columns.items() if files},
         "length": {name: int(value) for name, value in zip(("p5", "p50", "p95", "max"), lengths, strict=True)},
         "copies": copies,
         "letters": {script: round(number / counted, 4) for script, number in letters.most_common()},
@@ -219,8 +222,8 @@ def _copies(findings: list[Findings]) -> tuple[list[int], list[str | None]]:
 HEADINGS = ("source", "documents", "bytes", "tokens", "p5", "p50", "p95", "max", "copies", "letters")
 
 
-def lines(rows: list[dict[str, Any]], notes: Iterable[str] = ()) -> list[str]:
-    """The table as aligned text, or a sentence where there is one source; then what was dropped, and notes."""
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table as aligned text, or a sentence where there is one source; then what was dropped and found."""
     if len(rows) == 1:
         (row,) = rows
         shown = [f"{row['bytes']:,} bytes, {_letters(row) or 'no letters'}"]
@@ -240,7 +243,9 @@ def lines(rows: list[dict[str, Any]], notes: Iterable[str] = ()) -> list[str]:
     prefix = len(rows) > 1
     for row in rows[:-1] or rows:
         shown += [f"{_short(row['source'])}: {text}" if prefix else text for text in _remarks(row)]
-    return shown + list(notes)
+    for column, files in rows[-1]["columns"].items():
+        shown.append(f"the text is in column {column!r} of {files:,} file{'s' * (files > 1)}")
+    return shown
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -254,8 +259,10 @@ def _letters(row: dict[str, Any]) -> str:
 
 
 def _remarks(row: dict[str, Any]) -> list[str]:
-    found = Findings(**{key: row[key] for key in (*COUNTS, "reasons")}).dropped()
-    return [f"a copy, for example: {row['copy']}", *found] if row["copy"] else found
+    said = [f"a copy, for example: {row['copy']}"] if row["copy"] else []
+    if row["compared"] < row["documents"]:
+        said.append(f"copies were looked for among its first {row['compared']:,} documents")
+    return said + Findings(**{key: row[key] for key in (*COUNTS, "reasons")}).dropped()
 
 
 def _short(name: str) -> str:

@@ -78,7 +78,7 @@ def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, fin
                 raise row
             if column is None and isinstance(row, dict):
                 column = _text_column([name for name, value in row.items() if isinstance(value, str)], row)
-                findings.notes.append(f"{path.name}: the text is in column {column!r}")
+                findings.columns[column] += 1
             text = without_surrogates(_text_of(row, column), options, findings)
         except Unreadable as problem:
             findings.reject(f"{path}:{place}: {problem}", options.max_bad_rows)
@@ -202,6 +202,8 @@ class _Elements:
         self._nothing_beside(place)
         if not self.depth and (mark not in "[{" or self.ended):
             self._refuse("this has more beside it" if self.ended else "this is neither")
+        if mark in "]}" and mark != ("]" if self.depth == self.rows else "}" if self.depth == 1 else mark):
+            self._refuse(f"a {mark!r} closes what it did not open")
         if self.rows and self.depth == self.rows and mark in ",]}":
             yield from self._row(mark, place)
         if mark == '"':
@@ -227,7 +229,7 @@ class _Elements:
         row = self.text[self.begin : place]
         if mark == "," or self.too_long or row.strip():  # else the list is empty, or ends with a comma
             lead = len(row) - len(row.lstrip())
-            yield self.line + row.count("\n", 0, lead), None if self.too_long else row
+            yield self.line + row.count("\n", 0, lead), None if self.too_long or len(row) > ROW else row
         self.too_long = False
         self._pass(place + 1)
 
@@ -345,6 +347,7 @@ def parquet_file(path: Path, options: Data, findings: Findings) -> Iterator[Piec
     try:
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             column = _parquet_column(path, file.schema_arrow, options)
+            findings.columns[column] += options.text_column is None
             rows = _parquet_rows(path, file, column, options, findings)
             yield from _documents(path, rows, options.model_copy(update={"text_column": column}), findings)
     except (pyarrow.ArrowException, OSError) as error:

@@ -294,7 +294,6 @@ def _build(
         known |= {f"{name}.tokens": writer.hash.hexdigest() for name, writer in writers.items()}
         facts |= {"dtype": writers["train"].dtype.str, "sources": _stamps(sources), "source_sha256": _hashes(sources)}
         facts["found"] = _table(findings, writers, facts["splits"], data)
-        facts["notes"] = [note for one in findings for note in one.notes]
         _refuse_empty(facts["splits"], data)
     console.clear()
     splits, documents = facts["splits"], facts["found"][-1]["documents"]
@@ -303,7 +302,7 @@ def _build(
         f"from {documents:,} document{'s' * (documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
         f"({tokenizer.engine}); {split.how}"
     )
-    for line in found.lines(facts["found"], facts["notes"]):
+    for line in found.lines(facts["found"]):
         console.say(f"data     {line}")
     return tokenizer
 

@@ -90,8 +90,7 @@ def findings_of(sources: list[Source], advance: Callable[[int], None] | None = N
     """What to count one reading in. With `advance`, which hears of bytes read, documents are looked at closely."""
     if advance is None:
         return [Findings(source.place) for source in sources]
-    total = sum(source.size for source in sources)
-    return [Findings(source.place, advance, Look(source.size, total, len(sources))) for source in sources]
+    return [Findings(source.place, advance, Look(source.size, len(sources))) for source in sources]
 
 
 def _found(place: str) -> list[Path]:
