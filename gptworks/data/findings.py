@@ -31,9 +31,13 @@ class Piece:
     source: int = 0  # which of the corpus
 
     @cached_property
+    def utf8(self) -> bytes:
+        return self.text.encode("utf-8", "replace")
+
+    @property
     def size(self) -> int:
         """Bytes of the text in UTF-8."""
-        return len(self.text) if self.text.isascii() else len(self.text.encode("utf-8", "replace"))
+        return len(self.text) if self.text.isascii() else len(self.utf8)
 
 
 @dataclass
@@ -115,7 +119,7 @@ class Look:
         if piece.first:
             self._close()
             self._open = hashlib.sha256()
-        self._open.update(piece.text.encode("utf-8", "replace"))
+        self._open.update(piece.utf8)
         self._seen += len(piece.text)
         so_far = min(read / self.size, 1.0) if self.size else 1.0
         wanted = min(int(self.characters * so_far) - self._taken, len(piece.text))

@@ -165,7 +165,8 @@ def jsonl_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]
 class _Elements:
     """Cuts a .json file's text into the rows of its one list without parsing them, since any of them may be broken."""
 
-    OUTSIDE, INSIDE = re.compile(r'["\[\]{},]'), re.compile(r'["\\]')  # what matters outside and inside a string
+    MARK = re.compile(r'["\[\]{},]')  # what matters outside a string
+    INSIDE = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)  # the rest of a string, but for its closing quote
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,18 +179,14 @@ class _Elements:
     def feed(self, block: str) -> Iterator[tuple[int, str | None]]:
         """The rows that end in this block, each with its line; None for one that is too long. Raises DataError."""
         self.text, self.at, self.begin = self.text[self.begin :] + block, self.at - self.begin, 0
-        while match := (self.INSIDE if self.in_string else self.OUTSIDE).search(self.text, self.at):
+        while self._out_of_string() and (match := self.MARK.search(self.text, self.at)):
             self.at = match.end()
-            if self.in_string:
-                self.at += match[0] == "\\"  # whatever follows is no mark
-                self.in_string = match[0] != '"'
-            else:
-                yield from self._mark(match[0], match.start())
-        self.at = max(self.at, len(self.text))
+            yield from self._mark(match[0], match.start())
+        self.at = self.at if self.in_string else len(self.text)
         self._nothing_beside(len(self.text))
         if not self.rows or len(self.text) - self.begin > ROW:
             self.too_long = bool(self.rows)
-            self._pass(len(self.text))
+            self._pass(self.at)
 
     def close(self) -> None:
         """Raises DataError unless the text ended where its list or object does."""
@@ -218,6 +215,15 @@ class _Elements:
             if self.depth == 0:
                 self.ended = True
                 self._pass(place + 1)
+
+    def _out_of_string(self) -> bool:
+        """Goes on to the end of a string; False if that is in a later block."""
+        if self.in_string:
+            self.at = self.INSIDE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if not self.text.startswith('"', self.at):  # nothing more, or half of an escape
+                return False
+            self.in_string, self.at = False, self.at + 1
+        return True
 
     def _open(self, place: int) -> None:
         self.rows, self.lists = self.depth, self.lists + 1

@@ -149,6 +149,8 @@ def _last_safe_cut(text: str) -> int:
 
 def without_surrogates(text: str, options: Data, findings: Findings) -> str:
     """Lone surrogates, which a JSON escape can spell and UTF-8 cannot, are invalid text like invalid bytes."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
         return text
