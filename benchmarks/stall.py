@@ -81,8 +81,8 @@ beside, between = steps[3::2], steps[4::2]
 extra = [b - p for b, p in zip(beside, between, strict=False)]
 size = 12 * parameter_count(config)
 table(
-    f"a checkpoint of {parameter_count(config) / 1e6:.0f} M parameters with AdamW, {size / 1e9:.2f} GB, beside steps of "
-    f"{options.tokens} tokens — median (range) of {len(extra)}",
+    f"a checkpoint of {parameter_count(config) / 1e6:.0f} M parameters with AdamW, {size / 1e9:.2f} GB, beside steps "
+    f"of {options.tokens} tokens — median (range) of {len(extra)}",
     [
         ("training stands still, s", spread(stalls[: len(extra)])),
         ("the step beside it takes longer, s", spread(extra)),

@@ -170,7 +170,8 @@ def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
             return shard_folder.open_shards(path)
         except DataError as error:
             console.warn(f"{error}; making the shards again from the text")
-    return shard_folder.prepare(config.data, config.tokenizer, path, base.tokenizer if base else None)
+    own = path.resolve() == (out / "data").resolve()
+    return shard_folder.prepare(config.data, config.tokenizer, path, base.tokenizer if base else None, own)
 
 
 def set_aside(out: Path) -> None:
@@ -196,7 +197,8 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {_where(layout)} "
         f"{str(layout.dtype).removeprefix('torch.')}, {rate / 1e9:.0f} GFLOP/s in a matmul"
     )
-    console.say(f"data     {run.loader.report()}")
+    for line in (run.loader.report(), *run.loader.mixture_report(), run.loader.look(shards.tokenizer)):
+        console.say(f"data     {line}")
     metrics = _metrics(run, out) if ranks.main else None
     evaluator = Evaluator(metrics, shards, config, course, run.eval_rows)
     budget = Budget(config, course, run.most_steps, state, lambda change: _record(course, out))
@@ -288,7 +290,7 @@ def _lineage(
         "gptworks": versions["gptworks"],
         "torch": versions["torch"],
         "recipe": recipe,
-        "data": config.data.train,
+        "data": config.data.model_dump(mode="json")["train"],
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
         "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],

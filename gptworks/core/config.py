@@ -75,10 +75,22 @@ class Section(BaseModel):
         return value
 
 
+class Weighted(Section):
+    """A source of a mixture: its share of the training tokens is its weight over the sum of all weights."""
+
+    path: str = Field(min_length=1)
+    weight: Positive
+
+    def __repr__(self) -> str:
+        return f"{{path: {self.path}, weight: {self.weight:g}}}"
+
+
 class Data(Section):
-    train: str | list[str] = fixed("shakespeare", "file, folder, glob or built-in name (or a list of them)")
+    train: str | list[str] | list[Weighted] = fixed(
+        "shakespeare", "file, folder, glob or built-in name, a list of them, or a list of {path, weight}"
+    )
     eval: str | None = fixed(None, "validation text; None holds some of the training documents out")
-    text_column: str | None = fixed(None, "the field of a JSONL row that holds the text; None finds it")
+    text_column: str | None = fixed(None, "the field of a row that holds the text; None finds it")
     separator: str | None = fixed(None, "cuts a text file into documents; None: a file is one document")
     eval_fraction: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = fixed(
         None, "share of the text held out"
@@ -87,8 +99,42 @@ class Data(Section):
     invalid_utf8: Literal["replace", "error"] = fixed(
         "replace", "bytes that are not UTF-8: U+FFFD and counted, or stop"
     )
+    max_bad_rows: Share = fixed(0.0, "share of a source's rows that may be unreadable: skipped and counted; 0: none")
     mask_documents: bool = fixed(False, "attention stays within a document, positions restart with it")
     shards: str | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _mixture(cls, value: Any) -> Any:
+        """Checks a mixture by itself, so that its errors name the entry and not every type `train` could have."""
+        if not isinstance(value, list) or not any(isinstance(entry, (dict, Weighted)) for entry in value):
+            return value
+        if not all(isinstance(entry, (dict, Weighted)) for entry in value):
+            raise ValueError("some entries have a weight and some have none: give every entry {path, weight}, or none")
+        entries = []
+        for entry in value:
+            try:
+                entries.append(Weighted.model_validate(entry))
+            except ValidationError as error:
+                worst = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key before all
+                problem = f"{worst['loc'][0]}: {worst['msg'].lower()}"
+                raise ValueError(f"{_shown(entry.get('path'))}: {problem}") from None
+        paths = [entry.path for entry in entries]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ValueError(f"{twice[0][:80]!r} is named twice: add the weights up")
+        return entries
+
+    @property
+    def places(self) -> list[str]:
+        """Where the training text is, one entry a source."""
+        entries = self.train if isinstance(self.train, list) else [self.train]
+        return [entry.path if isinstance(entry, Weighted) else entry for entry in entries]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of every source, or None where the text is taken as it lies."""
+        entries = self.train if isinstance(self.train, list) else []
+        return [entry.weight for entry in entries if isinstance(entry, Weighted)] or None
 
 
 class Tokenizer(Section):
@@ -455,6 +501,7 @@ def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterat
 def _scalar(value: Any) -> str:
     """One line of YAML. Text with anything unusual is quoted, so that line breaks of every kind are escaped."""
     parts = value if isinstance(value, list) else [value]
+    parts = [part["path"] if isinstance(part, dict) else part for part in parts]  # data.train's mixtures
     quote = '"' if any(isinstance(part, str) and not part.isprintable() for part in parts) else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9)
     return text.strip().removesuffix("...").strip()

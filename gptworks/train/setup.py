@@ -112,6 +112,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         train.seed,
         math.ceil(train.max_epochs) if train.max_epochs else None,
         config.data.mask_documents,
+        config.data.weights,
         ranks.rank,
         ranks.world,
     )

@@ -337,3 +337,39 @@ def test_an_amended_config_keeps_values_and_reasons_and_gains_changes(tmp_path: 
         resolved, then = config.read_resolved(path)
         assert resolved == config.with_values(made, {"train.changes": [c.model_dump() for c in changes]})
         assert config.build(then, "asked") == asked and "# because" in text
+
+
+@pytest.mark.parametrize(
+    "entries, problem",
+    [
+        ("{path: a, weight: 1}, b", "give every entry"),
+        ("b, {path: a, weight: 1}", "give every entry"),
+        ("[b], {path: a, weight: 1}", "give every entry"),
+        ("{path: a, weight: 0}", "'a': weight: .*greater than 0"),
+        ("{path: a, weight: -0.5}", "'a': weight: .*greater than 0"),
+        ("{path: a, weight: .nan}", "'a': weight: .*finite"),
+        ("{path: a, weight: .inf}", "'a': weight: .*finite"),
+        ("{path: a, weight: much}", "'a': weight: .*number"),
+        ("{path: a, weight: true}", "'a': weight: .*not a number"),
+        ("{path: a}", "'a': weight: .*required"),
+        ("{weight: 1}", "path: .*required"),
+        ("{path: a, weigth: 1}", "'a': weigth: extra"),
+        ("{path: '', weight: 1}", "path: .*at least 1"),
+        ("{path: a, weight: 1}, {path: a, weight: 2}", "'a' is named twice"),
+    ],
+)
+def test_a_mixture_that_means_nothing_is_refused(entries: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=rf"data\.train=.*{problem}"):
+        config.load(None, [f"data.train=[{entries}]"])
+
+
+@given(
+    paths=st.lists(TEXT.filter(bool) | st.just("a\u2028: {b}\n'"), min_size=1, max_size=4, unique=True),
+    weight=st.floats(1e-20, 1e20),
+)
+@settings(max_examples=60, deadline=None)
+def test_dump_of_a_mixture_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, paths: list[str], weight: float
+) -> None:
+    tree = {"data": {"train": [{"path": path, "weight": weight} for path in paths]}}
+    round_trip(config.build(tree, "test"), tmp_path_factory.getbasetemp() / "mixture.yaml", {})

@@ -125,7 +125,7 @@ def written_in_place() -> None:
     from contextlib import contextmanager
 
     @contextmanager
-    def commit(path: Path, facts: Any = None, hashes: Any = None) -> Any:
+    def commit(path: Path, facts: Any = None, known: Any = None) -> Any:
         path.mkdir(parents=True, exist_ok=True)
         yield path
         files = {
