@@ -150,29 +150,45 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The text field of JSONL rows.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Exact loss, perplexity and bits per byte of a text, beside simple baselines."""
+    """Exact loss, perplexity and bits per byte of a text, beside simple baselines or another model."""
     console.quiet = quiet
 
     def work() -> Any:
         from gptworks import lifecycle
 
-        return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column)
+        return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column, against)
 
     _print(_do(work, debug), json, _evaluation)
 
 
 def _evaluation(found: dict[str, Any]) -> str:
-    unigram, xz = found["baselines"]["unigram"], found["baselines"]["xz"]
+    unigram, xz, against = found["baselines"]["unigram"], found["baselines"]["xz"], found.get("against")
+
+    def row(name: str, model: dict[str, Any]) -> tuple[str, ...]:
+        return name, f"{model['loss']:.4f}", f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.4f}"
+
     rows = [
         ("", "nats/token", "perplexity", "bits/byte"),
-        ("model", f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", f"{found['bits_per_byte']:.4f}"),
+        row("model", found),
+        *([row("against", against)] if against else []),
         ("unigrams", f"{unigram['loss']:.4f}", "", f"{unigram['bits_per_byte']:.4f}"),
         ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
     ]
-    table = "\n".join(f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows)
-    return f"{table}\n{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}"
+    lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
+    lines.append(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}")
+    return "\n".join([*lines, _verdict(found["model"], against)] if against else lines)
+
+
+def _verdict(model: str, against: dict[str, Any]) -> str:
+    """Who is better, by how much and how sure that is."""
+    said = f"{against['difference_bits_per_byte']:+.4f} bits/byte"
+    if against["interval"]:
+        said += " (95 % interval {:+.4f} to {:+.4f})".format(*against["interval"])
+    conclusion = f"{against['better']} is better" if against["better"] else against["reason"]
+    return f"{model} minus {against['model']}: {said}, {against['pairs']:,} pairs: {conclusion}"
 
 
 @app.command()

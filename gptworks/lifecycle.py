@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core.config import Config
@@ -18,9 +20,10 @@ from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
 from gptworks.data.shards import Shards
+from gptworks.infer import comparison
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.infer.scoring import Score, score, unigram, xz
+from gptworks.infer.scoring import Score, stream_losses, total, unigram, xz
 from gptworks.model import build
 from gptworks.model.build import Loaded
 from gptworks.model.config import parameter_count
@@ -318,33 +321,63 @@ def find_lr(run: setup.Run, out: Path) -> dict[str, Any]:
 
 def evaluate(
     model: str | Path | Loaded, data: str, context: int | None = None, stride: int | None = None, rows: int = 16,
-    separator: str | None = None, text_column: str | None = None,
+    separator: str | None = None, text_column: str | None = None, against: str | Path | Loaded | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need."""
-    loaded = _loaded(model)
-    limit = loaded.model.config.max_position_embeddings
-    context = context or limit
-    if not 1 <= context <= limit:
-        raise UsageError(f"--context {context}: this model has positions for 1 to {limit}")
-    if stride is not None and not 1 <= stride <= context:
-        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context}")
+    """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need.
+
+    With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
+    """
+    models = [_loaded(each) for each in (model, against) if each is not None]
+    contexts = [_context(each, context, stride) for each in models]
     options = configuration.Data(separator=separator, text_column=text_column)
-    stream, text = shard_folder.encode_text(data, options, loaded.tokenizer)
+    documents = shard_folder.read_documents(data, options)
+    places, sizes = comparison.cut(documents)
+    scored = [
+        _score(each, data, documents, places, length, stride, rows)
+        for each, length in zip(models, contexts, strict=True)
+    ]
+    found, bits = scored[0]
+    found["baselines"]["xz"] = xz("".join(documents).encode("utf-8", "replace"))
+    for figures, other in scored[1:]:
+        del figures["baselines"]
+        difference = comparison.compare(bits, other, sizes)
+        found["against"] = figures | difference.as_dict(found["model"], figures["model"])
+    return found | {"data": data}
+
+
+def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
+    """How many tokens the model sees at once. Raises UsageError for more than it has positions for."""
+    limit = loaded.model.config.max_position_embeddings
+    context = asked or limit
+    if not 1 <= context <= limit:
+        raise UsageError(f"--context {context}: {loaded.path} has positions for 1 to {limit}")
+    if stride is not None and not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context} ({loaded.path})")
+    return context
+
+
+def _score(
+    loaded: Loaded, data: str, documents: list[str], places: list[list[int]], context: int, stride: int | None,
+    rows: int,
+) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
+    """A model's figures, and the bits that it needs up to each place of the text."""
+    stream, marks = shard_folder.encode_documents(documents, loaded.tokenizer, places)
     if len(stream.tokens) < 2:
         raise DataError(f"{data}: too little text to evaluate")
     shard_folder.check_ids(stream, loaded.model.config.vocab_size, data)
     start = time.perf_counter()
-    found = score(loaded.model, stream, context, rows, stride)
+    losses = list(stream_losses(loaded.model, stream, context, rows, stride))
     seconds = time.perf_counter() - start
+    found = total(losses, stream)
     method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
-    return {
+    figures = {
         **found.as_dict(),
         "method": method,
         "tokens_per_second": round(found.tokens / max(seconds, 1e-9), 1),
-        "baselines": {"unigram": unigram(stream), "xz": xz(text)},
+        "baselines": {"unigram": unigram(stream)},
         "model": str(loaded.path),
-        "data": data,
     }
+    return figures, comparison.bits_before(np.concatenate(losses), marks)
 
 
 def generate(

@@ -407,32 +407,36 @@ def same_data(shards: Shards, identity: str) -> None:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")
 
 
-def encode_text(path: str, data: Data, tokenizer: Tokenizer) -> tuple[Stream, bytes]:
-    """A file or folder as one stream of ids in memory, with its text; for evaluation. Raises DataError."""
-    starts, parts, texts, position, buffered = [], [], [], 0, ""
-
-    def put(ids: np.ndarray) -> None:
-        nonlocal position
-        parts.append(ids.astype(np.uint32))
-        position += len(ids)
-
-    def end(document: str) -> None:
-        start, stop = tokenizer.start_id, tokenizer.end_id
-        starts.append(position)
-        put(np.array([start] if start is not None else [], dtype=np.uint32))
-        put(tokenizer.encode_array(document))
-        put(np.array([stop] if stop is not None else [], dtype=np.uint32))
-        texts.append(document)
-
-    open_document = False
+def read_documents(path: str, data: Data) -> list[str]:
+    """Every document of a file or folder, in memory. Raises DataError."""
+    documents: list[list[str]] = []
     for piece in Source(path, data).pieces(Findings(path)):
-        if piece.first and open_document:
-            end(buffered)
-            buffered = ""
-        buffered += piece.text
-        open_document = True
-    if not open_document:
+        if piece.first:
+            documents.append([])
+        documents[-1].append(piece.text)
+    if not documents:
         raise DataError(f"{path}: no text")
-    end(buffered)
-    raw = "".join(texts).encode("utf-8", "replace")
-    return Stream(np.concatenate(parts), np.array(starts, dtype=np.int64), len(raw)), raw
+    return ["".join(parts) for parts in documents]
+
+
+def encode_documents(
+    documents: list[str], tokenizer: Tokenizer, places: list[list[int]] | None = None
+) -> tuple[Stream, np.ndarray]:
+    """Documents as one stream of ids in memory; and how many ids come before each place of a document and its end.
+
+    `places` has, for each document, positions as `Tokenizer.encode_marked` takes them; -1 where a token spans one.
+    """
+    front, back = (
+        np.array([token] if token is not None else [], dtype=np.uint32)
+        for token in (tokenizer.start_id, tokenizer.end_id)
+    )
+    starts, parts, marks, position = [], [], [], 0
+    for number, document in enumerate(documents):
+        ids, before = tokenizer.encode_marked(document, places[number] if places else [])
+        starts.append(position)
+        marks.append(np.where(before < 0, -1, before + position + len(front)))
+        parts += [front, ids.astype(np.uint32), back]
+        position += len(front) + len(ids) + len(back)
+        marks.append(np.array([position]))
+    size = sum(len(document.encode("utf-8", "replace")) for document in documents)
+    return Stream(np.concatenate(parts), np.array(starts, dtype=np.int64), size), np.concatenate(marks)

@@ -135,6 +135,14 @@ def pieces(blocks: Iterable[str]) -> Iterator[Piece]:
         yield Piece(rest, first)
 
 
+def safe_places(text: str, apart: int) -> Iterator[int]:
+    """Where a whole text may be cut, at least `apart` characters from each other and from its beginning."""
+    place = 0
+    while match := SAFE_CUT.search(text, place + apart):
+        place = match.start()
+        yield place
+
+
 def _last_safe_cut(text: str) -> int:
     """The last safe place to cut `text`, 0 if there is none; its final character is never trusted."""
     end = len(text) - 1

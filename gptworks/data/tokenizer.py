@@ -7,7 +7,8 @@ library with `encode_special_tokens=True`: text that looks like a control token 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether pieces of a document encode to the ids of the whole (see `sources.SAFE_CUT`)."""
+        """Whether pieces of a document encode to the ids of the whole (see `text.SAFE_CUT`)."""
         if self._characters is not None:
             return True
         return self.pattern is not None and self._state.get("normalizer") is None and not _plain_added(self._state)
@@ -124,6 +125,21 @@ class Tokenizer:
         if self._fast is None:
             self._fast = _gigatoken(self._state) or self._slow
         return self._fast(text)
+
+    def encode_marked(self, text: str, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `text`, and how many of them lie before each of `places`; -1 where a token spans it.
+
+        `places` are character positions from `text.safe_places`, ascending.
+        """
+        if self.cuttable:
+            parts = [self.encode_array(text[a:b]) for a, b in pairwise([0, *places, len(text)])]
+            return np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
+        self.backend.encode_special_tokens = True
+        found = self.backend.encode(text, add_special_tokens=False)
+        spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+        before = np.searchsorted(spans[:, 0], places)
+        reach = np.append(0, np.maximum.accumulate(spans[:, 1]))[before]  # the furthest that a token before has come
+        return np.array(found.ids, dtype=np.uint32), np.where(reach > places, -1, before)
 
     def _slow(self, text: str) -> np.ndarray:
         self.backend.encode_special_tokens = True

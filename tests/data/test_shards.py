@@ -20,7 +20,7 @@ from gptworks.data import shards as module
 from gptworks.data import split
 from gptworks.data import text as texts_module
 from gptworks.data.findings import Piece
-from gptworks.data.shards import Shards, Stream, Writer, encode_text, open_shards, prepare
+from gptworks.data.shards import Shards, Stream, Writer, encode_documents, open_shards, prepare, read_documents
 from gptworks.data.tokenizer import Tokenizer
 
 zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
@@ -381,10 +381,11 @@ def test_validation_text_is_the_held_out_text(tmp_path: Path) -> None:
     }.items():
         (tmp_path / "b.txt").write_text("".join(story(i) for i in range(60)))
         shards = build(tmp_path / name, path)
-        stream, raw = encode_text(str(shards.path / "validation.jsonl"), Data(), shards.tokenizer)
+        documents = read_documents(str(shards.path / "validation.jsonl"), Data())
+        stream, _ = encode_documents(documents, shards.tokenizer)
         assert stream.tokens.tolist() == shards.eval.tokens.tolist()
         assert stream.documents.tolist() == shards.eval.documents.tolist()
-        assert stream.bytes == shards.eval.bytes == len(raw)
+        assert stream.bytes == shards.eval.bytes == len("".join(documents).encode())
 
 
 # -- written once ------------------------------------------------------------------------------------------------
