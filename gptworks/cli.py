@@ -57,10 +57,16 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
+    from gptworks.core.ranks import ranks
+
     console.clear()
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    who = f"rank {ranks.rank}: " if ranks.world > 1 else ""
+    print(f"error: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    if ranks.world > 1:  # a broken group must not hold up the end of the process
+        sys.stdout.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
@@ -91,7 +97,7 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
         from gptworks import lifecycle
 
         result = getattr(lifecycle, name)(config, folder, recipe, fresh)
-        return json.dumps(result, ensure_ascii=False) if as_json else None
+        return json.dumps(result, ensure_ascii=False) if as_json and result else None
 
     printed = _do(work, debug)
     if printed:

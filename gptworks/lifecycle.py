@@ -4,6 +4,7 @@ The commands and the Python API are these functions. A stage reads folders, does
 again and it continues, or says that it is done.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core.config import Config
 from gptworks.core.errors import DataError, RunMismatch, UsageError
+from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count, duration
+from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
 from gptworks.data.shards import Shards
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.infer.scoring import score, unigram, xz
+from gptworks.infer.scoring import Score, score, unigram, xz
 from gptworks.model import build
 from gptworks.model.build import Loaded
 from gptworks.model.config import parameter_count
@@ -25,7 +28,9 @@ from gptworks.plan.cost import flops_per_token
 from gptworks.train import loop, setup
 from gptworks.train.hooks import Budget, Checkpointer, Evaluator, Logger, Metrics, Sampler, sampling
 from gptworks.train.objectives import NextToken
-from gptworks.train.state import State, listing, newest_good, restore
+from gptworks.train.range_test import range_test
+from gptworks.train.schedule import Course
+from gptworks.train.state import listing, newest_good, restore, using
 
 # -- train -------------------------------------------------------------------------------------------------------
 
@@ -33,51 +38,125 @@ from gptworks.train.state import State, listing, newest_good, restore
 def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
     """Tokenizer and shards where missing, then training, to `out/model`; continues what `out` holds.
 
-    Returns what result.json has. Raises GptworksError.
+    Under torchrun every process calls this: the main one prepares and writes, the others wait, then all train. Returns
+    what result.json has (on the main process; the others get {}). Raises GptworksError.
     """
     setup.check(config)
-    if fresh and out.exists():
-        with runtime.hold(out):
-            set_aside(out)
-    with runtime.interrupts.listening(), runtime.hold(out):
-        resolved = _continued(config, out)
-        finished = out / "result.json"
-        if resolved and finished.is_file() and (out / "model").is_dir():
-            console.say(f"run      {out} is finished; --fresh starts it over")
-            return folder.read_json(finished)
-        source = (resolved or config).model
-        base = build.load(source.path, source.dropout) if source.path else None
-        shards = _shards(resolved or config, base, out)
-        run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
-        if resolved is None:
-            for key, reason in sorted(run.reasons.items()):
-                console.say(f"chosen   {key}={configuration.get(run.config, key)}: {reason}")
-            folder.write_text(out / "config.yaml", configuration.dump(run.config, config, run.reasons))
-        return _train(run, out, recipe)
+    with runtime.interrupts.listening():
+        try:
+            if not ranks.main:
+                return _follow(config, out)
+            if fresh and out.exists():
+                with runtime.hold(out):
+                    set_aside(out)
+            with runtime.hold(out):
+                return _lead(config, out, recipe)
+        finally:
+            ranks.end()
 
 
-def _continued(config: Config, out: Path) -> Config | None:
-    """The resolved configuration of the run in `out`, with today's `free` keys; None if there is no run yet.
+def _lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
+    """What the main process does: everything."""
+    resolved, different = _continued(config, out)
+    finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
+    if finished and not different:
+        console.say(f"run      {out} is finished; --fresh starts it over")
+        ranks.tell("plan", json.dumps({"finished": True}))
+        return folder.read_json(out / "result.json")
+    source = (resolved or config).model
+    base = build.load(source.path, source.dropout) if source.path else None
+    shards = _shards(resolved or config, base, out)
+    if config.train.find_lr:
+        if ranks.world > 1:
+            raise UsageError("train.find_lr=true is for one process")
+        return find_lr(setup.decide(config, shards, base), out)
+    run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
+    newest = newest_good(out / "checkpoints")
+    if resolved is None:
+        for key, reason in sorted(run.reasons.items()):
+            console.say(f"chosen   {key}={configuration.get(run.config, key)}: {reason}")
+        folder.write_text(out / "config.yaml", configuration.dump(run.config, config, run.reasons))
+    if newest:
+        _restore(run, newest)
+    if different:
+        run.config = _change(run, config, different, out)
+    failpoint("run.configured")
+    where = str(newest) if newest else None
+    plan = {"config": run.config.model_dump(mode="json"), "asked": _asked(config), "restore": where}
+    ranks.tell("plan", json.dumps(plan))
+    ranks.start(run.layout.device, run.config.train.timeout_s)
+    return _train(run, out, recipe)
+
+
+def _follow(config: Config, out: Path) -> dict[str, Any]:
+    """What every other process does: waits until all is prepared, then trains with the main one."""
+    console.muted = True
+    plan = json.loads(ranks.hear("plan"))
+    if plan.get("finished"):
+        return {}
+    if plan["asked"] != _asked(config):
+        raise RunMismatch(f"rank {ranks.rank} was started with another configuration than rank 0; start all with one")
+    resolved = configuration.build(plan["config"], "the main process's configuration")
+    source = resolved.model
+    base = build.load(source.path, source.dropout) if source.path else None
+    shards = shard_folder.open_shards(Path(resolved.data.shards or out / "data"))
+    run = setup.decide(resolved, shards, base, resolved=True)
+    if plan["restore"]:
+        folder.verify(Path(plan["restore"]))
+        _restore(run, Path(plan["restore"]))
+    ranks.start(run.layout.device, resolved.train.timeout_s)
+    return _train(run, out, "")
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def _continued(config: Config, out: Path) -> tuple[Config | None, list[tuple[str, Any, Any]]]:
+    """The resolved configuration of the run in `out`, with today's `free` keys, and the `flexible` keys that are asked
+    otherwise now; None and nothing if there is no run yet.
 
     Raises RunMismatch if what is asked now differs in a `fixed` key.
     """
     path = out / "config.yaml"
     if not path.is_file():
-        return None
+        return None, []
     resolved, asked = configuration.read_resolved(path)
-    if different := configuration.changes(asked, config):
+    if different := configuration.changes(asked, config, "fixed"):
         key, old, new = different[0]
         more = f" (and {len(different) - 1} more keys)" if different[1:] else ""
         raise RunMismatch(
             f"{out} was started with {key}={old}, now {key}={new}{more}; "
             "use the old value, another --out, or --fresh to set the old run aside"
         )
-    free = {
+    today = {
         key: configuration.get(config, key)
-        for key, field in configuration.keys().items()
-        if field.json_schema_extra["resume"] == "free" and configuration.get(config, key) is not None
+        for key in sorted(configuration.keys())
+        if configuration.on_resume(key) == "free" and configuration.get(config, key) is not None
     }
-    return configuration.with_values(resolved, free)
+    return configuration.with_values(resolved, today), configuration.changes(asked, config, "flexible")
+
+
+def _change(run: setup.Run, asked: Config, different: list[tuple[str, Any, Any]], out: Path) -> Config:
+    """Writes down what the run does otherwise from now on; gives its configuration with that."""
+    change = setup.change(run, asked, different)
+    changes = [*run.config.train.changes, *([change] if change else [])]
+    if change:
+        console.say(f"changed  from step {change.step}: {change.why}")
+        run.state.stopped = None
+    (out / "result.json").unlink(missing_ok=True)  # no longer finished
+    text = (out / "config.yaml").read_text(encoding="utf-8")
+    folder.write_text(out / "config.yaml", configuration.amend(text, changes, asked))
+    now = {key: new for key, _, new in different if key in ("train.target_loss", "train.patience")}
+    return configuration.with_values(run.config, {"train.changes": [c.model_dump() for c in changes]} | now)
+
+
+def _restore(run: setup.Run, checkpoint: Path) -> None:
+    facts = restore(run.state, checkpoint)
+    shard_folder.same_data(run.shards, facts["data"])
+    if any(change.step >= run.state.step for change in run.config.train.changes):
+        run.state.stopped = None  # the run was told to go on
+    console.say(f"run      continues from step {run.state.step}, {checkpoint}")
 
 
 def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
@@ -104,45 +183,67 @@ def set_aside(out: Path) -> None:
 
 def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
     config, shards, state, layout = run.config, run.shards, run.state, run.layout
-    total = config.train.max_steps
-    assert total and config.train.context and config.train.checkpoint_every
-    if newest := newest_good(out / "checkpoints"):
-        facts = restore(state, newest)
-        shard_folder.same_data(shards, facts["data"])
-        console.say(f"run      continues {out} from step {state.step}")
+    assert config.train.context and config.train.checkpoint_every
+    course = Course(config.train)
     facts = {"data": shards.identity, "threads": config.train.threads, "versions": runtime.versions()}
-    rate = runtime.matmul_rate(layout.device, layout.dtype)
+    rate = ranks.total(runtime.matmul_rate(layout.device, layout.dtype))[0]
     flops = flops_per_token(state.model.config, config.train.context)
     console.say(
         f"model    {state.model.config.family}, {count(parameter_count(state.model.config))} parameters, width "
-        f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {layout.device} "
+        f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {_where(layout)} "
         f"{str(layout.dtype).removeprefix('torch.')}, {rate / 1e9:.0f} GFLOP/s in a matmul"
     )
     console.say(f"data     {run.loader.report()}")
-    metrics = Metrics(out, state.step, config.train.tensorboard)
-    metrics.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), config)
-    logger = Logger(
-        metrics,
-        config.train.log_every,
-        total,
-        shards.train.bytes_per_token,
-        flops,
-        rate,
-        len(run.loader.plan(0)),
-    )
-    evaluator = Evaluator(metrics, shards, config, total, run.eval_rows)
-    hooks: list[loop.Hook] = [
-        logger,
-        evaluator,
-        Sampler(metrics, shards.tokenizer, run.stop_ids, config, total),
-        Budget(config, total, run.most_steps, state),
-        Checkpointer(out / "checkpoints", config.train.checkpoint_every, total, facts),
-    ]
+    metrics = _metrics(run, out) if ranks.main else None
+    evaluator = Evaluator(metrics, shards, config, course, run.eval_rows)
+    budget = Budget(config, course, run.most_steps, state, lambda change: _record(course, out))
+    checkpointer = Checkpointer(out / "checkpoints", config.train.checkpoint_every, course, facts)
+    hooks: list[loop.Hook] = [evaluator, budget, checkpointer]
+    if metrics:
+        bytes_per_token, rows = shards.train.bytes_per_token, len(run.loader.plan(0))
+        hooks.insert(0, Logger(metrics, config.train.log_every, course, bytes_per_token, flops, rate, rows))
+        hooks.insert(2, Sampler(metrics, shards.tokenizer, run.stop_ids, config, course))
     try:
-        loop.run(state, run.loader, NextToken(), config.train, layout, total, hooks)
-        final = evaluator.measure(state)
+        loop.run(state, run.loader, NextToken(config.train), config.train, layout, course, hooks)
+        checkpointer.finish()
+        final = evaluator.final(state)
+        ranks.end()
+        with using(state.model, state.best or state.average):
+            if not metrics:
+                return {}
+            return _finish(run, out, recipe, final, metrics.last_loss, rate)
     finally:
-        metrics.close()
+        if checkpointer.saving:
+            checkpointer.saving.join()  # what was begun is ended, whatever stopped the run
+        if metrics:
+            metrics.close()
+
+
+def _where(layout: loop.Layout) -> str:
+    return f"{ranks.world} x {layout.device.type}" if ranks.world > 1 else layout.device.type
+
+
+def _metrics(run: setup.Run, out: Path) -> Metrics:
+    made = Metrics(out, run.state.step, run.config.train.tensorboard, run.config.train.wandb)
+    made.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), run.config)
+    return made
+
+
+def _record(course: Course, out: Path) -> None:
+    """Writes the changes of a run into its config.yaml."""
+    if ranks.main:
+        text = (out / "config.yaml").read_text(encoding="utf-8")
+        _, asked = configuration.read_resolved(out / "config.yaml")
+        asked_config = configuration.build(asked, "the run's config.yaml")
+        folder.write_text(out / "config.yaml", configuration.amend(text, course.changes, asked_config))
+
+
+def _finish(
+    run: setup.Run, out: Path, recipe: str, final: Score, train_loss: float | None, rate: float
+) -> dict[str, Any]:
+    """The model folder and result.json, of the weights that `final` was measured on."""
+    config, state = run.config, run.state
+    assert config.train.context
     speed = state.tokens / max(state.seconds, 1e-9)
     result = {
         "steps": state.step,
@@ -150,18 +251,23 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         "seconds": round(runtime.process_seconds(), 2),
         "train_seconds": round(state.seconds, 2),
         "tokens_per_second": round(speed, 1),
-        "mfu": round(speed * flops / rate, 4),
+        "mfu": round(speed * flops_per_token(state.model.config, config.train.context) / rate, 4),
         "matmul_gflops": round(rate / 1e9, 1),
         "peak_memory_bytes": runtime.peak_memory(),
+        "processes": ranks.world,
         "parameters": parameter_count(state.model.config),
         "stopped": state.stopped or f"reached step {state.step}",
-        "train": {"loss": metrics.last_loss},
+        "weights": "of the best evaluation" if state.best else "averaged" if state.average else "last",
+        "skipped_steps": state.skipped,
+        "changes": [change.why for change in config.train.changes],
+        "train": {"loss": train_loss},
         "eval": final.as_dict(),
         "model": str(out / "model"),
         "recipe": recipe,
     }
-    lineage = _lineage(config, shards, run.base, recipe, result)
-    build.save(out / "model", state.model, shards.tokenizer, lineage)
+    lineage = _lineage(config, run.shards, run.base, recipe, result)
+    failpoint("model.save")
+    build.save(out / "model", state.model, run.shards.tokenizer, lineage)
     result["seconds"] = round(runtime.process_seconds(), 2)
     folder.write_json(out / "result.json", result)
     console.say(
@@ -187,6 +293,19 @@ def _lineage(
         "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
         | {"steps": result["steps"], "training_tokens": result["tokens"]},
     }
+
+
+def find_lr(run: setup.Run, out: Path) -> dict[str, Any]:
+    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; nothing else is kept."""
+    from gptworks.report.page import write_range_test
+
+    found = range_test(run)
+    folder.write_json(out / "find_lr.json", found.as_dict())
+    page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
+    also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
+    console.say(f"found    train.lr={found.lr:g}{also}: {found.reason}")
+    console.say(f"found    the curve is in {page}; nothing was trained")
+    return {"lr": found.lr, "adam_lr": found.adam_lr, "reason": found.reason, "report": str(page)}
 
 
 # -- after training ----------------------------------------------------------------------------------------------
@@ -291,24 +410,11 @@ def verify(path: Path) -> dict[str, Any]:
         shard_folder.same_data(shards, facts["data"])
         target = setup.decide(resolved, shards, base, True).state
         restore(target, newer)
-        first, total = run.state.step, resolved.train.max_steps
-        assert total
-        evaluator = Evaluator(_Silence(), shards, resolved, total, run.eval_rows)  # type: ignore[arg-type]
+        first, course = run.state.step, Course(resolved.train)
+        evaluator = Evaluator(None, shards, resolved, course, run.eval_rows)
         run.state.stopped = None
-
-        def replan(state: State, m: loop.StepMetrics) -> None:
-            state.replans += [decided for decided in target.replans if decided[0] == state.step]
-
-        loop.run(
-            run.state,
-            run.loader,
-            NextToken(),
-            resolved.train,
-            run.layout,
-            total,
-            [evaluator, replan],
-            until=target.step,
-        )
+        objective = NextToken(resolved.train)
+        loop.run(run.state, run.loader, objective, resolved.train, run.layout, course, [evaluator], until=target.step)
         difference = run.state.difference(target)
     return {
         "verdict": "identical to the bit" if difference is None else difference,
@@ -317,12 +423,6 @@ def verify(path: Path) -> dict[str, Any]:
         "to_step": target.step,
         "fingerprint": run.state.fingerprint(),
     }
-
-
-class _Silence:
-    """Takes the place of Metrics in a replay."""
-
-    def write(self, step: int, values: dict[str, float]) -> None: ...
 
 
 # -- a whole recipe ----------------------------------------------------------------------------------------------
@@ -335,6 +435,8 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
         if stage == "train":
             result = train(config, out, recipe, fresh)
             fresh = False
+            if not ranks.main or config.train.find_lr:
+                return result  # the main process alone goes on; a range test leaves no model
         elif stage == "evaluate":
             held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
             result["evaluation"] = evaluate(out / "model", config.data.eval or str(held_out), config.train.context)

@@ -144,5 +144,5 @@ def test_help_answers_within_half_a_second() -> None:
 @pytest.mark.parametrize("key", config.keys())
 def test_every_key_says_whether_a_run_may_change_it_and_what_it_does(key: str) -> None:
     field = config.keys()[key]
-    assert field.json_schema_extra["resume"] in ("fixed", "free")
+    assert field.json_schema_extra["resume"] in ("fixed", "flexible", "free")
     assert field.description

@@ -19,6 +19,7 @@ from gptworks.model.transformer import Transformer
 from gptworks.train import loop
 from gptworks.train.objectives import NextToken
 from gptworks.train.optim import make_optimizers
+from gptworks.train.schedule import Course
 from gptworks.train.state import State
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ,.\n"
@@ -98,7 +99,7 @@ def loader(rows: int | None = 8, **options: Any) -> Loader:
 
 def run(started: State, train: Train, until: int, total: int = 12, micro_batch: int = 8, **options: Any) -> State:
     layout = loop.Layout(torch.device("cpu"), torch.float32, micro_batch)
-    return loop.run(
-        started, options.pop("loader", None) or loader(), options.pop("objective", None) or NextToken(), train,
-        layout, total, until=until, **options,
-    )  # fmt: skip
+    course = Course(train.model_copy(update={"max_steps": total}))
+    objective = options.pop("objective", None) or NextToken(train)
+    rows = options.pop("loader", None) or loader()
+    return loop.run(started, rows, objective, train, layout, course, until=until, **options)

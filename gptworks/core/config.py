@@ -2,8 +2,8 @@
 
 Nothing is guessed in silence. An unknown key is an error that names the nearest valid one; a value that is left
 to us (None here) is derived later, and what was chosen is written into the run's config.yaml with its reason.
-Beside each key stands whether a run that exists may continue with another value: `fixed` keys may not change,
-`free` keys may.
+Beside each key stands whether a run that exists may continue with another value: `fixed` keys may not change;
+`flexible` ones may, and what changed is kept with the step it holds from; `free` ones do not touch the result.
 """
 
 import difflib
@@ -51,6 +51,11 @@ Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 def fixed(default: Any, help: str) -> Any:
     """A key that shapes the result: a run continues only with the value it was started with."""
     return Field(default, description=help, json_schema_extra={"resume": "fixed"})
+
+
+def flexible(default: Any, help: str) -> Any:
+    """A key that may change when a run is continued: the result differs from there on, and the run records it."""
+    return Field(default, description=help, json_schema_extra={"resume": "flexible"})
 
 
 def free(default: Any, help: str) -> Any:
@@ -131,22 +136,36 @@ class Model(Section):
     dropout: Share | None = fixed(None, "on embeddings, attention weights and residual branches")
 
 
+class Change(Section):
+    """What holds from a step on, other than the run was planned: see `train/schedule.py`."""
+
+    step: Natural  # steps done before it
+    length: Count | None = None  # steps in the whole run from now on
+    decay: bool = False  # the rate falls from here to the end, whatever the schedule says
+    lr: NonNegative | None = None
+    adam_lr: NonNegative | None = None
+    stretch: bool = False  # evaluations and checkpoints keep their number: the intervals grow with the length
+    why: str = ""
+
+
 class Train(Section):
     seed: Natural = fixed(1, "initial weights, data order and dropout follow from it")
-    max_steps: Count | None = fixed(None, "stop after so many optimizer steps")
-    max_tokens: Count | None = fixed(None, "stop after so many tokens")
-    max_epochs: Positive | None = fixed(None, "stop after so many passes over the training text")
-    target_loss: Positive | None = fixed(None, "stop once the evaluation loss (nats a token) is at or below this")
+    max_steps: Count | None = flexible(None, "stop after so many optimizer steps")
+    max_tokens: Count | None = flexible(None, "stop after so many tokens")
+    max_epochs: Positive | None = flexible(None, "stop after so many passes over the training text")
+    target_loss: Positive | None = flexible(None, "stop once the evaluation loss (nats a token) is at or below this")
     time_budget_s: Positive | None = fixed(None, "seconds from process start to result; becomes a step count")
-    patience: Count | None = fixed(None, "stop after so many evaluations without improvement")
+    patience: Count | None = flexible(
+        None, "stop after so many evaluations without improvement, and keep the best weights"
+    )
     batch_tokens: Literal["full"] | Count | None = fixed(None, "tokens per optimizer step; 'full': the whole corpus")
     micro_batch: Count | None = fixed(None, "rows per forward pass; None: as many as fit")
     context: Annotated[int, BeforeValidator(_whole), Field(ge=2, le=10_000_000)] | None = fixed(
         None, "tokens a row sees at once"
     )
     optimizer: str = fixed("muon", "muon, adamw, adam or sgd (or file.py:Name)")
-    lr: NonNegative | None = fixed(None, "peak learning rate (muon: of the matrices)")
-    adam_lr: NonNegative | None = fixed(None, "muon only: peak learning rate of embeddings, head, norms and biases")
+    lr: NonNegative | None = flexible(None, "peak learning rate (muon: of the matrices)")
+    adam_lr: NonNegative | None = flexible(None, "muon only: peak learning rate of embeddings, head, norms and biases")
     momentum: Share | None = fixed(None, "muon and sgd")
     nesterov: bool = fixed(True, "muon and sgd: look ahead along the momentum")
     betas: tuple[Share, Share] = fixed((0.9, 0.95), "Adam's averaging of gradient and squared gradient")
@@ -154,20 +173,32 @@ class Train(Section):
     l2: NonNegative = fixed(0.0, "penalty l2/2 * sum(w^2) in the loss, matrices only")
     l1: NonNegative = fixed(0.0, "penalty l1 * sum(|w|) in the loss, matrices only")
     clip: NonNegative = fixed(1.0, "largest norm of the whole gradient; 0 never clips")
+    skip_spikes: Positive | None = fixed(None, "skip a step whose gradient norm is so many deviations above the usual")
+    ema: Share | None = fixed(None, "keep, evaluate and save an average of the weights that forgets at this rate")
+    z_loss: NonNegative = fixed(0.0, "penalty z_loss * log(sum(exp(logits)))^2, which keeps logits small")
+    label_smoothing: Share = fixed(0.0, "share of each target that is spread over the vocabulary")
     schedule: str = fixed("wsd", "constant, linear, cosine, step, inverse_sqrt or wsd (or file.py:Name)")
     warmup: Fraction | None = fixed(None, "share of the steps over which the rate rises from zero")
     cooldown: Fraction = fixed(0.5, "wsd: share of the steps over which the rate falls")
     min_lr: Fraction = fixed(0.0, "where decay ends, as a share of the peak")
+    decay_now: bool = flexible(False, "begin the decay of a run at the step it stands at")
+    changes: list[Change] = fixed([], "what holds from a step on, as [{step: 300, lr: 0.01}]; later ones are kept here")
+    find_lr: bool = free(False, "no training: try rising learning rates, draw the losses, propose one")
     step_every: Fraction = fixed(0.25, "step: the rate drops each time this share of the run has passed")
     step_gamma: Fraction = fixed(0.3, "step: the factor of each drop")
     precision: Literal["auto", "fp32", "bf16"] = fixed("auto", "of the forward and backward pass")
     compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
     deterministic: Literal["auto"] | bool = fixed("auto", "bit-for-bit repeatable kernels; auto: on the CPU")
     threads: Count | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
+    reduce: Literal["sum", "canonical"] = fixed(
+        "sum", "how gradients are added up; canonical: the same bits on 1, 2, 4, ... processes"
+    )
+    timeout_s: Positive = free(300.0, "several processes: end them all where one makes no progress for so long")
     checkpoint_every: Count | None = free(None, "steps between checkpoints")
     eval_every: Count | None = fixed(None, "steps between evaluations")
     log_every: Count = free(10, "steps between logged lines")
     tensorboard: bool = free(True, "write tensorboard/ beside metrics.jsonl")
+    wandb: str | None = free(None, "also log to this Weights & Biases project")
 
 
 class Generate(Section):
@@ -364,16 +395,18 @@ def _shown(value: Any) -> str:
     return shown[:80]
 
 
-def changes(old: dict[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
-    """The `fixed` keys in which `new` differs from the mapping an existing run was started with."""
+def on_resume(key: str) -> str:
+    """fixed, flexible or free."""
+    extra = keys()[key].json_schema_extra
+    assert isinstance(extra, dict) and extra.get("resume") in ("fixed", "flexible", "free"), f"undeclared key {key}"
+    return str(extra["resume"])
+
+
+def changes(old: dict[str, Any], new: Config, kind: str) -> list[tuple[str, Any, Any]]:
+    """The keys of a kind in which `new` differs from the mapping an existing run was started with: (key, old, new)."""
     before = build(old, "the run's config.yaml")
-    different = []
-    for key, field in keys().items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict) and extra.get("resume") in ("fixed", "free"), f"undeclared key {key}"
-        if extra["resume"] == "fixed" and get(before, key) != get(new, key):
-            different.append((key, get(before, key), get(new, key)))
-    return different
+    pairs = ((key, get(before, key), get(new, key)) for key in keys() if on_resume(key) == kind)
+    return [(key, was, now) for key, was, now in pairs if was != now]
 
 
 def get(config: Config, key: str) -> Any:
@@ -398,6 +431,15 @@ def dump(config: Config, asked: Config, reasons: dict[str, str]) -> str:
     lines.append("asked:")
     lines += [f"  {line}" for line in _lines(asked.model_dump(mode="json", exclude_unset=True), {}, "")]
     return "\n".join(lines) + "\n"
+
+
+def amend(text: str, added: list[Change], asked: Config) -> str:
+    """The text of a config.yaml with all the changes of a run so far, and with what was asked last."""
+    changes = [change.model_dump(mode="json", exclude_defaults=True) for change in added]
+    text = re.sub(r"^  changes: .*$", lambda _: f"  changes: {_scalar(changes)}", text, count=1, flags=re.MULTILINE)
+    head = text.split("\nasked:\n")[0]
+    lines = ["asked:"] + [f"  {line}" for line in _lines(asked.model_dump(mode="json", exclude_unset=True), {}, "")]
+    return "\n".join([head, *lines]) + "\n"
 
 
 def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterator[str]:

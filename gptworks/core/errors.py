@@ -47,3 +47,9 @@ class RunMismatch(GptworksError):
     """The run on disk and the configuration disagree, or another process holds the run."""
 
     code = 78
+
+
+class PeerLost(GptworksError):
+    """Another process of the run died or hangs."""
+
+    code = 79

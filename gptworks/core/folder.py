@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptworks.core.errors import DataError, StorageError
+from gptworks.core.failpoint import failpoint
 
 MANIFEST = "manifest.json"
 
@@ -59,6 +60,7 @@ def write_text(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            failpoint("text.replace")
             os.replace(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
@@ -104,10 +106,11 @@ def _alive(pid: str) -> bool:
 
 
 @contextmanager
-def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+def commit(path: Path, facts: dict[str, Any] | None = None, hashes: dict[str, str] | None = None) -> Iterator[Path]:
     """Gives a folder to fill; on success it becomes `path` in one step, with a manifest of every file's SHA-256.
 
-    `facts` go into the manifest as they are when the block ends. If the block raises, `path` is what it was before.
+    `facts` go into the manifest as they are when the block ends; who has hashed a file while writing it leaves that in
+    `hashes`, by name. If the block raises, `path` is what it was before.
     An existing folder at `path` is moved away only after the new one is durable; a process that dies between those
     two renames leaves the old one beside `path`, and the next `commit` puts it back first.
     """
@@ -121,11 +124,16 @@ def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
             yield aside
             files = {}
             for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+                failpoint("folder.fsync")
                 fsync(file)
-                files[file.relative_to(aside).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                name = file.relative_to(aside).as_posix()
+                digest = (hashes or {}).get(name) or sha256(file)
+                files[name] = {"bytes": file.stat().st_size, "sha256": digest}
+            failpoint("folder.manifest")
             write_json(aside / MANIFEST, {**(facts or {}), "files": files})
             for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
                 fsync(folder)
+            failpoint("folder.rename")
             if path.exists():
                 old = path.parent / f".{path.name}.old.{os.getpid()}.tmp"
                 os.rename(path, old)
@@ -134,10 +142,12 @@ def commit(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
                 except BaseException:
                     os.rename(old, path)
                     raise
+                failpoint("folder.renamed")
                 fsync(path.parent)
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 os.rename(aside, path)
+                failpoint("folder.renamed")
                 fsync(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

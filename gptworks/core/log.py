@@ -9,20 +9,23 @@ class Console:
 
     def __init__(self) -> None:
         self.quiet = False
+        self.muted = False  # a process that leaves speaking to the main one
         self._live = False
 
     @property
     def terminal(self) -> bool:
-        return sys.stderr.isatty() and not self.quiet
+        return sys.stderr.isatty() and not self.quiet and not self.muted
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
-        if not self.quiet:
+        if not self.quiet and not self.muted:
             self.clear()
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """A line that stays, even when quiet."""
+        if self.muted:
+            return
         self.clear()
         print(f"warning: {text}", file=sys.stderr, flush=True)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptworks.core.errors import Preempted, RunMismatch, StorageError
+from gptworks.core.errors import Preempted, RunMismatch, StorageError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,11 @@ def device() -> "torch.device":
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"process {local} of this machine has no GPU of its own: {torch.cuda.device_count()} here")
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -71,6 +75,11 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory(device: "torch.device") -> int:

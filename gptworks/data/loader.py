@@ -5,7 +5,7 @@ packed into rows by best fit; the rows are shuffled. Every token is predicted ex
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,33 +21,44 @@ class Batch:
 
     tokens [B, T] int64; targets [B, T] int64, the next token; weights [B, T] float32, 0 where there is no target;
     segments [B, T] int32, a number for each piece of a document in its row, or None where attention is not masked.
+    `first` is the number of the first row within its step; `share` how many rows each process has in a whole step.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     segments: torch.Tensor | None = None
+    first: int = 0
+    share: int = 0
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
         pin = device.type == "cuda"  # a pinned copy does not wait for the transfer
-        move = [
-            (t.pin_memory() if pin else t).to(device, non_blocking=True) if t is not None else None
-            for t in (self.tokens, self.targets, self.weights, self.segments)
-        ]
-        return Batch(move[0], move[1], move[2], move[3])  # type: ignore[arg-type]
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+
+        segments = move(self.segments) if self.segments is not None else None
+        tokens, targets, weights = move(self.tokens), move(self.targets), move(self.weights)
+        return replace(self, tokens=tokens, targets=targets, weights=weights, segments=segments)
+
+    def cut(self, start: int, stop: int) -> "Batch":
+        """Rows start .. stop-1, as far as there are any."""
+        rows = slice(start, stop)
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            targets=self.targets[rows],
+            weights=self.weights[rows],
+            segments=self.segments[rows] if self.segments is not None else None,
+            first=self.first + start,
+        )
 
     def rows(self, size: int) -> Iterator["Batch"]:
         """The batch in micro-batches of at most `size` rows."""
         for start in range(0, len(self.tokens), size):
-            cut = slice(start, start + size)
-            yield Batch(
-                self.tokens[cut],
-                self.targets[cut],
-                self.weights[cut],
-                self.segments[cut] if self.segments is not None else None,
-            )
+            yield self.cut(start, start + size)
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,10 @@ def plan_epoch(stream: Stream, context: int, seed: int, epoch: int) -> Plan:
 
 
 class Loader:
-    """Hands out batches of `batch_rows` rows (None: a whole epoch) from a cursor, without state of its own."""
+    """Hands out batches of `batch_rows` rows (None: a whole epoch) from a cursor, without state of its own.
+
+    Of several processes each gets its share of the rows of every batch, in the order of their ranks.
+    """
 
     def __init__(
         self,
@@ -140,13 +154,16 @@ class Loader:
         seed: int,
         max_epochs: int | None = None,
         mask_documents: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.stream, self.context, self.batch_rows = stream, context, batch_rows
         self.seed, self.max_epochs, self.mask_documents = seed, max_epochs, mask_documents
+        self.rank, self.world = rank, world
         self.plan = lru_cache(maxsize=2)(lambda epoch: plan_epoch(stream, context, seed, epoch))
 
     def take(self, cursor: Cursor) -> tuple[Batch, Cursor]:
-        """The batch at `cursor` and the cursor after it; the last batch of the last epoch may be short."""
+        """Our share of the batch at `cursor`, and the cursor after the whole batch; the last one may be short."""
         wanted = self.batch_rows or len(self.plan(cursor.epoch))
         rows: list[tuple[Plan, int]] = []
         epoch, row = cursor.epoch, cursor.row
@@ -159,7 +176,10 @@ class Loader:
                 epoch, row = epoch + 1, 0
                 if self.max_epochs is not None and epoch >= self.max_epochs:
                     break
-        return self._batch(rows), Cursor(epoch, row)
+        share = -(-wanted // self.world)
+        first = self.rank * share
+        batch = self._batch(rows[first : first + share])
+        return replace(batch, first=first, share=share), Cursor(epoch, row)
 
     def rows_in(self, epochs: float) -> int:
         """Rows in so many epochs from the beginning."""

@@ -147,7 +147,7 @@ def derive_training(
             derived.choose("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
     if train.optimizer == "muon" and train.adam_lr is None:
         derived.choose("train.adam_lr", _by_width(0.004, width), falling)
-    if train.momentum is None:
+    if train.momentum is None and train.optimizer in ("muon", "sgd"):
         steps = horizon / (train_tokens if batch == "full" else batch)
         short = train.optimizer != "muon" or steps < 1000
         why = "a short run gains from a short memory" if short else "Muon's usual"

@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptworks.core.log import count
@@ -20,7 +21,13 @@ class Series:
     dots: bool = False
 
 
-def chart(title: str, series: list[Series], last_step: float = 0.0, from_zero: bool = False) -> str:
+def chart(
+    title: str,
+    series: list[Series],
+    last_step: float = 0.0,
+    from_zero: bool = False,
+    across_label: Callable[[float], str] | None = None,
+) -> str:
     """A figure with axes, ticks and, for two lines or more, a legend; "" if there is nothing to draw.
 
     The value axis is linear; it is logarithmic where positive values span a factor of 50 and it need not start at zero.
@@ -47,7 +54,7 @@ def chart(title: str, series: list[Series], last_step: float = 0.0, from_zero: b
         drawn.append(f'<text class="y" x="-8" y="{down(y)}%" dy="4">{label(y)}</text>')
     for x in (x for x in ticks(0.0, right) if x <= right):
         drawn.append(f'<line class="tick" x1="{across(x)}%" x2="{across(x)}%" y1="100%" y2="100%"/>')
-        drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="18">{label(x)}</text>')
+        drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="18">{(across_label or label)(x)}</text>')
     for one in series:
         path = " ".join(f"{across(x)},{down(y)}" for x, y in one.points)
         line = f'<polyline class="{one.style}" points="{path}" vector-effect="non-scaling-stroke"/>'

@@ -50,6 +50,24 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
+def write_range_test(path: Path, rates: list[float], smoothed: list[float], lr: float, reason: str) -> Path:
+    """Writes the page of a learning-rate range test: the smoothed loss over the rate, and the proposal. Raises
+    StorageError."""
+    low = math.log10(min(rates))
+    points = [(math.log10(rate) - low, loss) for rate, loss in zip(rates, smoothed, strict=True)]
+    ceiling = 1.2 * smoothed[0]  # a loss that explodes would flatten the rest
+    lowest = min(smoothed)
+    lines = [
+        Series("smoothed loss", "train", [(x, min(y, ceiling)) for x, y in points]),
+        Series("proposed", "eval", [(math.log10(lr) - low, lowest), (math.log10(lr) - low, ceiling)]),
+    ]
+    drawn = chart("Loss, nats/token, by learning rate", lines, across_label=lambda x: f"{10 ** (low + x):.1e}")
+    body = f"<header><h1>Learning rate</h1><p>train.lr={lr:g}: {h(reason)}.</p></header>" + section("Range test", drawn)
+    style = (resources.files("gptworks.report") / "style.css").read_text(encoding="utf-8")
+    folder.write_text(path, PAGE.format(title="Learning rate", style=style, body=body))
+    return path
+
+
 # -- reading -----------------------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,21 @@
 """What happens beside the steps: logging, evaluation, samples, checkpoints, stopping. Each is a hook of the loop."""
 
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gptworks.core import folder
-from gptworks.core.config import Config
-from gptworks.core.errors import Preempted
+from gptworks.core.config import Change, Config
+from gptworks.core.errors import Preempted, UsageError
+from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count, duration
+from gptworks.core.ranks import ranks
 from gptworks.core.runtime import interrupts, peak_memory, process_seconds
 from gptworks.data.shards import Shards
 from gptworks.data.tokenizer import Tokenizer
@@ -18,16 +23,18 @@ from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import Score, score
 from gptworks.train.loop import StepMetrics
-from gptworks.train.state import State, save
+from gptworks.train.schedule import Course
+from gptworks.train.state import Saving, State, using
 
 
 class Metrics:
-    """metrics.jsonl, always; the same values in tensorboard/, under Hugging Face's tag names, when asked.
+    """metrics.jsonl, always; the same values in tensorboard/, under Hugging Face's tag names, and at Weights & Biases,
+    when asked.
 
     A resumed run drops what was logged after the checkpoint it continues from, so no step is there twice.
     """
 
-    def __init__(self, run: Path, from_step: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path, from_step: int, tensorboard: bool, wandb: str | None = None) -> None:
         self.path = run / "metrics.jsonl"
         self.last_loss: float | None = None  # the last logged training loss, of this process or one before
         self._trim(from_step)
@@ -37,6 +44,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+        self.wandb: Any = _wandb(wandb, run) if wandb else None
 
     def _trim(self, from_step: int) -> None:
         if not self.path.is_file():
@@ -54,11 +62,14 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.last_loss = values.get("train/loss", self.last_loss)
+        failpoint("metrics.write")
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         if self.board:
             for tag, value in values.items():
                 self.board.add_scalar(tag, value, step)
+        if self.wandb:
+            self.wandb.log({**values, "step": step})  # by a metric of our own, so that a resumed run may go back
 
     def text(self, step: int, tag: str, text: str) -> None:
         self.file.write(json.dumps({"step": step, tag: text}, ensure_ascii=False) + "\n")
@@ -67,9 +78,6 @@ class Metrics:
             self.board.add_text(tag, f"    {text}".replace("\n", "\n    "), step)
 
     def hyperparameters(self, config_text: str, config: Config) -> None:
-        if not self.board:
-            return
-        self.board.add_text("config", "    " + config_text.replace("\n", "\n    "), 0)
         flat = {
             f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
             for section, values in config.model_dump(mode="json").items()
@@ -77,8 +85,13 @@ class Metrics:
             for key, value in values.items()
             if value is not None
         }
+        if self.wandb:
+            self.wandb.config.update(flat, allow_val_change=True)
+        if not self.board:
+            return
         from torch.utils.tensorboard.summary import hparams
 
+        self.board.add_text("config", "    " + config_text.replace("\n", "\n    "), 0)
         for summary in hparams(flat, {"eval/loss": 0.0}):
             self.board.file_writer.add_summary(summary)
 
@@ -88,6 +101,24 @@ class Metrics:
         self.file.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises UsageError where Weights & Biases is asked for and not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f'train.wandb={project}: wandb is not installed; pip install "gptworks[wandb]"')
+
+
+def _wandb(project: str, run: Path) -> Any:
+    """A Weights & Biases run that goes on where the run in this folder does."""
+    import wandb
+
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    board = wandb.init(project=project, id=name, name=run.name, resume="allow", dir=str(run))
+    board.define_metric("*", step_metric="step")
+    return board
 
 
 class Logger:
@@ -97,13 +128,13 @@ class Logger:
         self,
         metrics: Metrics,
         every: int,
-        total: int,
+        course: Course,
         bytes_per_token: float,
         flops: float,
         rate: float,
         epoch_rows: int,
     ) -> None:
-        self.metrics, self.every, self.total = metrics, every, total
+        self.metrics, self.every, self.course = metrics, every, course
         self.nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
         self.flops, self.rate, self.epoch_rows = flops, rate, epoch_rows
         self._seconds = self._data = self._weight = self._loss = 0.0
@@ -114,7 +145,7 @@ class Logger:
         self._data += m.data_seconds
         self._weight += m.weight
         self._loss += m.loss * m.weight
-        if state.step % self.every and state.step != state.length(self.total) and not state.stopped:
+        if state.step % self.every and state.step != self.course.length and not state.stopped:
             return
         loss = self._loss / self._weight
         speed = self._weight / self._seconds
@@ -132,20 +163,19 @@ class Logger:
                 "train/data_wait": self._data / self._seconds,
                 "train/seconds": state.seconds,
                 "train/memory_gib": peak_memory() / 2**30,
+                **({"train/skipped": state.skipped} if state.norms else {}),
             },
         )
         line = self._line(state, loss, speed)
         self._seconds = self._data = self._weight = self._loss = 0.0
         if console.terminal:
             console.live(line)
-        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or state.step == state.length(
-            self.total
-        ):
+        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or state.step == self.course.length:
             self._said = time.perf_counter()
             console.say(line)
 
     def _line(self, state: State, loss: float, speed: float) -> str:
-        total = state.length(self.total)
+        total = self.course.length
         left = (total - state.step) * state.seconds / state.step
         return (
             f"step {state.step:>{len(str(total))}}/{total}  loss {loss:.4f}  "
@@ -158,31 +188,46 @@ class Logger:
 class Evaluator:
     """Exact loss on the evaluation split every `every` steps; ends the run on a target or when patience runs out."""
 
-    def __init__(self, metrics: Metrics, shards: Shards, config: Config, total: int, rows: int) -> None:
-        self.metrics, self.shards, self.total, self.rows = metrics, shards, total, rows
-        self.every, self.train = config.train.eval_every or total, config.train
+    def __init__(self, metrics: Metrics | None, shards: Shards, config: Config, course: Course, rows: int) -> None:
+        """`metrics` is None where nothing is to be written: in a replay, and on all processes but the main one."""
+        self.metrics, self.shards, self.course, self.rows = metrics, shards, course, rows
+        self.every, self.train = config.train.eval_every or course.planned, config.train
         self.last: tuple[int, Score] | None = None
 
     def measure(self, state: State) -> Score:
-        """The score of the weights as they are, measured once a step."""
+        """The score of the weights, or of their average where one is kept; measured once a step."""
         if self.last is None or self.last[0] != state.step:
             assert self.train.context
-            self.last = (state.step, score(state.model, self.shards.eval, self.train.context, self.rows))
+            failpoint("eval.start")
+            with using(state.model, state.average):
+                self.last = (state.step, score(state.model, self.shards.eval, self.train.context, self.rows))
         return self.last[1]
 
+    def final(self, state: State) -> Score:
+        """The score of the weights that the run gives: the best where they are kept, else as `measure`."""
+        if not state.best:
+            return self.measure(state)
+        assert self.train.context
+        with using(state.model, state.best):
+            return score(state.model, self.shards.eval, self.train.context, self.rows)
+
     def __call__(self, state: State, m: StepMetrics) -> str | None:
-        if not state.due(self.every, self.total):
+        if not self.course.due(state.step, self.every):
             return None
-        total = state.length(self.total)
+        total = self.course.length
         found = self.measure(state)
-        values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
-        self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
-        console.say(
-            f"step {state.step:>{len(str(total))}}/{total}  eval loss {found.loss:.4f}  "
-            f"{found.bits_per_byte:.3f} bits/byte  perplexity {found.perplexity:.2f}"
-        )
+        if self.metrics:
+            values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
+            self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
+            console.say(
+                f"step {state.step:>{len(str(total))}}/{total}  eval loss {found.loss:.4f}  "
+                f"{found.bits_per_byte:.3f} bits/byte  perplexity {found.perplexity:.2f}"
+            )
         if state.best_loss is None or found.loss < state.best_loss:
             state.best_loss, state.evals_since_best = found.loss, 0
+            if self.train.patience is not None:
+                with using(state.model, state.average):
+                    state.best = {name: p.detach().cpu().clone() for name, p in state.model.named_parameters()}
         else:
             state.evals_since_best += 1
         if self.train.target_loss is not None and found.loss <= self.train.target_loss:
@@ -196,20 +241,21 @@ class Sampler:
     """A sample of text now and then, so that a person sees the model learn."""
 
     def __init__(
-        self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], config: Config, total: int
+        self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], config: Config, course: Course
     ) -> None:
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
         self.options, self.seed = config.generate, config.train.seed
-        self.total = total
+        self.course = course
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        steps = {max(round(state.length(self.total) * share), 1) for share in (0.1, 0.25, 0.5, 1.0)}
+        steps = {max(round(self.course.length * share), 1) for share in (0.1, 0.25, 0.5, 1.0)}
         if state.step not in steps or not self.options.prompts:
             return
         engine = Engine(state.model, self.tokenizer, self.stop_ids)
         how = sampling(self.options, self.seed)
         prompt = self.options.prompts[0]
-        result = engine.generate(prompt, how, min(100, self.options.max_new_tokens))
+        with using(state.model, state.average):
+            result = engine.generate(prompt, how, min(100, self.options.max_new_tokens))
         self.metrics.text(state.step, "sample", prompt + result.text)
 
 
@@ -221,46 +267,70 @@ def sampling(options: Any, seed: int | None) -> Sampling:
 class Budget:
     """Plans a run with a time budget anew while its learning rate is flat, from the pace so far.
 
-    A machine is rarely as fast as in the seconds it was timed. What is decided is part of the state, saved by the
-    Checkpointer at the same step, and read back by a resume or a replay; a run that was interrupted keeps its plan.
+    A machine is rarely as fast as in the seconds it was timed. What is decided goes into config.yaml through `record`,
+    from where a resume or a replay reads it; a run that was interrupted keeps its plan.
     """
 
-    def __init__(self, config: Config, total: int, most: int, state: State) -> None:
+    def __init__(
+        self, config: Config, course: Course, most: int, state: State, record: Callable[[Change], None]
+    ) -> None:
         assert config.train.checkpoint_every
-        self.train, self.total, self.most, self.every = config.train, total, most, config.train.checkpoint_every
-        self.from_step, self.started = state.step, time.perf_counter()
+        self.train, self.course, self.most, self.every = config.train, course, most, config.train.checkpoint_every
+        self.record, self.from_step, self.started = record, state.step, time.perf_counter()
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        train, length = self.train, state.length(self.total)
-        flat = {"constant": 1.0, "wsd": 1 - train.cooldown}.get(train.schedule, 0.0)
+        flat = {"constant": 1.0, "wsd": 1 - self.train.cooldown}.get(self.train.schedule, 0.0)
         if (
             self.from_step
-            or not train.time_budget_s
-            or state.step >= flat * length
-            or not state.due(self.every, self.total)
+            or not self.train.time_budget_s
+            or any(not change.stretch for change in self.course.changes)
+            or state.step >= flat * self.course.length
+            or not self.course.due(state.step, self.every)
         ):
             return
+        if change := ranks.agree(self._decide(state, flat)):
+            self.course.changes.append(change)
+            self.record(change)
+
+    def _decide(self, state: State, flat: float) -> Change | None:
+        train, length = self.train, self.course.length
+        assert train.time_budget_s
         pace = (time.perf_counter() - self.started) / state.step  # evaluations, samples and checkpoints included
         left = train.time_budget_s - process_seconds() - 2.0
         steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
-        if state.step >= round((train.warmup or 0.0) * steps) and abs(steps - length) > 0.02 * length:
-            state.replans.append([state.step, steps])
-            console.say(
-                f"step {state.step}: {steps} steps fit into train.time_budget_s={train.time_budget_s:g}, not {length}"
-            )
+        if state.step < round((train.warmup or 0.0) * steps) or abs(steps - length) <= 0.02 * length:
+            return None
+        why = f"{steps} steps fit into train.time_budget_s={train.time_budget_s:g}, not {length}"
+        console.say(f"step {state.step}: {why}")
+        return Change(step=state.step, length=steps, stretch=True, why=why)
 
 
 class Checkpointer:
-    """Saves every `every` steps and at the end; on a signal, saves and leaves with Preempted."""
+    """Saves every `every` steps and at the end, beside the training; on a signal, saves and leaves with Preempted."""
 
-    def __init__(self, path: Path, every: int, total: int, facts: dict[str, Any]) -> None:
-        self.path, self.every, self.total, self.facts = path, every, total, facts
+    def __init__(self, path: Path, every: int, course: Course, facts: dict[str, Any]) -> None:
+        self.path, self.every, self.course, self.facts = path, every, course, facts
+        self.saving: Saving | None = None
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        if interrupts.requested:
-            save(state, self.path, self.facts)
+        stop = ranks.total(bool(interrupts.requested))[0] > 0  # all processes leave at the same step
+        if stop or state.stopped or self.course.due(state.step, self.every):
+            self.finish()
+            if ranks.main:
+                self.saving = Saving(state, self.path, self.facts)
+                self.saving.start()
+        elif self.saving and not self.saving.is_alive():
+            self.finish()
+        if stop:
+            self.finish()
+            ranks.barrier()
             raise Preempted(
-                f"stopped by {interrupts.requested} at step {state.step}; saved, run the same command to continue"
+                f"stopped by {interrupts.requested or 'a signal to another process'} at step {state.step}; "
+                "saved, run the same command to continue"
             )
-        if state.due(self.every, self.total) or state.stopped:
-            save(state, self.path, self.facts)
+
+    def finish(self) -> None:
+        """Waits for the checkpoint in the making, and raises what went wrong with it."""
+        if self.saving:
+            saving, self.saving = self.saving, None
+            saving.finish()

@@ -8,11 +8,14 @@ import torch
 
 from gptworks.core.config import Train
 from gptworks.core.errors import DataError, NotFinite, OutOfMemory
-from gptworks.core.runtime import seed_everything
-from gptworks.data.loader import Batch, Loader
+from gptworks.core.failpoint import failpoint
+from gptworks.core.ranks import ranks
+from gptworks.data.loader import Loader
+from gptworks.train.gradients import accumulate
 from gptworks.train.objectives import Objective
-from gptworks.train.optim import add_penalties, rate_factor, set_rates
-from gptworks.train.state import State
+from gptworks.train.optim import add_penalties, set_rates
+from gptworks.train.schedule import Course
+from gptworks.train.state import WINDOW, State, is_spike
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class StepMetrics:
     grad_norm: float  # before clipping
     lr: float
     weight: float  # targets trained on
+    skipped: bool  # whether the update was left out as a spike
     seconds: float  # the whole step
     data_seconds: float  # of those, waiting for the batch
 
@@ -46,70 +50,81 @@ def run(
     objective: Objective,
     train: Train,
     layout: Layout,
-    total: int,
+    course: Course,
     hooks: Sequence[Hook] = (),
     until: int | None = None,
 ) -> State:
-    """Trains from wherever `state` stands to step `until` (default: `total`, the length that schedules count in).
+    """Trains from wherever `state` stands to step `until` (default: the end of the course).
 
-    The loss of a step is `sum(loss) / global weight`, so micro-batches, packing and padding do not change it. Raises
-    NotFinite before a bad update, DataError for a batch without targets, OutOfMemory.
+    The loss of a step is `sum(loss) / global weight`, so micro-batches, packing, padding and the number of processes do
+    not change it. Raises NotFinite before a bad update, DataError for a batch without targets, OutOfMemory, PeerLost.
     """
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
     loss_sum = torch.compile(objective.loss_sum, dynamic=False) if layout.compile else objective.loss_sum
-    while state.step < (until or state.length(total)) and not state.stopped:
+    while state.step < (until or course.length) and not state.stopped:
         start = time.perf_counter()
         batch, cursor = loader.take(state.cursor)
         data_seconds = time.perf_counter() - start
-        weight = objective.weight(batch)
+        weight = ranks.total(objective.weight(batch))[0]
         if weight == 0:
             raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
         try:
-            loss, norm = _gradients(state, batch, loss_sum, weight, train, layout)
-            lr = set_rates(state.optimizers, rate_factor(state.step, state.length(total), train))
-            for optimizer in state.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            loss = accumulate(model, batch, loss_sum, weight, train, layout.micro_batch, state.step)
+            norm = _clipped(state, loss, train)
+            skipped = train.skip_spikes is not None and is_spike(state.norms, norm, train.skip_spikes)
+            lr = set_rates(state.optimizers, course.factor(state.step), course.peaks(state.step))
+            state.settle()
+            failpoint("step.update")
+            if not skipped:
+                _update(state, train)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, layout.micro_batch) from error
+        failpoint("step.count")
+        model.zero_grad(set_to_none=True)
+        if train.skip_spikes is not None:
+            state.norms = [*state.norms, norm][-WINDOW:]
+        state.skipped += skipped
         state.step += 1
         state.tokens += round(weight)
         state.cursor = cursor
         seconds = time.perf_counter() - start
         state.seconds += seconds
-        metrics = StepMetrics(loss, norm, lr, weight, seconds, data_seconds)
+        metrics = StepMetrics(loss, norm, lr, weight, skipped, seconds, data_seconds)
+        failpoint("step.hooks")
         for hook in hooks:
             state.stopped = hook(state, metrics) or state.stopped
+        ranks.beat()
     return state
 
 
-def _gradients(
-    state: State,
-    batch: Batch,
-    loss_sum: Callable[..., torch.Tensor],
-    weight: float,
-    train: Train,
-    layout: Layout,
-) -> tuple[float, float]:
-    """Leaves the clipped gradient of the mean loss in `.grad`; returns the loss and the gradient's norm."""
-    total = torch.zeros((), dtype=torch.float64, device=layout.device)
-    for number, rows in enumerate(batch.rows(layout.micro_batch)):
-        seed_everything(train.seed, state.step, number)
-        part = loss_sum(state.model, rows.to(layout.device))
-        (part / weight).backward()
-        total += part.detach()
+def _clipped(state: State, loss: float, train: Train) -> float:
+    """Adds the penalties and clips; gives the gradient's norm before that. Raises NotFinite."""
     add_penalties(state.model, train.l1, train.l2)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
+    failpoint("step.gradient", parameters[0].grad)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip or float("inf")))
-    loss = float(total) / weight
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not -float("inf") < value < float("inf"):
             raise NotFinite(
                 f"step {state.step}: the {name} is {value}; nothing was updated. Lower train.lr (now {train.lr}), "
                 "or look at the batch; the last checkpoint is good"
             )
-    return loss, norm
+    return norm
+
+
+@torch.no_grad()
+def _update(state: State, train: Train) -> None:
+    for optimizer in state.optimizers:
+        optimizer.step()
+    parameters = dict(state.model.named_parameters())
+    failpoint("step.weight", next(iter(parameters.values())))
+    if train.ema:
+        if not state.average:
+            state.average = {name: p.detach().clone() for name, p in parameters.items()}
+        # A short memory at first, so that the initial weights are soon forgotten.
+        keep = min(train.ema, (1 + state.step) / (10 + state.step))
+        torch._foreach_lerp_(list(state.average.values()), [parameters[name] for name in state.average], 1 - keep)
 
 
 def _explained(error: Exception, micro_batch: int) -> Exception:

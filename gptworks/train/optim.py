@@ -1,8 +1,7 @@
-"""Optimizers and learning-rate schedules.
+"""Optimizers.
 
-AdamW, Adam and SGD are torch's own (fused where it can); Muon is ours: momentum, then the nearest semi-orthogonal
-matrix, computed for all matrices of one shape at once. A schedule maps the share of the run that is done to a factor
-of the peak rate, so it holds no state.
+AdamW and Adam are torch's own (fused where it can). Muon is ours: momentum, then the nearest semi-orthogonal matrix,
+computed for all matrices of one shape at once, and by several processes each for its share of them.
 """
 
 import math
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from gptworks.core.config import Train
 from gptworks.core.errors import UsageError
+from gptworks.core.ranks import ranks
 from gptworks.core.registry import resolve
 
 OPTIMIZERS = {
@@ -21,14 +21,6 @@ OPTIMIZERS = {
     "adamw": "gptworks.train.optim:make_adamw",
     "adam": "gptworks.train.optim:make_adam",
     "sgd": "gptworks.train.optim:make_sgd",
-}
-SCHEDULES = {
-    "constant": "gptworks.train.optim:constant",
-    "linear": "gptworks.train.optim:linear",
-    "cosine": "gptworks.train.optim:cosine",
-    "step": "gptworks.train.optim:step",
-    "inverse_sqrt": "gptworks.train.optim:inverse_sqrt",
-    "wsd": "gptworks.train.optim:wsd",
 }
 Group = dict[str, Any]
 
@@ -92,7 +84,7 @@ def make_muon(model: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
         momentum=train.momentum if train.momentum is not None else 0.95,
         nesterov=train.nesterov,
     )
-    group = {"params": rest, "lr": adam_lr, "peak_lr": adam_lr, "weight_decay": 0.0}
+    group = {"params": rest, "lr": adam_lr, "peak_lr": adam_lr, "rate": "adam_lr", "weight_decay": 0.0}
     return [muon, torch.optim.AdamW([group], betas=train.betas, eps=1e-8, fused=True)]
 
 
@@ -164,7 +156,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(velocities, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, velocities, momentum) if group["nesterov"] else velocities
         wide = torch.stack([u if u.shape[0] <= u.shape[1] else u.T for u in updates])  # [N, rows <= columns]
-        turned = orthogonalise(wide, group["steps"])
+        turned = ranks.shared(lambda part: orthogonalise(part, group["steps"]), wide)
         for w, update in zip(weights, turned, strict=True):
             rows, columns = w.shape
             update = update if rows <= columns else update.T
@@ -202,11 +194,12 @@ def make_optimizers(model: nn.Module, train: Train) -> list[torch.optim.Optimize
     return optimizers
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
-    """Sets every group's rate to `factor` of its peak; gives the first group's, the one that is logged."""
+def set_rates(optimizers: list[torch.optim.Optimizer], factor: float, peaks: dict[str, float] | None = None) -> float:
+    """Sets every group's rate to `factor` of its peak, or of what `peaks` has instead of `train.lr` or `adam_lr`; gives
+    the first group's, the one that is logged."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = (peaks or {}).get(group.get("rate", "lr"), group["peak_lr"]) * factor
     return optimizers[0].param_groups[0]["lr"]
 
 
@@ -217,51 +210,3 @@ def add_penalties(model: nn.Module, l1: float, l2: float) -> None:
         for w in split(model, decays)[0]:
             if w.grad is not None:
                 w.grad.add_(w, alpha=l2).add_(w.sign(), alpha=l1)
-
-
-# -- schedules ---------------------------------------------------------------------------------------------------
-
-
-def rate_factor(step: int, total: int, train: Train) -> float:
-    """The factor of the peak rate for step 0 .. total-1: a linear warm-up, then the schedule's own shape."""
-    warmup = round((train.warmup or 0.0) * total)
-    schedule = resolve("schedule", SCHEDULES, train.schedule)
-    rise = min((step + 1) / (warmup + 1), 1.0)
-    return rise * schedule(step, total, warmup, train)
-
-
-def constant(step: int, total: int, warmup: int, train: Train) -> float:
-    return 1.0
-
-
-def _done(step: int, total: int, warmup: int) -> float:
-    """Share of the steps after warm-up that are done, 0 to 1."""
-    return min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
-
-
-def linear(step: int, total: int, warmup: int, train: Train) -> float:
-    return 1 - (1 - train.min_lr) * _done(step, total, warmup)
-
-
-def cosine(step: int, total: int, warmup: int, train: Train) -> float:
-    """Half a cosine from the peak to min_lr (Loshchilov and Hutter 2017)."""
-    return train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * _done(step, total, warmup)))
-
-
-def step(step: int, total: int, warmup: int, train: Train) -> float:
-    """A factor `step_gamma` after each `step_every` of the run."""
-    share = step / max(total, 1)
-    drops = int(share / train.step_every + 1e-9) if train.step_every else 0  # 0.3 / 0.1 is just below 3
-    return max(train.step_gamma**drops, train.min_lr)
-
-
-def inverse_sqrt(step: int, total: int, warmup: int, train: Train) -> float:
-    """1/sqrt(step) after the warm-up (Vaswani et al. 2017, section 5.3)."""
-    return max(math.sqrt(max(warmup, 1) / max(step, warmup, 1)), train.min_lr)
-
-
-def wsd(step: int, total: int, warmup: int, train: Train) -> float:
-    """Warm-up, stable, decay: flat, then 1 - sqrt(share) over the cooldown (Hägele et al. 2024)."""
-    cooldown = round(train.cooldown * total)
-    into = (step - (total - cooldown)) / max(cooldown, 1)
-    return 1.0 if into <= 0 else train.min_lr + (1 - train.min_lr) * (1 - math.sqrt(into))

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gptworks.core import ranks as processes
 from gptworks.core import runtime
-from gptworks.core.config import Config, with_values
-from gptworks.core.errors import OutOfMemory, UsageError
+from gptworks.core.config import Change, Config, get, with_values
+from gptworks.core.errors import OutOfMemory, RunMismatch, UsageError
 from gptworks.core.log import console, duration
+from gptworks.core.ranks import ranks
 from gptworks.core.registry import resolve
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Shards, check_ids
@@ -26,9 +28,11 @@ from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig
 from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
 from gptworks.plan.dial import Derived, derive_shape, derive_training
+from gptworks.train.hooks import check_wandb
 from gptworks.train.loop import Layout, StepMetrics, run
 from gptworks.train.objectives import NextToken
-from gptworks.train.optim import OPTIMIZERS, SCHEDULES, make_optimizers
+from gptworks.train.optim import OPTIMIZERS, make_optimizers
+from gptworks.train.schedule import SCHEDULES, Course
 from gptworks.train.state import State
 
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
@@ -58,6 +62,10 @@ def check(config: Config) -> None:
     """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
     resolve("optimizer", OPTIMIZERS, config.train.optimizer)
     resolve("schedule", SCHEDULES, config.train.schedule)
+    check_wandb(config.train.wandb)
+    processes.check(config.train.reduce)
+    if config.train.reduce == "canonical" and config.train.batch_tokens == "full":
+        raise UsageError("train.reduce=canonical needs steps of one size; train.batch_tokens=full has them by epoch")
     if config.model.path is None:
         derive_shape(config, config.tokenizer.vocab_size)
     if isinstance(config.train.batch_tokens, int) and config.train.context:
@@ -99,6 +107,8 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         train.seed,
         math.ceil(train.max_epochs) if train.max_epochs else None,
         config.data.mask_documents,
+        ranks.rank,
+        ranks.world,
     )
     state = State(model.to(layout.device), [])
     state.optimizers = make_optimizers(state.model, train)
@@ -115,6 +125,39 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
     return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids, most_steps)
 
 
+def change(run: Run, asked: Config, different: list[tuple[str, object, object]]) -> Change | None:
+    """What a continued run does from its present step on, now that `flexible` keys `different` were asked for; None
+    where that is nothing. Raises RunMismatch for what can no longer be had."""
+    step, course, values, why = run.state.step, Course(run.config.train), {}, []
+    for key, old, new in different:
+        name = key.removeprefix("train.")
+        if name in ("lr", "adam_lr"):
+            if new is None:
+                raise RunMismatch(f"{key}={old} cannot be left open now: the run has begun; give a value")
+            values[name] = new
+        elif name == "decay_now" and not new:
+            continue
+        why.append(f"{key}={new}" if old is None else f"{key}={new}, was {old}")
+    limits = {key for key, _, new in different if key in LIMITS and new is not None}
+    dropped = [(key, old) for key, old, new in different if key in LIMITS and new is None]
+    if dropped and not limits:
+        raise RunMismatch(f"{dropped[0][0]}={dropped[0][1]} cannot be left open now: the run has begun; give a value")
+    if limits:
+        open_limits = {key: None for key in LIMITS if key not in limits}
+        config = with_values(run.config, {key: get(asked, key) for key in limits} | open_limits)
+        steps, reason = min(_limits(config, run.loader))
+        if steps <= step and not (steps == step == course.length):
+            raise RunMismatch(
+                f"{reason}: the run has already done {step} steps, which makes {run.state.tokens:,} tokens"
+            )
+        values["length"] = steps
+    if asked.train.decay_now and any(key == "train.decay_now" for key, _, _ in different):
+        if not 0 < step < course.length:
+            raise RunMismatch(f"train.decay_now=true: the run stands at step {step} of {course.length}")
+        return course.decay_from(step).model_copy(update=values | {"why": "; ".join(why)})
+    return Change(step=step, why="; ".join(why), **values) if why else None
+
+
 def batch_rows(config: Config) -> int:
     train = config.train
     assert isinstance(train.batch_tokens, int) and train.context
@@ -129,9 +172,13 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     """Device, precision, threads and determinism."""
     derived, train = Derived(), config.train
     device = runtime.device()
-    threads = torch.get_num_threads() if train.threads is None else train.threads
-    if train.threads is None:
-        derived.choose("train.threads", threads, "this machine's cores; part of a bitwise resume")
+    threads = train.threads
+    if threads is None:
+        threads, why = torch.get_num_threads(), "this machine's cores"
+        if ranks.world > 1:  # torchrun sets OMP_NUM_THREADS=1, which says nothing about the machine
+            threads = max(runtime.cores() // ranks.per_machine, 1)
+            why += f", shared by {ranks.per_machine} processes"
+        derived.choose("train.threads", threads, f"{why}; part of a bitwise resume")
     torch.set_num_threads(threads)
     precision: str = train.precision
     if precision == "auto":
@@ -159,7 +206,7 @@ def _layout(
     derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
     masked = config.data.mask_documents
-    free = int(runtime.available_memory(device) * 0.9)
+    free = int(runtime.available_memory(device) * 0.9) // (ranks.per_machine if device.type == "cpu" else 1)
     a_row = row_bytes(architecture, train.context, element, masked)
     fits = (free - state_bytes(architecture, train.optimizer)) // a_row
     if fits < 1:
@@ -169,8 +216,14 @@ def _layout(
              and step_bytes(architecture, c, 1, train.optimizer, element, masked) <= free), None)  # fmt: skip
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
         raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
-    wanted = 10**9 if train.batch_tokens == "full" else batch_rows(config)
+    wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
     if train.micro_batch is not None:
+        whole = train.micro_batch * ranks.world
+        if train.reduce == "canonical" and batch_rows(config) % whole:
+            raise UsageError(
+                f"train.reduce=canonical shares out whole micro-batches: {batch_rows(config)} rows a step do not "
+                f"divide into micro-batches of {train.micro_batch} on {ranks.world} process{'es' * (ranks.world > 1)}"
+            )
         if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
             need = step_bytes(architecture, train.context, train.micro_batch, train.optimizer, element, masked)
             raise OutOfMemory(
@@ -180,7 +233,16 @@ def _layout(
         return config, Layout(device, dtype, train.micro_batch), {}
     cap = max(1, (16384 if device.type == "cpu" else 2**20) // train.context)  # larger gains nothing
     micro = max(1, min(wanted, fits, cap))
-    if wanted > micro and train.batch_tokens != "full":  # equal micro-batches
+    if train.reduce == "canonical":
+        rows = batch_rows(config)
+        shares = max(ranks.world, math.gcd(rows, 8))  # so that a run may move to as many as eight processes
+        micro = max((m for m in range(1, micro + 1) if rows % (m * shares) == 0), default=0)
+        if not micro:
+            raise UsageError(
+                f"train.reduce=canonical: the {rows} rows of a step (train.batch_tokens) do not divide among "
+                f"{ranks.world} processes"
+            )
+    elif wanted > micro and train.batch_tokens != "full":  # equal micro-batches
         micro = -(-wanted // -(-wanted // micro))
     derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
     return with_values(config, derived.values), Layout(device, dtype, int(micro)), derived.reasons
@@ -192,23 +254,7 @@ def _length(
     """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits; also gives the
     smallest without the budget."""
     train, derived = config.train, Derived()
-    assert train.context
-    limits: list[tuple[int, str]] = []
-    if train.max_steps:
-        limits.append((train.max_steps, "train.max_steps"))
-    if train.max_tokens:
-        limits.append(
-            (
-                max(1, train.max_tokens // (batch_rows(config) * train.context)),
-                f"train.max_tokens={train.max_tokens}",
-            )
-        )
-    if train.max_epochs:
-        if train.batch_tokens == "full":
-            steps = math.ceil(train.max_epochs)
-        else:
-            steps = math.ceil(loader.rows_in(train.max_epochs) / batch_rows(config))
-        limits.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
+    limits = _limits(config, loader)
     most_steps = min(limits, default=(10**15, ""))[0]
     if train.time_budget_s:
         limits.append(_steps_in_budget(config, state, loader, layout, shards, eval_rows))
@@ -216,6 +262,28 @@ def _length(
     if train.max_steps != steps:
         derived.choose("train.max_steps", steps, why)
     return with_values(config, derived.values), most_steps, derived.reasons
+
+
+LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
+
+
+def _limits(config: Config, loader: Loader) -> list[tuple[int, str]]:
+    """The steps that each of the limits comes to, and which it is."""
+    train = config.train
+    assert train.context
+    limits: list[tuple[int, str]] = []
+    if train.max_steps:
+        limits.append((train.max_steps, f"train.max_steps={train.max_steps}"))
+    if train.max_tokens:
+        steps = train.max_tokens // (batch_rows(config) * train.context)
+        limits.append((max(1, steps), f"train.max_tokens={train.max_tokens}"))
+    if train.max_epochs:
+        if train.batch_tokens == "full":
+            steps = math.ceil(train.max_epochs)
+        else:
+            steps = math.ceil(loader.rows_in(train.max_epochs) / batch_rows(config))
+        limits.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
+    return limits
 
 
 def _steps_in_budget(
@@ -237,11 +305,12 @@ def _steps_in_budget(
         times.append(m.seconds)
         return "timed" if len(times) >= 3 and time.perf_counter() - began > enough else None
 
-    run(trial, loader, NextToken(), train, replace(layout, compile=False), 10**9, [timer])
+    endless = Course(train.model_copy(update={"max_steps": 10**9, "changes": []}))
+    run(trial, loader, NextToken(train), train, replace(layout, compile=False), endless, [timer])
     step_seconds = statistics.median(times[1:])
     began = time.perf_counter()
     score(trial.model, shards.eval, train.context, eval_rows)
-    eval_seconds = time.perf_counter() - began
+    eval_seconds = (time.perf_counter() - began) / ranks.world
     left = train.time_budget_s - runtime.process_seconds()
     evaluations = 6 if train.eval_every is None else 1
     if train.eval_every:

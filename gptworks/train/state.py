@@ -2,30 +2,39 @@
 
 A checkpoint is a new directory with safetensors, JSON and a hashed manifest, put in place by one rename; two are kept
 and a reader takes the newest that verifies. There is no random state to store: every draw of a step is a function of
-(seed, step, micro-batch) (`runtime.seed_everything`), and the loader's place is two integers.
+(seed, step, row) (`runtime.seed_everything`), and the loader's place is two integers.
 """
 
 import hashlib
 import json
+import math
 import re
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError, NotFinite
+from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console
 from gptworks.data.loader import Cursor
 from gptworks.model.transformer import Transformer
 
 KEPT = 2
 NAME = re.compile(r"^step-(\d{8})$")
+WINDOW = 128  # gradient norms that a spike is judged by
+COUNTERS = ("step", "tokens", "best_loss", "evals_since_best", "skipped", "norms", "seconds", "stopped")
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
 @dataclass
@@ -39,86 +48,190 @@ class State:
     cursor: Cursor = field(default_factory=Cursor)
     best_loss: float | None = None  # lowest evaluation loss so far
     evals_since_best: int = 0
-    replans: list[list[int]] = field(default_factory=list)  # [step, new length]: what a time budget decided on the way
+    skipped: int = 0  # steps left out as spikes
+    norms: list[float] = field(default_factory=list)  # the last gradient norms, where spikes are looked for
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights (train.ema), else empty
+    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the lowest loss (train.patience), else empty
     seconds: float = 0.0  # of training, over all of the run's processes
     stopped: str | None = None  # why the run ended, once it has
+    reader: "Saving | None" = None  # a checkpoint in the making, which still reads the tensors
 
-    def length(self, planned: int) -> int:
-        """Steps in the run: as planned, or as a time budget last decided."""
-        return self.replans[-1][1] if self.replans else planned
+    def settle(self) -> None:
+        """To be called before a tensor changes: waits until a checkpoint in the making has read them all."""
+        if self.reader is not None:
+            self.reader.read.wait()
 
-    def due(self, every: int, planned: int) -> bool:
-        """Whether this step is one in `every`, stretched with the run's length, or the last."""
-        length = self.length(planned)
-        return self.step % -(-every * length // planned) == 0 or self.step == length
-
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights by name, and optimizer state by `<optimizer>.<parameter>.<slot>`."""
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor, by file of a checkpoint: weights by name, optimizer state by `<optimizer>.<parameter>.<slot>`,
+        and the average and the best weights where the run keeps them."""
         names = {id(p): name for name, p in self.model.named_parameters()}
+        slots = {
+            f"{number}.{names[id(parameter)]}.{slot}": value
+            for number, optimizer in enumerate(self.optimizers)
+            for parameter, values in optimizer.state.items()
+            for slot, value in values.items()
+        }
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        slots = {}
-        for number, optimizer in enumerate(self.optimizers):
-            for parameter, values in optimizer.state.items():
-                for slot, value in values.items():
-                    slots[f"{number}.{names[id(parameter)]}.{slot}"] = value
-        return weights, slots
+        found = {"model": weights, "optimizer": slots, "average": self.average, "best": self.best}
+        return {name: group for name, group in found.items() if group or name in ("model", "optimizer")}
 
     def counters(self) -> dict[str, Any]:
-        keys = ("step", "tokens", "best_loss", "evals_since_best", "replans", "seconds", "stopped")
-        return {key: getattr(self, key) for key in keys} | {"cursor": asdict(self.cursor)}
+        values = {key: getattr(self, key) for key in COUNTERS}
+        return values | {"cursor": asdict(self.cursor), "norms": list(self.norms)}
 
     def fingerprint(self) -> str:
-        """SHA-256 over every bit that decides the next step: weights, optimizer state, counters (not the clock)."""
+        """SHA-256 over every bit that decides the next step: all tensors and counters, not the clock."""
         digest = hashlib.sha256()
-        for group in self.tensors():
-            for name in sorted(group):
-                digest.update(name.encode())
-                digest.update(_bits(group[name]))
+        for group, tensors in self.groups().items():
+            for name in sorted(tensors):
+                digest.update(f"{group} {name}".encode())
+                digest.update(_bits(tensors[name]))
         counters = {key: value for key, value in self.counters().items() if key not in ("seconds", "stopped")}
         digest.update(json.dumps(counters, sort_keys=True).encode())
         return digest.hexdigest()
 
     def difference(self, other: "State") -> str | None:
         """None if the two are identical to the bit, else the first thing that differs."""
-        for kind, ours, theirs in zip(("weight", "optimizer state"), self.tensors(), other.tensors(), strict=True):
-            if ours.keys() != theirs.keys():
-                return f"{kind} {sorted(ours.keys() ^ theirs.keys())[0]} is in only one of them"
-            for name, value in ours.items():
-                if _bits(value) != _bits(theirs[name]):
-                    most = float((value.cpu().double() - theirs[name].cpu().double()).abs().max())
+        ours, theirs = self.groups(), other.groups()
+        for group in ours.keys() | theirs.keys():
+            kind = {"model": "weight", "optimizer": "optimizer state"}.get(group, group)
+            mine, yours = ours.get(group, {}), theirs.get(group, {})
+            if mine.keys() != yours.keys():
+                return f"{kind} {sorted(mine.keys() ^ yours.keys())[0]} is in only one of them"
+            for name, value in mine.items():
+                if _bits(value) != _bits(yours[name]):
+                    most = float((value.cpu().double() - yours[name].cpu().double()).abs().max())
                     return f"{kind} {name} differs by up to {most:.3g}"
-        mine, yours = self.counters(), other.counters()
-        for key in ("step", "tokens", "cursor", "best_loss", "evals_since_best", "replans"):
-            if mine[key] != yours[key]:
-                return f"{key} is {mine[key]} and {yours[key]}"
+        counters, others = self.counters(), other.counters()
+        for key in counters:
+            if counters[key] != others[key] and key not in ("seconds", "stopped"):
+                return f"{key} is {counters[key]} and {others[key]}"
         return None
+
+
+@contextmanager
+def using(model: Transformer, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other weights while the block runs; with its own where there are none. Nothing is copied."""
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].data for name in weights}
+    for name, value in weights.items():
+        parameters[name].data = value.to(parameters[name].device)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
 
 
 def _bits(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def save(state: State, checkpoints: Path, facts: dict[str, Any]) -> Path:
-    """Writes `checkpoints/step-N`, then removes all but the newest two. Raises NotFinite, StorageError.
+# -- writing -----------------------------------------------------------------------------------------------------
 
-    `facts` (data identity, threads, versions) are kept beside the counters and checked by who reads them.
+
+class Saving(threading.Thread):
+    """Writes `checkpoints/step-N` beside the training, then removes all but the newest two.
+
+    Nothing is copied on a CPU: the weights rest during the forward and backward passes, and who changes them waits for
+    `read` first (`State.settle`). `facts` (data identity, threads, versions) are kept beside the counters and checked
+    by who reads them. What goes wrong is raised by `finish`, and nothing is said to be saved before it is durable.
     """
-    path = checkpoints / f"step-{state.step:08d}"
-    if path.is_dir() and _is_good(path):
-        return path
-    weights, slots = state.tensors()
-    for name, value in (weights | slots).items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NotFinite(
-                f"{name} is not finite at step {state.step}; nothing was written, the last checkpoint stands"
-            )
-    with folder.commit(path) as aside:
-        save_file({n: v.cpu().contiguous() for n, v in weights.items()}, aside / "model.safetensors")
-        save_file({n: v.cpu().contiguous() for n, v in slots.items()}, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({**state.counters(), **facts}, indent=2) + "\n")
-    for old in listing(checkpoints)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return path
+
+    def __init__(self, state: State, checkpoints: Path, facts: dict[str, Any]) -> None:
+        super().__init__(daemon=True, name="checkpoint")
+        self.step, self.checkpoints = state.step, checkpoints
+        self.path = checkpoints / f"step-{state.step:08d}"
+        self.groups = {name: _on_cpu(group) for name, group in state.groups().items()}
+        self.text = json.dumps({**state.counters(), **facts}, indent=2) + "\n"
+        self.read = threading.Event()
+        self.error: BaseException | None = None
+        state.reader = self
+
+    def run(self) -> None:
+        try:
+            if not (self.path.is_dir() and _is_good(self.path)):
+                self._write()
+            console.say(f"saved    {self.path}")
+            for old in listing(self.checkpoints)[:-KEPT]:
+                failpoint("checkpoint.rotate")
+                shutil.rmtree(old, ignore_errors=True)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.groups = {}
+            self.read.set()
+
+    def _write(self) -> None:
+        hashes: dict[str, str] = {}
+        with folder.commit(self.path, hashes=hashes) as aside:
+            for name, tensors in self.groups.items():
+                hashes[f"{name}.safetensors"] = write_tensors(aside / f"{name}.safetensors", tensors)
+            self.read.set()
+            (aside / "state.json").write_text(self.text)
+
+    def finish(self) -> Path:
+        """Waits until the checkpoint is durable. Raises NotFinite, StorageError."""
+        self.join()
+        if isinstance(self.error, NotFinite):
+            raise NotFinite(f"{self.error} at step {self.step}; nothing was written, the last checkpoint stands")
+        if self.error is not None:
+            raise self.error
+        return self.path
+
+
+def save(state: State, checkpoints: Path, facts: dict[str, Any]) -> Path:
+    """Writes a checkpoint and waits for it."""
+    saving = Saving(state, checkpoints, facts)
+    saving.start()
+    return saving.finish()
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors where a file can be written from: themselves on a CPU, copies from an accelerator."""
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file in one pass that also checks and hashes it, outside Python's lock; gives its SHA-256.
+
+    Raises NotFinite naming the first tensor with a value that is no finite number.
+    """
+    header, place = {}, 0
+    for name, value in sorted(tensors.items()):
+        size = value.numel() * value.element_size()
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [place, place + size]}
+        place += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+
+        def put(content: Any) -> None:
+            digest.update(content)
+            view = memoryview(content).cast("B")
+            while view:
+                view = view[file.write(view) :]
+
+        put(len(head).to_bytes(8, "little") + head)
+        for name, value in sorted(tensors.items()):
+            failpoint("checkpoint.tensors")
+            if value.is_floating_point() and not _finite(value):
+                raise NotFinite(f"{name} is not finite")
+            content = value.view(-1).view(torch.uint8).numpy()
+            for start in range(0, len(content), 2**22):
+                put(content[start : start + 2**22])
+    return digest.hexdigest()
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether every value is a finite number; with numpy, whose one thread does not compete with the training's."""
+    if value.dtype not in (torch.float32, torch.float64):
+        return bool(torch.isfinite(value).all())
+    flat = value.view(-1).numpy()
+    with np.errstate(all="ignore"):
+        parts = (flat[start : start + 2**20] for start in range(0, len(flat), 2**20))
+        return all(math.isfinite(float(part.sum())) or bool(np.isfinite(part).all()) for part in parts)
 
 
 def _is_good(path: Path) -> bool:
@@ -128,6 +241,9 @@ def _is_good(path: Path) -> bool:
         shutil.rmtree(path, ignore_errors=True)
         return False
     return True
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
 
 
 def listing(checkpoints: Path) -> list[Path]:
@@ -166,30 +282,48 @@ def newest_good(checkpoints: Path) -> Path | None:
 
 def restore(state: State, path: Path) -> dict[str, Any]:
     """Fills a newly made state from a verified checkpoint; returns the facts stored with it. Raises DataError."""
+    failpoint("checkpoint.restore")
     try:
-        weights = load_file(path / "model.safetensors")
-        slots = load_file(path / "optimizer.safetensors")
+        weights, slots = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        average, best = (
+            load_file(file) if (file := path / f"{name}.safetensors").is_file() else {} for name in ("average", "best")
+        )
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: {error}") from None
     facts = folder.read_json(path / "state.json")
     parameters = dict(state.model.named_parameters())
-    if weights.keys() != parameters.keys():
-        raise DataError(f"{path}: holds another model: {sorted(weights.keys() ^ parameters.keys())[0]}")
-    for name, value in weights.items():
-        if value.shape != parameters[name].shape:
-            raise DataError(f"{path}: holds another model: {name} is {list(value.shape)} there")
+    for group in (weights, average, best):
+        if group and group.keys() != parameters.keys() or not weights:
+            raise DataError(f"{path}: holds another model: {sorted(group.keys() ^ parameters.keys())[0]}")
+        for name, value in group.items():
+            if value.shape != parameters[name].shape:
+                raise DataError(f"{path}: holds another model: {name} is {list(value.shape)} there")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    for name, value in slots.items():
-        number, rest = name.split(".", 1)
-        parameter_name, slot = rest.rsplit(".", 1)
-        parameter = parameters[parameter_name]
-        place = (
-            torch.device("cpu") if value.ndim == 0 and slot == "step" and not parameter.is_cuda else parameter.device
-        )
-        state.optimizers[int(number)].state[parameter][slot] = value.clone().to(place)
-    for key in ("step", "tokens", "best_loss", "evals_since_best", "replans", "seconds", "stopped"):
-        setattr(state, key, facts[key])
-    state.cursor = Cursor(**facts["cursor"])
+    # Copies: a tensor that lies in the file's own memory map may be misaligned, which changes bits.
+    state.average = {name: value.clone().to(parameters[name].device) for name, value in average.items()}
+    state.best = {name: value.clone() for name, value in best.items()}
+    try:
+        for name, value in slots.items():
+            number, rest = name.split(".", 1)
+            parameter_name, slot = rest.rsplit(".", 1)
+            parameter = parameters[parameter_name]
+            on_cpu = value.ndim == 0 and slot == "step" and not parameter.is_cuda
+            place = torch.device("cpu") if on_cpu else parameter.device
+            state.optimizers[int(number)].state[parameter][slot] = value.clone().to(place)
+        for key in COUNTERS:
+            setattr(state, key, facts[key])
+        state.cursor = Cursor(**facts["cursor"])
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise DataError(f"{path}: not a checkpoint of this version: {type(error).__name__}: {error}") from None
     return facts
+
+
+def is_spike(norms: list[float], norm: float, threshold: float) -> bool:
+    """Whether a gradient norm lies `threshold` standard deviations above those before it; never on a short history."""
+    if len(norms) < WINDOW // 4:
+        return False
+    mean = math.fsum(norms) / len(norms)
+    deviation = math.sqrt(math.fsum((n - mean) ** 2 for n in norms) / len(norms))
+    return norm > mean + threshold * deviation

@@ -40,6 +40,7 @@ from gptworks.model.config import build_config
 sys.path.insert(0, sys.argv[1])
 import tiny
 from gptworks.data.loader import Batch
+from gptworks.core.config import Train
 from gptworks.train.objectives import NextToken
 from gptworks.train.optim import make_optimizers
 torch.set_num_threads(1)
@@ -47,7 +48,7 @@ options = json.loads(sys.argv[2])
 config = build_config(Model(**options["shape"]), 1024, 256)
 def step(model, optimizers, rows, context):
     ids = torch.randint(1024, (rows, context))
-    NextToken().loss_sum(model, Batch(ids, ids, torch.ones(rows, context))).div(ids.numel()).backward()
+    NextToken(Train()).loss_sum(model, Batch(ids, ids, torch.ones(rows, context))).div(ids.numel()).backward()
     for optimizer in optimizers:
         optimizer.step(); optimizer.zero_grad()
 small = build.fresh(tiny.shape(vocab_size=1024), 1)

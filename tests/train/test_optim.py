@@ -8,7 +8,8 @@ import torch
 
 from gptworks.core.errors import UsageError
 from gptworks.train import optim
-from gptworks.train.optim import Muon, make_optimizers, orthogonalise, rate_factor, set_rates
+from gptworks.train.optim import Muon, make_optimizers, orthogonalise, set_rates
+from gptworks.train.schedule import SCHEDULES, rate_factor
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (16, 16), (8, 24)]
 
@@ -230,7 +231,7 @@ def test_schedule_at_start_middle_and_end(name, points):
         assert rate_factor(step, 100, train) == pytest.approx(factor), step
 
 
-@pytest.mark.parametrize("name", sorted(optim.SCHEDULES))
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 def test_schedule_never_leaves_zero_to_one_and_starts_above_zero(name, total):
     for warmup in (0.0, 0.3, 1.0):

@@ -1,0 +1,84 @@
+"""The gradient of a step out of micro-batches and processes.
+
+`sum` adds up as things come. `canonical` adds in one fixed tree over the micro-batches of the whole step, halves and
+halves of halves, of which each process computes a subtree: 1, 2 or 4 processes then agree in every bit, at the price of
+one more copy of the gradient for each level of the tree.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gptworks.core.config import Train
+from gptworks.core.failpoint import failpoint
+from gptworks.core.ranks import ranks
+from gptworks.core.runtime import seed_everything
+from gptworks.data.loader import Batch
+from gptworks.model.transformer import Transformer
+
+LossSum = Callable[[Transformer, Batch], Tensor]
+
+
+def accumulate(
+    model: Transformer, batch: Batch, loss_sum: LossSum, weight: float, train: Train, micro_batch: int, step: int
+) -> float:
+    """Leaves the gradient of `loss / weight`, summed over all processes, in `.grad`; returns that loss.
+
+    `batch` is this process's share of the step's rows; `weight` is of all of them.
+    """
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+
+    def backward(rows: Batch) -> None:
+        # Random draws are a function of the step and the rows, wherever they are computed.
+        seed_everything(train.seed, step, rows.first)
+        part = loss_sum(model, rows.to(device))
+        failpoint("step.loss", part)
+        (part / weight).backward()
+        losses.append(part.detach().double())
+        ranks.beat()
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if train.reduce == "canonical":
+        assert batch.share, "the loader says how many rows a whole share has"
+        gradients = _tree(parameters, batch, backward, 0, -(-batch.share // micro_batch), micro_batch)
+        ranks.add_pairwise(gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        sums = [float(loss) for loss in losses]
+        return math.fsum(value for part in ranks.gather(sums) for value in part) / weight
+    for rows in batch.rows(micro_batch):
+        backward(rows)
+    total = float(torch.stack(losses).sum()) if losses else 0.0
+    if ranks.started:
+        for parameter in parameters:
+            if parameter.grad is None:  # no rows for this process
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add([p.grad for p in parameters if p.grad is not None])
+    return ranks.total(total)[0] / weight
+
+
+def _tree(
+    parameters: list[torch.nn.Parameter],
+    batch: Batch,
+    backward: Callable[[Batch], None],
+    low: int,
+    high: int,
+    micro_batch: int,
+) -> list[Tensor]:
+    """The gradient of micro-batches low .. high-1 as one tree of sums; a place without rows adds zero."""
+    if high - low == 1:
+        rows = batch.cut(low * micro_batch, (low + 1) * micro_batch)
+        if len(rows.tokens):
+            backward(rows)
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return found
+    middle = (low + high) // 2
+    left = _tree(parameters, batch, backward, low, middle, micro_batch)
+    right = _tree(parameters, batch, backward, middle, high, micro_batch)
+    torch._foreach_add_(left, right)
+    return left

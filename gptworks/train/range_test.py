@@ -1,0 +1,97 @@
+"""The learning-rate range test (Smith 2017, section 3.3): a short training in which the rate rises in equal ratios."""
+
+import contextlib
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gptworks.core.config import with_values
+from gptworks.core.errors import DataError, NotFinite
+from gptworks.core.log import console
+from gptworks.core.runtime import interrupts
+from gptworks.train.loop import StepMetrics, run
+from gptworks.train.objectives import NextToken
+from gptworks.train.optim import make_optimizers
+from gptworks.train.schedule import Course
+from gptworks.train.setup import Run
+from gptworks.train.state import State
+
+STEPS = 120
+SPAN = (1e-3, 1e2)  # of the rate that the dial or the recipe has
+MEMORY = 0.9  # of the smoothed loss
+BACK = 4.0  # how far below the rate of the lowest loss we propose to stay
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What a range test found: rates, losses and smoothed losses in nats, step by step, and what it proposes."""
+
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    lr: float
+    adam_lr: float | None
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def range_test(ready: Run) -> RangeTest:
+    """Trains a copy of the model at rising rates; `ready` stays as it is. Raises DataError if no loss ever falls."""
+    train, (low, high) = ready.config.train, SPAN
+    assert train.lr
+    settings: dict[str, Any] = {
+        "train.lr": train.lr * high,
+        "train.adam_lr": None if train.adam_lr is None else train.adam_lr * high,
+        "train.max_steps": STEPS,
+        "train.schedule": "range",
+        "train.min_lr": low / high,
+        "train.warmup": 0.0,
+        "train.changes": [],
+        "train.skip_spikes": None,
+        "train.clip": 0.0,  # clipping would hide that a rate is too high
+    }
+    trial = with_values(ready.config, settings).train
+    state = State(copy.deepcopy(ready.state.model), [])
+    state.optimizers = make_optimizers(state.model, trial)
+    rates: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+
+    def watch(state: State, m: StepMetrics) -> str | None:
+        interrupts.check()
+        rates.append(m.lr)
+        losses.append(m.loss)
+        smoothed.append(_smooth(losses))
+        console.live(f"range test  step {state.step}/{STEPS}  learning rate {m.lr:.2e}  loss {m.loss:.4f}")
+        return "diverged" if smoothed[-1] > 1.5 * min(smoothed) and len(losses) > 10 else None
+
+    with contextlib.suppress(NotFinite):  # the last rate was far too high: that is what we look for
+        run(state, ready.loader, NextToken(trial), trial, ready.layout, Course(trial), [watch])
+    console.clear()
+    if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
+        raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
+    best = min(range(len(smoothed)), key=lambda i: smoothed[i])
+    lr = _rounded(rates[best] / BACK)
+    return RangeTest(
+        rates,
+        losses,
+        smoothed,
+        lr,
+        None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
+        f"the smoothed loss is lowest, {smoothed[best]:.3f}, at {rates[best]:.2g}; a rate that is to hold for a whole "
+        f"run stays a factor of {BACK:g} below that",
+    )
+
+
+def _smooth(losses: list[float]) -> float:
+    """The mean of the losses so far with a memory that fades, unbiased at the beginning."""
+    weights = [MEMORY ** (len(losses) - 1 - i) for i in range(len(losses))]
+    return math.fsum(w * x for w, x in zip(weights, losses, strict=True)) / math.fsum(weights)
+
+
+def _rounded(value: float) -> float:
+    """Two significant digits: the test knows no more."""
+    return float(f"{value:.2g}")
