@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow check format benchmark clean
+.PHONY: demo test test-slow campaign check format benchmark clean
 demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluation -> samples -> report
 	$(BIN)/gptworks run laptop --out runs/demo
 
@@ -18,6 +18,9 @@ test: $(INSTALLED)  ## the whole suite, under ten minutes on two cores
 
 test-slow: $(INSTALLED)  ## the tests too long for `make test`: chained kills, full-size corpora
 	$(BIN)/python -m pytest -m slow
+
+campaign: $(INSTALLED)  ## hostile and damaged inputs, all of them: one table, and JSON (ARGUMENTS="--json FILE NAME ...")
+	OMP_NUM_THREADS=1 $(BIN)/python tests/system/campaign.py $(ARGUMENTS)
 
 check: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -126,7 +126,7 @@ def prepare(data: Data, asked: TokenizerConfig, path: Path, given: Tokenizer | N
 
 def open_shards(path: Path, verified: bool = False) -> Shards:
     """Maps the shards in `path` into memory, after checking every file's SHA-256. Raises DataError."""
-    manifest = folder.read_json(path / folder.MANIFEST) if verified else folder.verify(path)
+    manifest = folder.read_manifest(path) if verified else folder.verify(path)
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise DataError(f"{path}: the shards were made with another tokenizer than the one beside them")

@@ -281,9 +281,9 @@ def flip(path: Path, place: int) -> None:
 
 def seal(checkpoint: Path, name: str) -> None:
     """The manifest redone, so that hashes alone cannot tell."""
-    manifest = folder.read_json(checkpoint / folder.MANIFEST)
+    manifest = folder.read_manifest(checkpoint)
     manifest["files"][name] = {"bytes": (checkpoint / name).stat().st_size, "sha256": folder.sha256(checkpoint / name)}
-    folder.write_json(checkpoint / folder.MANIFEST, manifest)
+    folder.write_manifest(checkpoint, manifest)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
