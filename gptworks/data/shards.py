@@ -27,6 +27,7 @@ from gptworks.data.sources import Findings, Piece, Source, draw
 from gptworks.data.tokenizer import Tokenizer, sample
 
 VERSION = 1
+DTYPES = ("<u2", "<u4")
 FEW = 20  # with fewer documents than this on one side of the split, validation documents are counted out
 HELD_OUT = 0.1
 HELD_OUT_BYTES = 5_000_000
@@ -68,7 +69,7 @@ class Writer:
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer) -> None:
         self.path, self.split, self.tokenizer = path, split, tokenizer
-        self.dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+        self.dtype = np.dtype(DTYPES[len(tokenizer) > 2**16])
         self.file: IO[bytes] = open(path / f"{split}.tokens", "wb")  # noqa: SIM115
         self.starts = array("Q")
         self.tokens = self.bytes = 0
@@ -128,19 +129,26 @@ def open_shards(path: Path, verified: bool = False) -> Shards:
     """Maps the shards in `path` into memory, after checking every file's SHA-256. Raises DataError."""
     manifest = folder.read_manifest(path) if verified else folder.verify(path)
     tokenizer = Tokenizer.load(path)
-    if tokenizer.fingerprint != manifest["tokenizer"]:
+    if tokenizer.fingerprint != manifest.get("tokenizer"):
         raise DataError(f"{path}: the shards were made with another tokenizer than the one beside them")
-    dtype = np.dtype(manifest["dtype"])
+    try:
+        return Shards(path, tokenizer, _stream(path, "train", manifest), _stream(path, "eval", manifest), manifest)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"{path}: its manifest is not that of shards: {type(error).__name__}: {error}") from None
 
-    def stream(split: str) -> Stream:
-        facts = manifest["splits"][split]
-        tokens = np.memmap(path / f"{split}.tokens", dtype=dtype, mode="r")
-        documents = np.fromfile(path / f"{split}.documents", dtype="<u8").astype(np.int64)
-        if len(tokens) != facts["tokens"] or len(documents) != facts["documents"]:
-            raise DataError(f"{path}: {split} does not have the counts its manifest states")
-        return Stream(tokens, documents, facts["bytes"])
 
-    return Shards(path, tokenizer, stream("train"), stream("eval"), manifest)
+def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
+    facts, dtype = manifest["splits"][split], manifest["dtype"]
+    if dtype not in DTYPES or not {f"{split}.tokens", f"{split}.documents"} <= manifest["files"].keys():
+        raise ValueError(f"{split} is not ids of {' or '.join(DTYPES)}")
+    tokens = np.memmap(path / f"{split}.tokens", dtype=dtype, mode="r")
+    documents = np.fromfile(path / f"{split}.documents", dtype="<u8").astype(np.int64)
+    if len(tokens) != facts["tokens"] or len(documents) != facts["documents"]:
+        raise DataError(f"{path}: {split} does not have the counts its manifest states")
+    bounds = np.concatenate((documents, [len(tokens)]))
+    if bounds[0] != 0 or (np.diff(bounds) <= 0).any():
+        raise DataError(f"{path}: {split}.documents does not cut {split}.tokens into documents")
+    return Stream(tokens, documents, int(facts["bytes"]))
 
 
 def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
@@ -407,7 +415,7 @@ class _validation_text:
             self.file.close()
 
 
-def same_data(shards: Shards, identity: str) -> None:
+def same_data(shards: Shards, identity: object) -> None:
     """Raises RunMismatch unless these are the ids a run was trained on."""
     if shards.identity != identity:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")
