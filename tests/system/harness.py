@@ -74,7 +74,7 @@ class Commands:
         )  # fmt: skip
 
     def __call__(self, *arguments: Any, box: Path, **options: Any) -> Outcome:
-        """Runs `gptworks ARGUMENTS` in the folder `box`, the only place it may write to; `options` are those of `many`."""
+        """Runs `gptworks ARGUMENTS` in the folder `box`, the only place it may write to. For `options` see `many`."""
         return self.many([arguments], box, **options)[0]
 
     def many(
