@@ -3,19 +3,24 @@ PYTHON ?= python3
 # Where pip looks for torch. Empty: wherever pip is configured to look. For a given CUDA build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH_INDEX ?=
+# Processes of `make test`, one thread each.
+PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow check format benchmark clean
+.PHONY: demo test test-slow campaign check format benchmark clean
 demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluation -> samples -> report
 	$(BIN)/gptworks run laptop --out runs/demo
 
 test: $(INSTALLED)  ## the whole suite, under ten minutes on two cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 test-slow: $(INSTALLED)  ## the tests too long for `make test`: chained kills, full-size corpora
 	$(BIN)/python -m pytest -m slow
+
+campaign: $(INSTALLED)  ## hostile and damaged inputs, all of them: one table, and JSON (ARGUMENTS="--json FILE NAME ...")
+	OMP_NUM_THREADS=1 $(BIN)/python tests/system/campaign.py $(ARGUMENTS)
 
 check: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,8 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 74, debug)
     except Exception as error:
+        if isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error)):  # torch's words
+            _fail("out of memory; use a smaller model, context or micro-batch", 77, debug)
         _fail(
             f"a bug in gptworks: {type(error).__name__}: {error} (--debug shows where; please report it)",
             70,

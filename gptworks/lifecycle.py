@@ -159,7 +159,7 @@ def _change(run: setup.Run, asked: Config, different: list[tuple[str, Any, Any]]
 
 def _restore(run: setup.Run, checkpoint: Path) -> None:
     facts = restore(run.state, checkpoint)
-    shard_folder.same_data(run.shards, facts["data"])
+    shard_folder.same_data(run.shards, facts.get("data"))
     if any(change.step >= run.state.step for change in run.config.train.changes):
         run.state.stopped = None  # the run was told to go on
     console.say(f"run      continues from step {run.state.step}, {checkpoint}")
@@ -445,7 +445,7 @@ def verify(path: Path) -> dict[str, Any]:
         shards = shard_folder.open_shards(Path(resolved.data.shards or path / "data"))
         run = setup.decide(resolved, shards, base, True)
         facts = restore(run.state, older)
-        shard_folder.same_data(shards, facts["data"])
+        shard_folder.same_data(shards, facts.get("data"))
         target = setup.decide(resolved, shards, base, True).state
         restore(target, newer)
         first, course = run.state.step, Course(resolved.train)

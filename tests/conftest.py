@@ -1,9 +1,10 @@
 """Shared fixtures: a tiny text and a tiny finished run, made once for the whole session."""
 
+import functools
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ def make_text(words: int, seed: int = 0) -> str:
     """English-looking lines, a pure function of its arguments."""
     draw = random.Random(seed)
     return "".join(draw.choice(WORDS) + draw.choice("     \n") for _ in range(words)) + "end\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_timed_once() -> Iterator[None]:
+    """Each run times a matmul, half a second in all; here once for each number of threads."""
+    import torch
+
+    from gptworks.core import runtime
+
+    real = runtime.matmul_rate
+    timed = functools.cache(lambda threads, *arguments: real(*arguments))
+    runtime.matmul_rate = lambda *arguments: timed(torch.get_num_threads(), *arguments)
+    yield
+    runtime.matmul_rate = real
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from gptworks.core.errors import DataError, StorageError
 from gptworks.core.failpoint import failpoint
 
 MANIFEST = "manifest.json"
+UNSEALED = "0" * 64  # stands where a manifest's own SHA-256 will be, while it is hashed
 
 
 @contextmanager
@@ -81,6 +82,26 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 
 
+def write_manifest(path: Path, facts: dict[str, Any]) -> None:
+    """Writes a folder's manifest with a SHA-256 of its own in front, so that a flipped bit in it is found too."""
+    text = json.dumps({"sha256": UNSEALED, **facts}, indent=2, ensure_ascii=False) + "\n"
+    write_text(path / MANIFEST, text.replace(UNSEALED, hashlib.sha256(text.encode()).hexdigest(), 1))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A folder's manifest, checked against its own SHA-256. Raises DataError."""
+    file = path / MANIFEST
+    manifest = read_json(file)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        raise DataError(f"{file}: not a manifest")
+    own = manifest.pop("sha256", None)
+    unsealed = file.read_bytes().replace(str(own).encode("utf-8", "replace"), UNSEALED.encode(), 1)
+    if hashlib.sha256(unsealed).hexdigest() != own:
+        raise DataError(f"{file}: its own SHA-256 differs; the file is damaged")
+    return manifest
+
+
 def _clear_up(path: Path) -> None:
     """Mends what a process that died in `commit` left: the old folder goes back, a half-filled one goes away."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -130,7 +151,7 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
                 digest = (known or {}).get(name) or sha256(file)
                 files[name] = {"bytes": file.stat().st_size, "sha256": digest}
             failpoint("folder.manifest")
-            write_json(aside / MANIFEST, {**(facts or {}), "files": files})
+            write_manifest(aside, {**(facts or {}), "files": files})
             for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
                 fsync(folder)
             failpoint("folder.rename")
@@ -163,11 +184,8 @@ def verify(path: Path, names: list[str] | None = None) -> dict[str, Any]:
 
     Raises DataError that names the first missing, resized or altered file.
     """
-    manifest = read_json(path / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
-        raise DataError(f"{path / MANIFEST}: not a manifest")
-    for name, expected in files.items():
+    manifest = read_manifest(path)
+    for name, expected in manifest["files"].items():
         if names is not None and name not in names:
             continue
         file = path / name

@@ -31,6 +31,7 @@ from gptworks.data.split import Split
 from gptworks.data.tokenizer import Tokenizer, sample
 
 VERSION = 2
+DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Writer:
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer) -> None:
         self.path, self.split, self.tokenizer = path, split, tokenizer
-        self.dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+        self.dtype = np.dtype(DTYPES[len(tokenizer) > 2**16])
         self.file: IO[bytes] = open(path / f"{split}.tokens", "wb")  # noqa: SIM115
         self.hash = hashlib.sha256()
         self.starts = array("Q")
@@ -171,22 +172,29 @@ def open_shards(path: Path, verified: bool = False, tokenizer: Tokenizer | None 
 
     `tokenizer` is the one beside them, if it is in memory already.
     """
-    manifest = folder.read_json(path / folder.MANIFEST) if verified else folder.verify(path)
+    manifest = folder.read_manifest(path) if verified else folder.verify(path)
     tokenizer = tokenizer or Tokenizer.load(path)
-    if tokenizer.fingerprint != manifest["tokenizer"]:
+    if tokenizer.fingerprint != manifest.get("tokenizer"):
         raise DataError(f"{path}: the shards were made with another tokenizer than the one beside them")
-    dtype = np.dtype(manifest["dtype"])
+    try:
+        return Shards(path, tokenizer, _stream(path, "train", manifest), _stream(path, "eval", manifest), manifest)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"{path}: its manifest is not that of shards: {type(error).__name__}: {error}") from None
 
-    def stream(split: str) -> Stream:
-        facts = manifest["splits"][split]
-        tokens = np.memmap(path / f"{split}.tokens", dtype=dtype, mode="r")
-        documents = np.fromfile(path / f"{split}.documents", dtype="<u8").astype(np.int64)
-        if len(tokens) != facts["tokens"] or len(documents) != facts["documents"]:
-            raise DataError(f"{path}: {split} does not have the counts its manifest states")
-        parts = tuple(Part(**part) for part in facts.get("sources", []))
-        return Stream(tokens, documents, facts["bytes"], parts)
 
-    return Shards(path, tokenizer, stream("train"), stream("eval"), manifest)
+def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
+    facts, dtype = manifest["splits"][split], manifest["dtype"]
+    if dtype not in DTYPES or not {f"{split}.tokens", f"{split}.documents"} <= manifest["files"].keys():
+        raise ValueError(f"{split} is not ids of {' or '.join(DTYPES)}")
+    tokens = np.memmap(path / f"{split}.tokens", dtype=dtype, mode="r")
+    documents = np.fromfile(path / f"{split}.documents", dtype="<u8").astype(np.int64)
+    if len(tokens) != facts["tokens"] or len(documents) != facts["documents"]:
+        raise DataError(f"{path}: {split} does not have the counts its manifest states")
+    bounds = np.concatenate((documents, [len(tokens)]))
+    if bounds[0] != 0 or (np.diff(bounds) <= 0).any():
+        raise DataError(f"{path}: {split}.documents does not cut {split}.tokens into documents")
+    parts = tuple(Part(**part) for part in facts.get("sources", []))
+    return Stream(tokens, documents, int(facts["bytes"]), parts)
 
 
 def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
@@ -401,7 +409,7 @@ class _validation_text:
             self.file.close()
 
 
-def same_data(shards: Shards, identity: str) -> None:
+def same_data(shards: Shards, identity: object) -> None:
     """Raises RunMismatch unless these are the ids a run was trained on."""
     if shards.identity != identity:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")

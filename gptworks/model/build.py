@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
+from gptworks.core.log import count
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.model.config import ModelConfig
+from gptworks.model import weights as weight_files
+from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.families import FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer, sinusoids
 
@@ -59,16 +60,18 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
             f"{path}: the tokenizer has {len(tokenizer):,} ids and the model {config.vocab_size:,} rows; "
             "they do not belong together"
         )
-    weights = read_weights(path)
+    weights = read_weights(path, config)
     table = weights.get("transformer.wpe.weight", weights.get("wpe.weight"))
     if config.family == "gpt2" and table is not None and _is_sinusoidal(table):
         config = replace(config, positions="sinusoidal")
     if dropout is not None:
         config = config.with_dropout(dropout)
     model = Transformer(config)
-    assign(model, FAMILIES[config.family].read_weights(weights, config), str(path))
+    assign(model, _mapped(weights, config, path), str(path))
     model.tie()
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    if not isinstance(lineage, dict):
+        raise DataError(f"{path / LINEAGE}: not a JSON object")
     return Loaded(path, model.eval(), tokenizer, stop_ids(path, tokenizer), lineage)
 
 
@@ -76,8 +79,24 @@ def _is_sinusoidal(table: Tensor) -> bool:
     return table.ndim == 2 and table.shape[1] % 2 == 0 and torch.equal(table.float(), sinusoids(*table.shape))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors, whole or sharded, copied into memory. Raises DataError."""
+def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors, whole or sharded, once names and shapes are those of `config`.
+
+    Raises DataError, and then has allocated nothing.
+    """
+    files = _weight_files(path)
+    shapes: dict[str, torch.Size] = {}
+    for file in files:
+        shapes |= weight_files.read_shapes(file, 32 * (config.num_hidden_layers + 1))
+    claimed, held = parameter_count(config), sum(shape.numel() for shape in shapes.values())
+    if claimed > 4 * held or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
+        raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
+    with torch.device("meta"):  # shapes without values
+        compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
+    return {name: value for file in files for name, value in weight_files.read(file).items()}
+
+
+def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         read = folder.read_json(index)
@@ -98,33 +117,38 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 "it: transformers' save_pretrained(folder) writes model.safetensors"
             )
         raise DataError(f"{files[0]}: no such weight file")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    weights[name] = opened.get_tensor(name).clone()  # memory-mapped weights give other bits
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"{file}: damaged or not a safetensors file: {error}") from None
-    return weights
+    return files
 
 
-def assign(model: Transformer, weights: dict[str, Tensor], where: str) -> None:
-    """Puts weights into a model in float32; a missing, unknown, misshapen or non-finite one raises DataError."""
-    expected = {name: p for name, p in model.named_parameters()}
+def _mapped(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """Under our names."""
+    try:
+        return FAMILIES[config.family].read_weights(weights, config)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise DataError(f"{path}: not the weights of a {config.family} model: {error}") from None
+
+
+def compare(model: Transformer, weights: dict[str, Tensor], where: str | Path) -> None:
+    """Raises DataError for a missing, unknown or misshapen weight."""
+    expected = dict(model.named_parameters())
     if missing := sorted(expected.keys() - weights.keys()):
         raise DataError(
             f"{where}: missing weight {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
     if unknown := sorted(weights.keys() - expected.keys()):
         raise DataError(
-            f"{where}: unknown weight {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
+            f"{where}: unknown weight {unknown[0][:200]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
         )
     for name, value in weights.items():
         if value.shape != expected[name].shape:
-            raise DataError(
-                f"{where}: {name} is {list(value.shape)}, the configuration says {list(expected[name].shape)}"
-            )
+            ours, theirs = weight_files.shown(expected[name].shape), weight_files.shown(value.shape)
+            raise DataError(f"{where}: {name} is {theirs}, the configuration says {ours}")
+
+
+def assign(model: Transformer, weights: dict[str, Tensor], where: str) -> None:
+    """Puts weights into a model in float32; a missing, unknown, misshapen or non-finite one raises DataError."""
+    compare(model, weights, where)
+    for name, value in weights.items():
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise DataError(f"{where}: {name} has values that are not finite numbers")
     model.load_state_dict({n: v.float() for n, v in weights.items()}, strict=False, assign=True)
@@ -135,9 +159,12 @@ def assign(model: Transformer, weights: dict[str, Tensor], where: str) -> None:
 def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's and the tokenizer's."""
     file = path / "generation_config.json"
-    listed = folder.read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = {listed} if isinstance(listed, int) else set(listed or [])
-    return tuple(sorted(ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())))
+    raw = folder.read_json(file) if file.is_file() else {}
+    listed = raw.get("eos_token_id") if isinstance(raw, dict) else raw
+    ids = listed if isinstance(listed, list) else [listed] if listed is not None else []
+    if not isinstance(raw, dict) or not all(type(i) is int for i in ids):
+        raise DataError(f"{file}: eos_token_id is neither a token id nor a list of them")
+    return tuple(sorted({*ids, tokenizer.eos_id} - {None}))
 
 
 def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:

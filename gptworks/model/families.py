@@ -48,6 +48,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
     "n_embd", "n_layer", "n_head", "n_inner", "n_positions",
 )  # fmt: skip
+MOST = 10**12  # of anything, so that what is computed from sizes stays a number
 _NUMBERS = (
     "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "attention_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop",
 )  # fmt: skip
@@ -57,8 +58,8 @@ def _check_values(raw: dict[str, Any]) -> None:
     """Raises DataError for a size that is no size and a number that is none; a null is a value left out."""
     for key in _SIZES:
         value = raw.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise DataError(f"config.json has {key} {value!r}; it must be a whole number above 0")
+        if value is not None and (type(value) is not int or not 1 <= value <= MOST):
+            raise DataError(f"config.json has {key} {str(value)[:80]}; it must be a whole number from 1 to {MOST:,}")
     for key in _NUMBERS:
         value = raw.get(key)
         if value is not None and (type(value) not in (int, float) or not 0 <= value < float("inf")):

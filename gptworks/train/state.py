@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gptworks.core import folder
@@ -28,12 +26,16 @@ from gptworks.core.errors import DataError, NotFinite
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console
 from gptworks.data.loader import Cursor
+from gptworks.model import weights as weight_files
 from gptworks.model.transformer import Transformer
 
 KEPT = 2
 NAME = re.compile(r"^step-(\d{8})$")
 WINDOW = 128  # gradient norms that a spike is judged by
-COUNTERS = ("step", "tokens", "best_loss", "evals_since_best", "skipped", "norms", "seconds", "stopped")
+COUNTERS: dict[str, Any] = {
+    "step": int, "tokens": int, "best_loss": float | None, "evals_since_best": int, "skipped": int, "norms": list,
+    "seconds": float, "stopped": str | None,
+}  # fmt: skip
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
@@ -283,41 +285,73 @@ def newest_good(checkpoints: Path) -> Path | None:
 def restore(state: State, path: Path) -> dict[str, Any]:
     """Fills a newly made state from a verified checkpoint; returns the facts stored with it. Raises DataError."""
     failpoint("checkpoint.restore")
-    try:
-        weights, slots = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-        average, best = (
-            load_file(file) if (file := path / f"{name}.safetensors").is_file() else {} for name in ("average", "best")
-        )
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: {error}") from None
     facts = folder.read_json(path / "state.json")
     parameters = dict(state.model.named_parameters())
-    for group in (weights, average, best):
-        if group and group.keys() != parameters.keys() or not weights:
-            raise DataError(f"{path}: holds another model: {sorted(group.keys() ^ parameters.keys())[0]}")
-        for name, value in group.items():
-            if value.shape != parameters[name].shape:
-                raise DataError(f"{path}: holds another model: {name} is {list(value.shape)} there")
+    try:
+        for key, kind in COUNTERS.items():
+            if not isinstance(facts[key], kind):
+                raise TypeError(f"{key} is {str(facts[key])[:80]}")
+        if not all(isinstance(norm, float) for norm in facts["norms"]):
+            raise TypeError("norms")
+        cursor = Cursor(**facts["cursor"])
+        if not isinstance(cursor.epoch, int) or not isinstance(cursor.row, int):
+            raise TypeError("cursor")
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a checkpoint of this version: {type(error).__name__}: {error}") from None
+    weights = _weights(path / "model.safetensors", parameters)
+    average, best = (
+        _weights(file, parameters) if (file := path / f"{name}.safetensors").is_file() else {}
+        for name in ("average", "best")
+    )
+    slots = _slots(path / "optimizer.safetensors", state, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    # Copies: a tensor that lies in the file's own memory map may be misaligned, which changes bits.
-    state.average = {name: value.clone().to(parameters[name].device) for name, value in average.items()}
-    state.best = {name: value.clone() for name, value in best.items()}
-    try:
-        for name, value in slots.items():
-            number, rest = name.split(".", 1)
-            parameter_name, slot = rest.rsplit(".", 1)
-            parameter = parameters[parameter_name]
-            on_cpu = value.ndim == 0 and slot == "step" and not parameter.is_cuda
-            place = torch.device("cpu") if on_cpu else parameter.device
-            state.optimizers[int(number)].state[parameter][slot] = value.clone().to(place)
-        for key in COUNTERS:
-            setattr(state, key, facts[key])
-        state.cursor = Cursor(**facts["cursor"])
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise DataError(f"{path}: not a checkpoint of this version: {type(error).__name__}: {error}") from None
+    state.average = {name: value.to(parameters[name].device) for name, value in average.items()}
+    state.best = best
+    for (number, name, slot), value in slots.items():
+        parameter = parameters[name]
+        on_cpu = value.ndim == 0 and slot == "step" and not parameter.is_cuda
+        place = torch.device("cpu") if on_cpu else parameter.device
+        state.optimizers[number].state[parameter][slot] = value.to(place)
+    for key in COUNTERS:
+        setattr(state, key, facts[key])
+    state.cursor = cursor
     return facts
+
+
+def _weights(file: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in a file, which are those of the model. Raises DataError."""
+    shapes = weight_files.read_shapes(file, len(parameters))
+    if shapes.keys() != parameters.keys():
+        raise DataError(f"{file}: holds another model: {sorted(shapes.keys() ^ parameters.keys())[0][:200]}")
+    for name, shape in shapes.items():
+        if shape != parameters[name].shape:
+            raise DataError(f"{file}: holds another model: {name} is {weight_files.shown(shape)} there")
+    return _checked(file)
+
+
+def _slots(file: Path, state: State, parameters: Mapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor]:
+    """The optimizer state in a file, by optimizer, parameter and slot: a number, or of the parameter's shape."""
+    places = {}
+    for name, shape in weight_files.read_shapes(file, 4 * len(parameters)).items():
+        number, _, rest = name.partition(".")
+        parameter, _, slot = rest.rpartition(".")
+        if parameter not in parameters or number not in map(str, range(len(state.optimizers))):
+            raise DataError(f"{file}: holds the state of other optimizers: {name[:200]}")
+        if shape and shape != parameters[parameter].shape:
+            raise DataError(f"{file}: holds another model: {name} is {weight_files.shown(shape)} there")
+        places[name] = (int(number), parameter, slot)
+    return {places[name]: value for name, value in _checked(file).items()}
+
+
+def _checked(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises DataError for a value that no checkpoint holds."""
+    tensors = weight_files.read(file)
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise DataError(f"{file}: {name} has values that are not finite numbers")
+    return tensors
 
 
 def is_spike(norms: list[float], norm: float, threshold: float) -> bool:

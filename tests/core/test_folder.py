@@ -178,3 +178,16 @@ def test_a_held_run_refuses_a_second_process_and_is_free_again_afterwards(tmp_pa
         pass
     with runtime.hold(tmp_path / "run"):
         pass
+
+
+def test_every_bit_of_a_manifest_is_checked(tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    file = tmp_path / "x" / folder.MANIFEST
+    sound = file.read_bytes()
+    for place in range(len(sound)):
+        for bit in range(8):
+            damaged = bytearray(sound)
+            damaged[place] ^= 1 << bit
+            file.write_bytes(damaged)
+            with pytest.raises(DataError):
+                folder.verify(tmp_path / "x")

@@ -537,6 +537,32 @@ def test_shards_with_a_foreign_tokenizer_are_refused(tmp_path: Path, text_file: 
         open_shards(shards.path, verified=True)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [{"dtype": "O"}, {"dtype": "<f8"}, {"dtype": ["<u2"]}, {"splits": {}}, {"splits": {"train": 1}}, {"tokenizer": 5},
+     {"files": {}}],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_is_not_that_of_shards_is_refused(tmp_path: Path, text_file: Path, facts: Any) -> None:
+    path = build(tmp_path / "d", text_file).path
+    folder.write_manifest(path, folder.read_manifest(path) | facts)
+    with pytest.raises(DataError):
+        open_shards(path)
+
+
+@pytest.mark.parametrize("starts", [[5, 9], [0, 9, 9], [0, 9, 3], [0, 10**6], [0, 2**63 + 1]])
+def test_documents_that_do_not_cut_the_ids_are_refused(tmp_path: Path, text_file: Path, starts: list[int]) -> None:
+    path = build(tmp_path / "d", text_file).path
+    np.array(starts, dtype="<u8").tofile(path / "train.documents")
+    manifest = folder.read_manifest(path)
+    manifest["splits"]["train"]["documents"] = len(starts)
+    file = path / "train.documents"
+    manifest["files"]["train.documents"] = {"bytes": file.stat().st_size, "sha256": folder.sha256(file)}
+    folder.write_manifest(path, manifest)
+    with pytest.raises(DataError, match="does not cut"):
+        open_shards(path)
+
+
 def test_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine story"}\n' * 5 + "broken\n")

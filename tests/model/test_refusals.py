@@ -184,6 +184,23 @@ def test_a_config_we_cannot_follow_is_refused(foreign, values, says):
     refused(foreign, says)
 
 
+@pytest.mark.parametrize(
+    "claim",
+    [{"num_hidden_layers": 10**9}, {"hidden_size": 10**9}, {"vocab_size": 10**12}, {"num_hidden_layers": 2**63}],
+    ids=str,
+)
+def test_a_config_that_claims_more_than_the_weights_hold_costs_nothing(foreign, claim):
+    """Laid out as it says, the model would take all memory, or all day."""
+    edit(foreign, **claim)
+    refused(foreign, "config.json (describes|has)")
+
+
+@pytest.mark.parametrize("value", ["x", [[1]], {"a": 1}, 1.5, True])
+def test_an_end_of_text_that_is_no_id_is_refused(foreign, value):
+    (foreign / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(foreign, "eos_token_id")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"model_type": ["qwen3"]}'])
 def test_a_config_that_is_no_config_is_refused(foreign, text):
     (foreign / "config.json").write_text(text)

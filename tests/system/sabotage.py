@@ -134,7 +134,7 @@ def written_in_place() -> None:
             if f.name != folder.MANIFEST
         }
         folder.failpoint("folder.manifest")
-        folder.write_json(path / folder.MANIFEST, {**(facts or {}), "files": files})
+        folder.write_manifest(path, {**(facts or {}), "files": files})
 
     folder.commit = commit
     state._is_good = lambda path: False

@@ -281,9 +281,9 @@ def flip(path: Path, place: int) -> None:
 
 def seal(checkpoint: Path, name: str) -> None:
     """The manifest redone, so that hashes alone cannot tell."""
-    manifest = folder.read_json(checkpoint / folder.MANIFEST)
+    manifest = folder.read_manifest(checkpoint)
     manifest["files"][name] = {"bytes": (checkpoint / name).stat().st_size, "sha256": folder.sha256(checkpoint / name)}
-    folder.write_json(checkpoint / folder.MANIFEST, manifest)
+    folder.write_manifest(checkpoint, manifest)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -337,8 +337,8 @@ def test_verify_of_one_checkpoint_says_what_is_missing(tiny_config, tmp_path, in
 
 
 def test_sigterm_exits_75_and_the_same_command_finishes_with_equal_bits(tiny_config, tiny_overrides, tmp_path):
-    steps = 300
-    settings = {"train.max_steps": steps, "train.checkpoint_every": 150, "train.eval_every": 150} | STEADY
+    steps = 120
+    settings = {"train.max_steps": steps, "train.checkpoint_every": 60, "train.eval_every": 60} | STEADY
     recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
     recipe.write_text("{}\n")
     more = [f"{key}={str(value).lower()}" for key, value in settings.items()]
@@ -376,7 +376,7 @@ def killed(folder, monkeypatch, **options):
 
 
 def test_two_kills_leave_no_trace_in_any_bit(tmp_path, monkeypatch):
-    found = killed(tmp_path, monkeypatch, kills=2, steps=150, seed=1)
+    found = killed(tmp_path, monkeypatch, kills=2, steps=60, seed=1)
     assert found["survived"] == 2 and found["differs"] == []
 
 

@@ -1,10 +1,14 @@
 """Every kind of damage to a checkpoint, and every part of the state that a comparison must see."""
 
+import json
+
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptworks.core import folder
+from gptworks.core.errors import DataError
 from gptworks.data.loader import Cursor
 from gptworks.train.state import State, newest_good, restore, save
 
@@ -82,6 +86,59 @@ def test_no_pickle_and_a_hash_of_every_file(tmp_path):
     names = {path.name for path in (tmp_path / "step-00000001").iterdir()}
     assert names == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert set(folder.verify(tmp_path / "step-00000001")["files"]) == names - {"manifest.json"}
+
+
+def sealed(checkpoint, name, change):
+    """A file changed and the manifest redone: what is in it has to be looked at."""
+    change(checkpoint / name)
+    manifest = folder.read_manifest(checkpoint)
+    manifest["files"][name] = {
+        "bytes": (checkpoint / name).stat().st_size, "sha256": folder.sha256(checkpoint / name)
+    }  # fmt: skip
+    folder.write_manifest(checkpoint, manifest)
+    assert newest_good(checkpoint.parent) == checkpoint
+
+
+def retensored(change):
+    def rewrite(file):
+        tensors = load_file(file)
+        save_file(change(tensors), file)
+
+    return rewrite
+
+
+def first(change):
+    return lambda tensors: {name: change(v) if i == 0 else v for i, (name, v) in enumerate(tensors.items())}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        first(lambda v: v * torch.nan),
+        first(lambda v: v[:1]),
+        first(lambda v: v.int()),
+        lambda t: t | {"x": torch.ones(1)},
+    ],
+    ids=["nan", "misshapen", "whole numbers", "unknown"],
+)
+def test_tensors_that_are_not_this_runs_are_refused_though_the_hashes_agree(tmp_path, name, change):
+    saved(tmp_path, [1])
+    sealed(tmp_path / "step-00000001", name, retensored(change))
+    with pytest.raises(DataError, match=name):
+        restore(empty(), tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [{"step": "1"}, {"cursor": [1]}, {"cursor": {"epoch": "x", "row": 1}}, {"norms": ["x"]}, {"tokens": None}],
+)
+def test_counters_that_are_none_are_refused_though_the_hashes_agree(tmp_path, counters):
+    saved(tmp_path, [1])
+    change = lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | counters))  # noqa: E731
+    sealed(tmp_path / "step-00000001", "state.json", change)
+    with pytest.raises(DataError, match="not a checkpoint of this version"):
+        restore(empty(), tmp_path / "step-00000001")
 
 
 @pytest.mark.parametrize("counter", ["step", "tokens", "cursor", "best_loss", "evals_since_best"])
