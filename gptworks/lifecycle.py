@@ -269,6 +269,7 @@ def _finish(
         "skipped_steps": state.skipped,
         "changes": [change.why for change in config.train.changes],
         "train": {"loss": train_loss},
+        "sources": run.loader.shares(state.cursor),
         "eval": final.as_dict(),
         "model": str(out / "model"),
         "recipe": recipe,

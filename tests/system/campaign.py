@@ -28,7 +28,7 @@ if __name__ == "__main__":  # the modules below register with the module of this
 
 from harness import Commands
 
-MODULES = ("hostile_files",)
+MODULES = ("hostile_files", "crash")
 
 WORDS = ["the", "king", "and", "queen", "walked", "slowly", "over", "old", "stones;", "nobody", "answered.\n"]
 SETTINGS = [

@@ -12,10 +12,13 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from campaign import Bench, Trial, campaign
+from sabotage import MUTANTS
 from zygote import Child, Zygote
 
 from gptworks.core import folder
@@ -48,6 +51,12 @@ class Found:
     def check(self, good: bool, what: str) -> None:
         if not good:
             self.wrong.append(what)
+
+    def trials(self, bench: Bench, kind: str) -> Iterator[Trial]:
+        """As the campaign counts: so many tried, of which so many went wrong."""
+        bench.notes.update(self.facts)
+        yield from (Trial(kind) for _ in range(self.tried - len(self.wrong)))
+        yield from (Trial(kind, problem) for problem in self.wrong)
 
 
 class Site:
@@ -259,39 +268,36 @@ def resume_points(site: Site, points: list[int]) -> Found:
 # -- signals, bad numbers, a failing system ----------------------------------------------------------------------
 
 
-def signals(site: Site, hits: list[int]) -> Found:
-    """SIGTERM at every place: exit 75 with the state saved (or the work finished), and the same command ends equal."""
+def signals(site: Site, cases: list[tuple[str, int]]) -> Found:
+    """SIGTERM at a place: exit 75 with the state saved (or the work finished), and the same command ends equal."""
     found = Found(facts={"stopped": 0})
-    for place in PLACES:
-        for hit in hits:
-            out = site.path / "signal"
-            site.remove(out)
-            begun = time.monotonic()
-            (code,) = site.finish(out, GPTWORKS_FAILPOINT=f"{place}:{hit}:term")
-            found.tried += 1
-            found.facts["stopped"] += code == 75
-            found.check(code in (0, 75), f"SIGTERM at {place}:{hit}: exit code {code}: {tail(site.log(out))}")
-            found.check(time.monotonic() - begun < 15, f"SIGTERM at {place}:{hit}: slow")
-            if code == 75 and "at step" in tail(site.log(out)):
-                step = int(tail(site.log(out)).rsplit("at step ", 1)[1].split(";")[0])
-                found.check(newest_valid(out) == step, f"SIGTERM at {place}:{hit}: step {step} is not saved")
-            compare(site, out, found, f"after SIGTERM at {place}:{hit}", site.finish(out))
+    for place, hit in cases:
+        out = site.path / "signal"
+        site.remove(out)
+        begun = time.monotonic()
+        (code,) = site.finish(out, GPTWORKS_FAILPOINT=f"{place}:{hit}:term")
+        found.tried += 1
+        found.facts["stopped"] += code == 75
+        found.check(code in (0, 75), f"SIGTERM at {place}:{hit}: exit code {code}: {tail(site.log(out))}")
+        found.check(time.monotonic() - begun < 60, f"SIGTERM at {place}:{hit}: slow")
+        if code == 75 and "at step" in tail(site.log(out)):
+            step = int(tail(site.log(out)).rsplit("at step ", 1)[1].split(";")[0])
+            found.check(newest_valid(out) == step, f"SIGTERM at {place}:{hit}: step {step} is not saved")
+        compare(site, out, found, f"after SIGTERM at {place}:{hit}", site.finish(out))
     return found
 
 
-def bad_numbers(site: Site, hits: list[int]) -> Found:
-    """NaN and infinity in a loss, a gradient and a weight: exit 76, nothing of it on disk, and the run goes on."""
+def bad_numbers(site: Site, cases: list[tuple[str, str, int]]) -> Found:
+    """NaN or infinity in a loss, a gradient or a weight: exit 76, nothing of it on disk, and the run goes on."""
     found = Found()
-    for place in sorted(TENSORS):
-        for value in ("nan", "inf"):
-            for hit in hits:
-                out = site.path / "number"
-                site.remove(out)
-                (code,) = site.finish(out, GPTWORKS_FAILPOINT=f"{place}:{hit}:{value}")
-                found.tried += 1
-                found.check(code == 76, f"{value} at {place}:{hit}: exit code {code}: {tail(site.log(out))}")
-                found.check(not (out / "model").exists(), f"{value} at {place}:{hit}: a model was made")
-                compare(site, out, found, f"after {value} at {place}:{hit}", site.finish(out))
+    for place, value, hit in cases:
+        out = site.path / "number"
+        site.remove(out)
+        (code,) = site.finish(out, GPTWORKS_FAILPOINT=f"{place}:{hit}:{value}")
+        found.tried += 1
+        found.check(code == 76, f"{value} at {place}:{hit}: exit code {code}: {tail(site.log(out))}")
+        found.check(not (out / "model").exists(), f"{value} at {place}:{hit}: a model was made")
+        compare(site, out, found, f"after {value} at {place}:{hit}", site.finish(out))
     return found
 
 
@@ -394,3 +400,71 @@ def mutants(site: Site, names: list[str], number: int = 12) -> Found:
         else:
             found.wrong.append(f"{name} was not caught")
     return found
+
+
+# -- the campaign ------------------------------------------------------------------------------------------------
+
+SITES: dict[tuple[Path, int], Site] = {}
+
+
+def site(bench: Bench, steps: int) -> Site:
+    """The yardstick of so many steps, made once."""
+    key = (bench.folder, steps)
+    if key not in SITES:
+        SITES[key] = Site(bench.box(), steps)
+    return SITES[key]
+
+
+def spread_over(cases: list[Any], count: int) -> list[Any]:
+    """`count` of the cases, evenly spread."""
+    return cases if count >= len(cases) else [cases[i * len(cases) // count] for i in range(count)]
+
+
+@campaign("P1", "kill -9 in chains, one process: equal in every bit", 6, 200)
+def kills_of_one(bench: Bench, count: int) -> Iterator[Trial]:
+    yield from kills(site(bench, 60 if count < 50 else STEPS), count, chain=6 if count < 50 else 20).trials(
+        bench, "kill"
+    )
+
+
+@campaign("P1x2", "kill -9 in chains, two processes: equal in every bit", 2, 200)
+def kills_of_two(bench: Bench, count: int) -> Iterator[Trial]:
+    yield from kills(site(bench, 60 if count < 50 else STEPS), count, 2, chain=20).trials(bench, "kill")
+
+
+@campaign("P3", "seeded defects of the product, each caught", 2, len(MUTANTS))
+def defects(bench: Bench, count: int) -> Iterator[Trial]:
+    yield from mutants(site(bench, STEPS), spread_over(list(MUTANTS), count)).trials(bench, "mutant")
+
+
+@campaign("P4", "resume from the checkpoint of every step", 3, STEPS)
+def every_step(bench: Bench, count: int) -> Iterator[Trial]:
+    made = site(bench, 60 if count < 50 else STEPS)
+    yield from resume_points(made, spread_over(list(range(1, made.steps + 1)), count)).trials(bench, "resume")
+
+
+@campaign("P6", "files are durable before they get their name", 20, 20)
+def durable(bench: Bench, count: int) -> Iterator[Trial]:
+    yield from order_of_calls(site(bench, 60)).trials(bench, "rename")
+
+
+@campaign("P10", "full disk at the N-th write", 5, 200)
+def full_disk(bench: Bench, count: int) -> Iterator[Trial]:
+    yield from failing_writes(site(bench, 10), "enospc", count if count < 50 else None).trials(bench, "ENOSPC")
+
+
+@campaign("P11", "an I/O error at the N-th write", 3, 100)
+def broken_disk(bench: Bench, count: int) -> Iterator[Trial]:
+    yield from failing_writes(site(bench, 10), "eio", count).trials(bench, "EIO")
+
+
+@campaign("P14", "SIGTERM in every phase", 4, 50)
+def stops(bench: Bench, count: int) -> Iterator[Trial]:
+    cases = [(place, hit) for place in PLACES for hit in (1, 2, 7)]
+    yield from signals(site(bench, 60), spread_over(cases, count)).trials(bench, "SIGTERM")
+
+
+@campaign("P15", "NaN and infinity in loss, gradient, weight", 2, 30)
+def poison(bench: Bench, count: int) -> Iterator[Trial]:
+    cases = [(place, value, hit) for place in sorted(TENSORS) for value in ("nan", "inf") for hit in (1, 5, 6, 11, 40)]
+    yield from bad_numbers(site(bench, 60), spread_over(cases, count)).trials(bench, "bad number")
