@@ -114,7 +114,7 @@ def _dry_run(config: Any, as_json: bool) -> str:
     reasons: dict[str, str] = {}
     asked = config
     if not config.model.path:
-        vocab = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else 66
+        vocab = {"char": 66, "bytes": 259}.get(config.tokenizer.kind, config.tokenizer.vocab_size)
         config, reasons, architecture = derive_shape(config, vocab)
         config, more = derive_training(config, architecture, 10**9)
         for key in (

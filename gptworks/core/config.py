@@ -138,12 +138,14 @@ class Data(Section):
 
 
 class Tokenizer(Section):
-    kind: Literal["bpe", "char"] = fixed("bpe", "byte-level BPE, or one token per character")
-    path: str | None = fixed(None, "a tokenizer.json (or its folder) to use as it is")
+    kind: Literal["bpe", "char", "bytes"] = fixed("bpe", "byte-level BPE, one token a character, or one a byte")
+    path: str | None = fixed(
+        None, "a tokenizer to use as it is: tokenizer.json, a .tiktoken file, vocab.json with merges.txt, or a folder"
+    )
     vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] = fixed(
         4096, "BPE vocabulary, the 256 bytes and the reserved tokens included"
     )
-    pattern: Literal["gpt-2", "llama-bpe", "qwen2"] = fixed(
+    pattern: Literal["gpt-2", "llama-bpe", "qwen2", "gpt-4o"] = fixed(
         "qwen2", "how text is split before BPE, by llama.cpp's name"
     )
     sample_bytes: Count = fixed(
@@ -501,7 +503,7 @@ def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterat
 def _scalar(value: Any) -> str:
     """One line of YAML. Text with anything unusual is quoted, so that line breaks of every kind are escaped."""
     parts = value if isinstance(value, list) else [value]
-    parts = [part["path"] if isinstance(part, dict) else part for part in parts]  # data.train's mixtures
+    parts = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else [part])]
     quote = '"' if any(isinstance(part, str) and not part.isprintable() for part in parts) else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9)
     return text.strip().removesuffix("...").strip()

@@ -151,7 +151,7 @@ def prepare(
     """
     sources = sources_of(data.places, data)
     held = sources_of([data.eval], data, len(sources)) if data.eval else []
-    given = given or (Tokenizer.load(asked.path) if asked.path else None)
+    given = given or (Tokenizer.load(asked.path, asked.pattern) if asked.path else None)
     settings = _settings(data, asked, given)
     if (path / folder.MANIFEST).is_file():
         damage, change = _reason_to_rewrite(path, settings, sources + held)
@@ -254,6 +254,8 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], sources: lis
 
 def _make_tokenizer(asked: TokenizerConfig, split: Split, size: int) -> Tokenizer:
     start = process_seconds()
+    if asked.kind == "bytes":
+        return Tokenizer.of_bytes()
     if asked.kind == "char":
         alphabet: set[str] = set()
         for piece, _ in split.pieces():

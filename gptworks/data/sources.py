@@ -16,7 +16,7 @@ from gptworks.core.runtime import interrupts
 from gptworks.data import formats, text
 from gptworks.data.findings import Findings, Look, Piece
 
-BUILTIN = {"shakespeare": "shakespeare.txt"}
+BUILTIN = {"shakespeare": "shakespeare.txt", "hongloumeng": "hongloumeng.txt"}  # both in the public domain
 TABLE: dict[str, str] = {}  # name -> "module:attribute", a callable that yields documents (str)
 REFUSED = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".py", ".so")
 
