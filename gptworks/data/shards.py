@@ -26,7 +26,7 @@ from gptworks.core.log import Progress, console, count
 from gptworks.core.runtime import process_seconds
 from gptworks.data import findings as found
 from gptworks.data.findings import Findings, Piece
-from gptworks.data.sources import Source, findings_of, sources_of
+from gptworks.data.sources import Source, findings_of, listed, sources_of
 from gptworks.data.split import Split
 from gptworks.data.tokenizer import Tokenizer, sample
 
@@ -372,7 +372,7 @@ def _refuse_empty(splits: dict[str, Any], data: Data) -> None:
     """Raises DataError where there is nothing to predict."""
     for name, facts in splits.items():
         if facts["tokens"] < 2:
-            where = ", ".join(data.places) if name == "train" or not data.eval else data.eval
+            where = listed(data.places) if name == "train" or not data.eval else data.eval
             hint = (
                 "; every document may be the same, or data.eval_fraction too large"
                 if name == "train"

@@ -117,6 +117,11 @@ def _found(place: str) -> list[Path]:
     return found
 
 
+def listed(places: list[str]) -> str:
+    """The first few places, for an error line."""
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
 def draw(text: str) -> int:
     """A number below 2**64 for a document, by its beginning: the lowest are validation, copies draw the same."""
     return int.from_bytes(hashlib.blake2b(text[:65536].encode("utf-8"), digest_size=8).digest(), "big")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError
 from gptworks.data.findings import Findings, Piece
-from gptworks.data.sources import Source, draw
+from gptworks.data.sources import Source, draw, listed
 
 FEW = 20  # with fewer documents than this on one side of the split, validation documents are counted out
 HELD_OUT = 0.1
@@ -73,7 +73,7 @@ class Survey:
         else:
             self._read(group)
         if not self.documents:
-            raise DataError(f"{', '.join(source.place for source in group)}: no text")
+            raise DataError(f"{listed([source.place for source in group])}: no text")
 
     def rule(self, total: int) -> tuple[Rule, str]:
         """How to split, and that in words; `total`: bytes of the text of all groups, who share the limit."""
