@@ -182,16 +182,16 @@ def _evaluation(found: dict[str, Any]) -> str:
     ]
     lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
     lines.append(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}")
-    return "\n".join([*lines, _verdict(found["model"], against)] if against else lines)
+    return "\n".join([*lines, _verdict(against)] if against else lines)
 
 
-def _verdict(model: str, against: dict[str, Any]) -> str:
+def _verdict(against: dict[str, Any]) -> str:
     """Who is better, by how much and how sure that is."""
-    said = f"{against['difference_bits_per_byte']:+.4f} bits/byte"
+    said = f"model minus against: {against['difference_bits_per_byte']:+.4f} bits/byte"
     if against["interval"]:
-        said += " (95 % interval {:+.4f} to {:+.4f})".format(*against["interval"])
+        said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against["interval"])
     conclusion = f"{against['better']} is better" if against["better"] else against["reason"]
-    return f"{model} minus {against['model']}: {said}, {against['pairs']:,} pairs: {conclusion}"
+    return f"{said}, {against['pairs']:,} pairs: {conclusion}"
 
 
 @app.command()
@@ -246,6 +246,34 @@ def generate(
     result = _do(work, debug)
     if result is not None:
         _print(result, True, str)
+
+
+@app.command()
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed and messages, same replies.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a reply on standard output.")] = False,
+    quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Talk with a model; from a pipe, each line is a message."""
+    console.quiet = quiet
+
+    def work() -> None:
+        from gptworks import lifecycle
+        from gptworks.infer.sampling import Sampling
+        from gptworks.infer.terminal import Terminal
+
+        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+        Terminal(lifecycle.chat(folder, how, max_new_tokens, system), _put, json).run()
+
+    _do(work, debug)
 
 
 @app.command()

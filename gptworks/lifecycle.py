@@ -21,6 +21,7 @@ from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
 from gptworks.data.shards import Shards
 from gptworks.infer import comparison
+from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import Score, stream_losses, total, unigram, xz
@@ -405,6 +406,17 @@ def generate(
 def engine_of(model: str | Path | Loaded) -> Engine:
     loaded = _loaded(model)
     return Engine(loaded.model, loaded.tokenizer, loaded.stop_ids)
+
+
+def chat(
+    model: str | Path | Loaded, how: Sampling, max_new_tokens: int = 200, system: str | None = None
+) -> Conversation:
+    """A conversation that has not begun, spelled as the model folder says."""
+    loaded = _loaded(model)
+    spelling = Spelling.of(loaded.path, loaded.tokenizer)
+    if not spelling.taught:
+        console.say(f"{loaded.path} has no chat template: it was not taught to answer, it continues text")
+    return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
 
 
 def _loaded(model: str | Path | Loaded) -> Loaded:

@@ -80,6 +80,11 @@ class Tokenizer:
         return self.bos_id if self.bos_id is not None else self.eos_id
 
     @property
+    def front(self) -> list[int]:
+        """What the tokenizer itself puts before a text: bos, for some."""
+        return self.backend.encode("", add_special_tokens=True).ids
+
+    @property
     def end_id(self) -> int | None:
         """The token a document ends with, where that is not simply the start of the next one."""
         return self.eos_id if self.eos_id != self.start_id else None

@@ -38,8 +38,7 @@ class Engine:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start."""
-        front = self.tokenizer.backend.encode("", add_special_tokens=True).ids
-        ids = front + self.tokenizer.encode(prompt)
+        ids = self.tokenizer.front + self.tokenizer.encode(prompt)
         if not ids:
             if self.tokenizer.start_id is None:
                 raise DataError("an empty prompt, and the tokenizer has no token that begins a text")
@@ -56,7 +55,7 @@ class Engine:
     @torch.no_grad()
     def stream(
         self,
-        prompt: str,
+        prompt: str | list[int],
         how: Sampling,
         max_new_tokens: int,
         stop: tuple[str, ...] = (),
@@ -66,10 +65,11 @@ class Engine:
     ) -> Iterator[str]:
         """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt.
 
-        Where the context is full, the model goes on from the later half of it.
+        The prompt is text, or ids that are taken as they are. Where the context is full, the model goes on from the
+        later half of it.
         """
-        result = result if result is not None else Generation(prompt)
-        ids = self.prompt_ids(prompt)
+        ids = self.prompt_ids(prompt) if isinstance(prompt, str) else prompt
+        result = result if result is not None else Generation(prompt if isinstance(prompt, str) else "")
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
