@@ -323,7 +323,8 @@ def evaluate(
         raise UsageError(f"--context {context}: this model has positions for 1 to {limit}")
     if stride is not None and not 1 <= stride <= context:
         raise UsageError(f"--stride {stride}: must be between 1 and the context, {context}")
-    options = configuration.Data(separator=separator, text_column=text_column)
+    asked = {"separator": separator, "text_column": text_column}
+    options = configuration.build({"data": asked}, "evaluate").data
     stream, text = shard_folder.encode_text(data, options, loaded.tokenizer)
     if len(stream.tokens) < 2:
         raise DataError(f"{data}: too little text to evaluate")

@@ -37,13 +37,19 @@ class Engine:
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start."""
+        """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start.
+
+        Raises DataError for too long a prompt.
+        """
         front = self.tokenizer.backend.encode("", add_special_tokens=True).ids
         ids = front + self.tokenizer.encode(prompt)
         if not ids:
             if self.tokenizer.start_id is None:
                 raise DataError("an empty prompt, and the tokenizer has no token that begins a text")
             ids = [self.tokenizer.start_id]
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
         return ids
 
     def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:
@@ -70,9 +76,6 @@ class Engine:
         """
         result = result if result is not None else Generation(prompt)
         ids = self.prompt_ids(prompt)
-        limit = self.model.config.max_position_embeddings
-        if len(ids) >= limit:
-            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
         was_training = self.model.training
         self.model.eval()
         try:
