@@ -66,11 +66,17 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     who = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-    print(f"error: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {who}{_one_line(message)}", file=sys.stderr, flush=True)
     if ranks.world > 1:  # a broken group must not hold up the end of the process
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def _one_line(message: str, most: int = 1000) -> str:
+    """A message may quote what a user gave, which may be of any length."""
+    line = " ".join(message.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _print(result: Any, as_json: bool, lines: Callable[[Any], str]) -> None:

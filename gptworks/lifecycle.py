@@ -331,7 +331,8 @@ def evaluate(
     """
     models = [_loaded(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
-    options = configuration.Data(separator=separator, text_column=text_column)
+    asked = {"separator": separator, "text_column": text_column}
+    options = configuration.build({"data": asked}, "evaluate").data
     documents = shard_folder.read_documents(data, options)
     places, sizes = comparison.cut(documents)
     scored = [

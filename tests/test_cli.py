@@ -307,6 +307,27 @@ def test_unreadable_prompts_are_65(
     refused(cli("generate", finished_run / "model", "--prompts", tmp_path / "p.txt"), 65, "p.txt")
 
 
+def test_too_long_a_prompt_is_refused_before_anything_is_printed(
+    cli: Callable[..., Outcome], finished_run: Path
+) -> None:
+    refused(cli("generate", finished_run / "model", "--prompt", "the king " * 100), 65, "fewer than 32")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_a_seed_that_no_generator_takes_is_64(cli: Callable[..., Outcome], finished_run: Path, seed: int) -> None:
+    refused(generate(cli, finished_run / "model", f"--seed={seed}"), 64, "seed=")
+
+
+def test_an_evaluation_option_that_is_no_text_is_64(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    options = ["--data", finished_run / "data" / "validation.jsonl", "--text-column", "\udcff"]
+    refused(cli("evaluate", finished_run / "model", *options), 64, "data.text_column", "Unicode")
+
+
+def test_a_mistake_of_any_length_is_one_short_line(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    outcome = cli("evaluate", finished_run / "model", "--data", "x" * 100_000)
+    assert outcome.code in (65, 74) and outcome.err.count("\n") == 1 and len(outcome.err) < 1100
+
+
 def test_debug_shows_the_traceback(cli: Callable[..., Outcome]) -> None:
     outcome = cli("generate", "nothere", "--prompt", "x", "--debug")
     assert outcome.code == 65 and "Traceback" in outcome.err

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from gptworks.core.errors import DataError, UsageError
 
+NUMBER = r"[+-]?(?:[0-9](?:_?[0-9])*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"  # 1_000, 3e-4, .5
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
@@ -27,7 +28,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"{value} is not a number")
     if isinstance(value, str):
-        match = re.fullmatch(r"([+-]?[0-9_.]+(?:[eE][+-]?[0-9]+)?)([kMBGT]?)", value, re.ASCII)
+        match = re.fullmatch(rf"({NUMBER})([kMBGT]?)", value, re.ASCII)
         if match:
             scaled = float(match[1].replace("_", "")) * UNITS.get(match[2], 1)
             return int(scaled) if scaled.is_integer() and "." not in match[1] and "e" not in match[1] else scaled

@@ -49,7 +49,10 @@ class Tokenizer:
         backend.no_truncation()
         self.eos_id = self._named("eos_token")
         self.bos_id = self._named("bos_token")
-        self._size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self._size = max(ids, default=-1) + 1
+        if len(set(ids)) < len(ids):
+            raise DataError("tokenizer.json gives one id to two tokens")
         self._state = json.loads(backend.to_str())
         self._fast: Any = None
         self._characters = self._character_table()
@@ -257,7 +260,10 @@ class Tokenizer:
             raise DataError(f"{config_file}: not a JSON object")
         if "eos_token" not in config and backend.token_to_id(END_OF_TEXT) is not None:
             config = {**config, "eos_token": END_OF_TEXT}
-        return cls(backend, config)
+        made = cls(backend, config)
+        if max(backend.encode("", add_special_tokens=True).ids, default=0) >= max(len(made), 1):
+            raise DataError(f"{file}: its post_processor puts ids before a text that its vocabulary does not have")
+        return made
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -37,12 +37,21 @@ class Engine:
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start."""
+        """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start.
+
+        Raises DataError for too long a prompt.
+        """
         ids = self.tokenizer.front + self.tokenizer.encode(prompt)
         if not ids:
             if self.tokenizer.start_id is None:
                 raise DataError("an empty prompt, and the tokenizer has no token that begins a text")
             ids = [self.tokenizer.start_id]
+        return self._fitting(ids)
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
         return ids
 
     def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:
@@ -68,11 +77,8 @@ class Engine:
         The prompt is text, or ids that are taken as they are. Where the context is full, the model goes on from the
         later half of it.
         """
-        ids = self.prompt_ids(prompt) if isinstance(prompt, str) else prompt
+        ids = self.prompt_ids(prompt) if isinstance(prompt, str) else self._fitting(prompt)
         result = result if result is not None else Generation(prompt if isinstance(prompt, str) else "")
-        limit = self.model.config.max_position_embeddings
-        if len(ids) >= limit:
-            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
         was_training = self.model.training
         self.model.eval()
         try:

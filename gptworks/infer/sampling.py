@@ -30,6 +30,8 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty}: must be above 0",
             ),
         )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed={str(self.seed)[:40]}: must be a whole number from 0 to 2^63-1")
         for good, message in checks:
             if not good:
                 raise UsageError(message)

@@ -26,14 +26,16 @@ if __name__ == "__main__":  # the modules below register with the module of this
     sys.modules["campaign"] = sys.modules["__main__"]
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import hypothesis
 from harness import Commands
+from hypothesis import strategies as st
 
-MODULES = ("hostile_files", "crash")
+MODULES = ("hostile_files", "hostile_config", "malformed_data", "flipped_bits", "any_text", "crash")
 
 WORDS = ["the", "king", "and", "queen", "walked", "slowly", "over", "old", "stones;", "nobody", "answered.\n"]
 SETTINGS = [
-    "tokenizer.vocab_size=280", "model.family=qwen3", "model.hidden_size=16", "model.num_hidden_layers=1",
-    "model.num_attention_heads=2", "train.context=16", "train.batch_tokens=64", "train.max_steps=4",
+    "data.separator=stones;", "tokenizer.vocab_size=280", "model.family=qwen3", "model.hidden_size=16",
+    "model.num_hidden_layers=1", "model.num_attention_heads=2", "train.context=16", "train.batch_tokens=64", "train.max_steps=4",
     "train.checkpoint_every=2", "train.eval_every=4", "train.threads=1", "train.precision=fp32", "train.compile=false",
     "train.tensorboard=false", "generate.max_new_tokens=4",
 ]  # fmt: skip
@@ -129,6 +131,23 @@ def campaign(name: str, title: str, short: int, full: int) -> Callable[..., Any]
         return trials
 
     return register
+
+
+def examples(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
+    """So many values of a strategy, the same for the same seed."""
+    made: list[Any] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count, database=None, deadline=None, phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(strategy)
+    def collect(value: Any) -> None:
+        made.append(value)
+
+    collect()
+    return made[:count]
 
 
 @dataclass
