@@ -35,9 +35,9 @@ MODULES = ("hostile_files", "hostile_config", "malformed_data", "flipped_bits", 
 WORDS = ["the", "king", "and", "queen", "walked", "slowly", "over", "old", "stones;", "nobody", "answered.\n"]
 SETTINGS = [
     "data.separator=stones;", "tokenizer.vocab_size=280", "model.family=qwen3", "model.hidden_size=16",
-    "model.num_hidden_layers=1", "model.num_attention_heads=2", "train.context=16", "train.batch_tokens=64", "train.max_steps=4",
-    "train.checkpoint_every=2", "train.eval_every=4", "train.threads=1", "train.precision=fp32", "train.compile=false",
-    "train.tensorboard=false", "generate.max_new_tokens=4",
+    "model.num_hidden_layers=1", "model.num_attention_heads=2", "train.context=16", "train.batch_tokens=64",
+    "train.max_steps=4", "train.checkpoint_every=2", "train.eval_every=4", "train.threads=1", "train.precision=fp32",
+    "train.compile=false", "train.tensorboard=false", "generate.max_new_tokens=4",
 ]  # fmt: skip
 
 
