@@ -248,7 +248,7 @@ def test_parquet_text_of_every_type(tmp_path: Path, kind: str, compression: str)
 def test_parquet_bytes_are_text_if_they_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes([b"one", b"two \xff"], pyarrow.binary()))
-    with pytest.raises(DataError, match=r"a\.parquet: cannot tell which column"):
+    with pytest.raises(DataError, match=r"a\.parquet: no column holds text"):
         read(path)
     findings = Findings()
     assert read(path, findings, text_column="text") == ["one", "two \ufffd"] and findings.invalid_utf8 == 1
@@ -405,8 +405,11 @@ def test_the_share_is_of_all_rows_of_a_source(tmp_path: Path, bad: int, share: f
 def test_a_first_row_without_the_text_does_not_decide_the_column(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"meta": 1}\n{"text": "x"}\n')
     assert read(tmp_path / "a.jsonl", max_bad_rows=0.5) == ["x"]
-    with pytest.raises(DataError, match=r"a\.jsonl:1: cannot tell"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column holds text \(it has: meta\)"):
         read(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: cannot tell .* set data\.text_column$"):
+        read(tmp_path / "a.jsonl", max_bad_rows=0.99)
 
 
 def test_a_lone_surrogate_is_a_bad_row_where_invalid_text_is_an_error(tmp_path: Path) -> None:
