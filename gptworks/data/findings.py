@@ -228,28 +228,33 @@ HEADINGS = ("source", "documents", "bytes", "tokens", "p5", "p50", "p95", "max",
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table as aligned text, or a sentence where there is one source; then what was dropped and found."""
-    if len(rows) == 1:
-        (row,) = rows
-        shown = [f"{row['bytes']:,} bytes, {_letters(row) or 'no letters'}"]
-        if row["documents"] > 1:
-            spread = ", ".join(f"{name} {value:,}" for name, value in row["length"].items())
-            shown[0] += f"; tokens a document: {spread}; {row['copies']:,} copies"
-    else:
-        cells = [HEADINGS, *(_cells(row) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        shown = [
-            "  ".join(
-                cell.rjust(width) if 0 < i < len(HEADINGS) - 1 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
-    prefix = len(rows) > 1
+    shown = _grid([HEADINGS, *(_cells(row) for row in rows)]) if len(rows) > 1 else [_sentence(rows[0])]
     for row in rows[:-1] or rows:
-        shown += [f"{_short(row['source'])}: {text}" if prefix else text for text in _remarks(row)]
+        name = f"{_short(row['source'])}: " if len(rows) > 1 else ""
+        shown += [name + remark for remark in _remarks(row)]
     for column, files in rows[-1]["columns"].items():
         shown.append(f"the text is in column {column!r} of {files:,} file{'s' * (files > 1)}")
     return shown
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    said = f"{row['bytes']:,} bytes, {_letters(row) or 'no letters'}"
+    if row["documents"] > 1:
+        spread = ", ".join(f"{name} {value:,}" for name, value in row["length"].items())
+        said += f"; tokens a document: {spread}; exact copies: {row['copies']:,}"
+    return said
+
+
+def _grid(cells: list[tuple[str, ...]]) -> list[str]:
+    """Columns of equal width, the first and the last to the left."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if 0 < i < len(line) - 1 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

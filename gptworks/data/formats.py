@@ -19,6 +19,11 @@ from gptworks.data.text import Unreadable, decoded, kind, packed, pieces, refuse
 COLUMNS = ("text", "content", "story", "document")
 ROW = 64_000_000  # characters
 
+
+class Ambiguous(Unreadable):
+    """Several columns could be the text: nothing is wrong with the row, and no other row would tell."""
+
+
 Place = int | str  # of a row in its file: the line it begins at, or a name
 
 
@@ -80,6 +85,8 @@ def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, fin
                 column = _text_column([name for name, value in row.items() if isinstance(value, str)], row)
                 findings.columns[column] += 1
             text = without_surrogates(_text_of(row, column), options, findings)
+        except Ambiguous as problem:
+            raise DataError(f"{path}:{place}: {problem}") from None
         except Unreadable as problem:
             findings.reject(f"{path}:{place}: {problem}", options.max_bad_rows)
         else:
@@ -103,7 +110,9 @@ def _text_column(texts: list[str], every: Iterable[str]) -> str:
     for name in (*COLUMNS, *(texts if len(texts) == 1 else ())):
         if name in texts:
             return name
-    raise Unreadable(f"cannot tell which column is the text ({_listed(every)}); set data.text_column")
+    if not texts:
+        raise Unreadable(f"no column holds text (it has: {_listed(every)})")
+    raise Ambiguous(f"cannot tell which column is the text ({_listed(every)}); set data.text_column")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -127,7 +127,7 @@ def test_one_source_takes_a_line_and_several_an_aligned_table() -> None:
     one = read(["some words"] * 5)
     rows = table(one, [np.array([draw.randint(1, 99) for _ in range(5)])])
     (said,) = [line for line in lines(rows) if "bytes" in line]
-    assert "50 bytes, Latin 100%" in said and "4 copies" in said
+    assert "50 bytes, Latin 100%" in said and "exact copies: 4" in said
     several = read(["some words"] * 5, ["слова"])
     rows = table(several, [np.array([5] * 5), np.array([1_234_567])])
     shown = lines(rows)

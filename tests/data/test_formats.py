@@ -80,7 +80,7 @@ ROWS = st.lists(TEXT, min_size=1, max_size=12)
 
 @pytest.mark.parametrize("kind", WRITERS)
 @given(rows=ROWS, block=st.integers(4, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_rows_come_back_whatever_is_in_them_and_wherever_blocks_end(
     tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[str], block: int
 ) -> None:
@@ -119,7 +119,7 @@ JSON = st.recursive(
 
 
 @given(rows=st.lists(JSON, max_size=8), indent=st.none() | st.integers(0, 3), block=st.integers(1, 30), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_json_list_is_cut_into_the_rows_that_a_parser_finds(
     rows: list[Any], indent: int | None, block: int, data: st.DataObject
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_list_within_an_object_and_an_empty_list(tmp_path: Path) -> None:
 
 
 @given(rows=ROWS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_csv_is_read_as_arrow_reads_it(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "arrow.csv"
     plain = [row.replace("\ufeff", "") for row in rows]
@@ -248,7 +248,7 @@ def test_parquet_text_of_every_type(tmp_path: Path, kind: str, compression: str)
 def test_parquet_bytes_are_text_if_they_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes([b"one", b"two \xff"], pyarrow.binary()))
-    with pytest.raises(DataError, match=r"a\.parquet: cannot tell which column"):
+    with pytest.raises(DataError, match=r"a\.parquet: no column holds text"):
         read(path)
     findings = Findings()
     assert read(path, findings, text_column="text") == ["one", "two \ufffd"] and findings.invalid_utf8 == 1
@@ -327,7 +327,7 @@ GOOD_JSON = {
     last=st.booleans(),
     mark=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_rows_in_are_rows_kept_and_rows_rejected(
     tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[str], share: float, block: int, end: str,
     last: bool, mark: bool,
@@ -405,8 +405,11 @@ def test_the_share_is_of_all_rows_of_a_source(tmp_path: Path, bad: int, share: f
 def test_a_first_row_without_the_text_does_not_decide_the_column(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"meta": 1}\n{"text": "x"}\n')
     assert read(tmp_path / "a.jsonl", max_bad_rows=0.5) == ["x"]
-    with pytest.raises(DataError, match=r"a\.jsonl:1: cannot tell"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column holds text \(it has: meta\)"):
         read(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: cannot tell .* set data\.text_column$"):
+        read(tmp_path / "a.jsonl", max_bad_rows=0.99)
 
 
 def test_a_lone_surrogate_is_a_bad_row_where_invalid_text_is_an_error(tmp_path: Path) -> None:
@@ -456,15 +459,15 @@ def test_a_bomb_goes_off_early(tmp_path: Path, packer: str, kind: str, monkeypat
     monkeypatch.setattr(texts, "PIECE", 100_000)
     monkeypatch.setattr(texts, "UNPACKED", 10**6)
     path = tmp_path / f"a{kind}{packer}"
-    path.write_bytes(bomb(10, packer))
-    monkeypatch.setattr(texts, "RATIO", 2 * 10**6 // path.stat().st_size)  # some 2 MB may come out
+    path.write_bytes(bomb(4, packer))
+    monkeypatch.setattr(texts, "RATIO", 10**6 // path.stat().st_size)  # some 1 MB may come out
     findings = Findings()
     tracemalloc.start()
     with pytest.raises(DataError, match="no text packs so well"):
         read(path, findings)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8e6 and findings.bytes <= 2.2e6
+    assert peak < 5e6 and findings.bytes <= 1.2e6
 
 
 def test_well_packed_text_below_the_bound_is_read(tmp_path: Path) -> None:
@@ -498,10 +501,10 @@ def test_a_missing_library_is_named(tmp_path: Path, name: str, module: str, monk
 def many_rows(kind: str) -> Iterator[bytes]:
     row = "some words of a row, " * 20
     if kind == ".txt":
-        yield from ((row + "\n").encode() for _ in range(10_000))
+        yield from ((row + "\n").encode() for _ in range(5_000))
         return
     yield {".json": b"[", ".csv": b"id,text\n"}.get(kind, b"")
-    for number in range(10_000):
+    for number in range(5_000):
         separator = b",\n" if kind == ".json" and number else b""
         yield separator + (f'{number},"{row}"\n' if kind == ".csv" else f'{{"text": "{row}"}}\n').encode()
     yield b"]" if kind == ".json" else b""
@@ -509,10 +512,10 @@ def many_rows(kind: str) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".parquet", "separated"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "PIECE", 50_000)
+    monkeypatch.setattr(texts, "PIECE", 30_000)
     path = tmp_path / f"a{'.txt' if kind == 'separated' else kind}"
     if kind == ".parquet":
-        path.write_bytes(parquet_bytes(["some words of a row, " * 20 + str(i) for i in range(10_000)]))
+        path.write_bytes(parquet_bytes(["some words of a row, " * 20 + str(i) for i in range(5_000)]))
     else:
         with open(path, "wb") as file:
             file.writelines(many_rows(kind if kind != "separated" else ".txt"))
@@ -522,4 +525,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str, monkeypat
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.2e6 and (kind == ".parquet" or path.stat().st_size > 4e6)
+    assert peak < 8e5 and (kind == ".parquet" or path.stat().st_size > 2e6)

@@ -244,7 +244,7 @@ def inputs_of(plan: Plan) -> np.ndarray:
 
 
 @given(sources=SOURCES, data=st.data(), context=st.integers(2, 30), seed=st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_source_gives_its_share_and_no_token_twice_before_all_came_once(
     sources: list[list[int]], data: st.DataObject, context: int, seed: int
 ) -> None:
