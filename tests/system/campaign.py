@@ -35,9 +35,9 @@ MODULES = ("hostile_files", "hostile_config", "malformed_data", "flipped_bits", 
 WORDS = ["the", "king", "and", "queen", "walked", "slowly", "over", "old", "stones;", "nobody", "answered.\n"]
 SETTINGS = [
     "data.separator=stones;", "tokenizer.vocab_size=280", "model.family=qwen3", "model.hidden_size=16",
-    "model.num_hidden_layers=1", "model.num_attention_heads=2", "train.context=16", "train.batch_tokens=64", "train.max_steps=4",
-    "train.checkpoint_every=2", "train.eval_every=4", "train.threads=1", "train.precision=fp32", "train.compile=false",
-    "train.tensorboard=false", "generate.max_new_tokens=4",
+    "model.num_hidden_layers=1", "model.num_attention_heads=2", "train.context=16", "train.batch_tokens=64",
+    "train.max_steps=4", "train.checkpoint_every=2", "train.eval_every=4", "train.threads=1", "train.precision=fp32",
+    "train.compile=false", "train.tensorboard=false", "generate.max_new_tokens=4",
 ]  # fmt: skip
 
 
@@ -165,15 +165,20 @@ class Result:
 
 
 def conduct(chosen: Campaign, bench: Bench, count: int) -> Result:
-    """Runs a campaign; a trial that raises is the campaign's own mistake and is not caught."""
+    """Runs a campaign and counts. One that raises has failed, whatever it tried before."""
     result, kinds, start = Result(chosen.name, chosen.title), Counter[str](), time.perf_counter()
     bench.notes = result.notes
-    for trial in chosen.trials(bench, count):
-        kinds[trial.kind] += 1
-        result.tried += 1
-        result.passed += trial.problem is None
-        if trial.problem is not None:
-            result.problems.append(f"{trial.kind}: {trial.problem}")
+    try:
+        for trial in chosen.trials(bench, count):
+            kinds[trial.kind] += 1
+            result.tried += 1
+            result.passed += trial.problem is None
+            if trial.problem is not None:
+                result.problems.append(f"{trial.kind}: {trial.problem}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        result.problems.append(f"the campaign itself: {type(error).__name__}: {error}")
     result.seconds, result.kinds = round(time.perf_counter() - start, 2), dict(sorted(kinds.items()))
     return result
 
