@@ -158,7 +158,7 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Slide windows by so many tokens; default: blocks.")] = None,
     batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="The text field of JSONL rows.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip

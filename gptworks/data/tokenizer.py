@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ class Tokenizer:
         if control:
             self._check_characters(text)
             self.backend.encode_special_tokens = False
-            return self.backend.encode(text, add_special_tokens=False).ids
+            with _panics(f"{len(text):,} characters cannot be encoded"):
+                return self.backend.encode(text, add_special_tokens=False).ids
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -163,7 +165,8 @@ class Tokenizer:
 
     def _slow(self, text: str) -> np.ndarray:
         self.backend.encode_special_tokens = True
-        return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        with _panics(f"{len(text):,} characters cannot be encoded"):
+            return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     @property
     def engine(self) -> str:
@@ -177,7 +180,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
         """The text of `ids`; control tokens are spelled out unless skipped. Partial UTF-8 becomes U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_control)
+        with _panics("ids cannot be decoded"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_control)
 
     def _character_table(self) -> tuple[np.ndarray, np.ndarray] | None:
         model = self._state.get("model") or {}
@@ -300,6 +304,17 @@ class Tokenizer:
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return cls(backend, {**_config(), "gptworks_characters": True})
+
+
+@contextmanager
+def _panics(what: str) -> Iterator[None]:
+    """A Rust panic, as of a split pattern that gives up on ten million spaces, is no Exception; a DataError is."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise DataError(f"{what}: {error}") from None
+        raise
 
 
 def _config() -> dict[str, Any]:

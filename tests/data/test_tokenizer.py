@@ -250,6 +250,30 @@ def test_broken_tokenizer_config_is_a_data_error(tmp_path: Path, config: str) ->
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_that_contradicts_itself_is_a_data_error(tmp_path: Path) -> None:
+    state = json.loads(bpe("qwen2").backend.to_str())
+    one, two = list(state["model"]["vocab"])[300:302]
+    state["model"]["vocab"][one] = state["model"]["vocab"][two]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="one id to two tokens"):
+        Tokenizer.load(tmp_path)
+
+
+def test_ids_put_before_a_text_have_to_exist(tmp_path: Path) -> None:
+    state = json.loads(bpe("qwen2").backend.to_str())
+    state["post_processor"] = {"type": "BertProcessing", "sep": ["[SEP]", 10**9], "cls": ["[CLS]", 10**9]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="post_processor"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_pattern_that_gives_up_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_gigatoken", lambda state: None)
+    tokenizer = Tokenizer(Backend.from_str(bpe("qwen2").backend.to_str()), {})
+    with pytest.raises(DataError, match="10,000,001 characters cannot be encoded"):
+        tokenizer.encode(" " * 10_000_001)
+
+
 def test_missing_tokenizer_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         Tokenizer.load(tmp_path)

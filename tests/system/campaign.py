@@ -165,15 +165,20 @@ class Result:
 
 
 def conduct(chosen: Campaign, bench: Bench, count: int) -> Result:
-    """Runs a campaign; a trial that raises is the campaign's own mistake and is not caught."""
+    """Runs a campaign and counts. One that raises has failed, whatever it tried before."""
     result, kinds, start = Result(chosen.name, chosen.title), Counter[str](), time.perf_counter()
     bench.notes = result.notes
-    for trial in chosen.trials(bench, count):
-        kinds[trial.kind] += 1
-        result.tried += 1
-        result.passed += trial.problem is None
-        if trial.problem is not None:
-            result.problems.append(f"{trial.kind}: {trial.problem}")
+    try:
+        for trial in chosen.trials(bench, count):
+            kinds[trial.kind] += 1
+            result.tried += 1
+            result.passed += trial.problem is None
+            if trial.problem is not None:
+                result.problems.append(f"{trial.kind}: {trial.problem}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        result.problems.append(f"the campaign itself: {type(error).__name__}: {error}")
     result.seconds, result.kinds = round(time.perf_counter() - start, 2), dict(sorted(kinds.items()))
     return result
 

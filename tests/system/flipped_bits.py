@@ -1,4 +1,4 @@
-"""D10, P7 and P8: storage that lies. A flipped bit or a cut anywhere in shards and checkpoints is found before use."""
+"""D10, P7 and P8: one flipped bit, or a cut, anywhere in shards and checkpoints is found before it is used."""
 
 import contextlib
 import io

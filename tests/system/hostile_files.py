@@ -518,7 +518,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
 }
 
 
-@campaign("P24", "hostile weights: refused within 100 MB of memory", 45, len(ATTACKS) * len(PLACES) + len(CLAIMS))
+@campaign("P24", "hostile weights: refused within 100 MB of memory", 24, len(ATTACKS) * len(PLACES) + len(CLAIMS))
 def hostile_weights(bench: Bench, count: int) -> Iterator[Trial]:
     cases = [(f"{place}, {name}", PLACES[place](attack)) for name, attack in ATTACKS.items() for place in PLACES]
     cases += [(f"config.json claims, {name}", claiming(values)) for name, values in CLAIMS.items()]

@@ -10,7 +10,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ def unnamed(outcome: Outcome, file: Path) -> str | None:
     return f"the file is not named: {outcome.err}" if outcome.code and file.name not in outcome.err else None
 
 
-@campaign("D1-5", "malformed text: read or refused with file and line", 150, 2000)
+@campaign("D1-5", "malformed text: read or refused with file and line", 100, 2000)
 def malformed_text(bench: Bench, count: int) -> Iterator[Trial]:
     draw = bench.draw("D1")
     cases = []
@@ -181,6 +180,8 @@ def malformed_text(bench: Bench, count: int) -> Iterator[Trial]:
             safe = "".join(c if c.isalnum() else "-" for c in what)
             cases.append((f"{name}, broken", f"{safe}{form.suffix}", make(rows), (65,)))
     names = list(FORMATS)
+    if count < 1000:
+        cases = draw.sample(cases, 3 * count // 4)
     for number in range(max(count - len(cases), 0)):
         name = names[number % len(names)]
         form = FORMATS[name]
@@ -286,13 +287,14 @@ def rewritten(draw: random.Random, tree: Any, depth: int = 0) -> Any:
     return {**tree, key: rewritten(draw, tree[key], depth + 1)}
 
 
-@campaign("T3", "hostile tokenizers: used or refused, never a traceback", 60, 1000)
+@campaign("T3", "hostile tokenizers: used or refused, never a traceback", 45, 1000)
 def hostile_tokenizers(bench: Bench, count: int) -> Iterator[Trial]:
     """Half by bytes, half by value; each has to encode a prompt and decode what the model says."""
     draw = bench.draw("T3")
     text = (bench.run / "model" / "tokenizer.json").read_bytes()
     sound = json.loads(text)
     cases = [("made up", name, json.dumps(tree).encode()) for name, tree in tokenizer_attacks(sound).items()]
+    cases = [case for case in cases if count >= 1000 or "grows" not in case[1]]
     while len(cases) < count:
         cases.append(("bytes", "random", damaged(draw, text)))
         cases.append(("values", "random", json.dumps(rewritten(draw, sound)).encode()))
@@ -338,7 +340,7 @@ def truncated_shards(bench: Bench, count: int) -> Iterator[Trial]:
         yield Trial(file.name, problem and f"{file.name} cut to {size} of {len(sound)} bytes: {problem}")
 
 
-@campaign("D11", "shards swapped, missing, of another tokenizer, ids beyond it", 30, 30)
+@campaign("D11", "shards swapped, missing, of another tokenizer, ids beyond it", 10, 30)
 def wrong_shards(bench: Bench, count: int) -> Iterator[Trial]:
     def swap(data: Path, one: str, two: str) -> None:
         (data / one).rename(data / "aside")
@@ -387,7 +389,7 @@ def wrong_shards(bench: Bench, count: int) -> Iterator[Trial]:
         ("documents that do not begin at 0", lambda data: documents(data, [3, 9]), (65,)),
         ("documents of 2^63", lambda data: documents(data, [0, 2**63]), (65,)),
     ]  # fmt: skip
-    for kind, change, codes in islice(cases, count):
+    for kind, change, codes in bench.draw("D11").sample(cases, min(count, len(cases))):
         run = unfinished(bench)
         change(run / "data")
         command, text = bench.train(run), bench.folder / "text.txt"

@@ -5,6 +5,10 @@ from typing import Any
 
 import campaign
 import pytest
+from harness import mistake
+from hostile_files import GADGETS, Payload
+
+from gptworks.core import folder
 
 CAMPAIGNS = campaign.load_all()
 
@@ -35,3 +39,60 @@ def test_every_campaign_passes_whole(tmp_path: Path, name: str) -> None:
         passes(campaign.conduct(CAMPAIGNS[name], made, CAMPAIGNS[name].full), CAMPAIGNS[name].full)
     finally:
         made.close()
+
+
+# -- a campaign that cannot fail proves nothing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GADGETS)
+def test_the_watch_sees_every_gadget_that_is_unpickled(bench: campaign.Bench, name: str) -> None:
+    payload = Payload(GADGETS[name], bench.folder / "canary", bench.folder / "evil.py")
+    payload.script.write_text(f"open({str(payload.canary)!r}, 'w')")
+    outcome = bench.commands.python(f"import pickle; pickle.loads({payload.pickle()!r})", bench.box())
+    assert outcome.events and not payload.canary.exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import os; os.system('true')", "import subprocess; subprocess.run(['true'])", "import os; os.execv('/x', ['a'])",
+     "import socket; socket.create_connection(('127.0.0.1', 9))", "import ctypes; ctypes.CDLL('libm.so.6')",
+     "open('../outside', 'w')", "import os; os.mkdir('../outside')", "import os; os.rename('.', '../outside')",
+     "import os; os.open('/tmp/outside', os.O_CREAT | os.O_WRONLY)", "import shutil; shutil.rmtree('/nowhere')",
+     "try: open('../outside', 'w')\nexcept BaseException: pass"],
+)  # fmt: skip
+def test_the_watch_sees_what_a_reader_must_not_do(bench: campaign.Bench, code: str) -> None:
+    outcome = bench.commands.python(code, bench.box())
+    assert outcome.events and mistake(outcome, 0, 1, 70)
+
+
+def test_the_watch_lets_a_command_work_in_its_box(bench: campaign.Bench) -> None:
+    code = "import os, shutil; os.mkdir('a'); open('a/b', 'w').write('x'); os.rename('a/b', 'c'); shutil.rmtree('a')"
+    outcome = bench.commands.python(code, bench.box())
+    assert outcome.code == 0 and not outcome.events
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [("raise ValueError", "exit code 1"), ("import os; os._exit(9)", "exit code 9"),
+     ("import os; os.abort()", "exit code -6"), ("raise SystemExit(65)", "0 error lines"),
+     ("import sys; print('error: a', file=sys.stderr); print('b', file=sys.stderr); sys.exit(65)", "not the last"),
+     ("import sys; print('error: ' + 'a' * 2000, file=sys.stderr); sys.exit(65)", "an error line of"),
+     ("import sys; print('Traceback', file=sys.stderr); print('error: a', file=sys.stderr); sys.exit(65)", "traceback"),
+     ("x = bytearray(300_000_000); import sys; print('error: a', file=sys.stderr); sys.exit(65)", "MB of memory")],
+)  # fmt: skip
+def test_a_command_that_fails_badly_is_called_a_mistake(bench: campaign.Bench, code: str, says: str) -> None:
+    assert says in str(mistake(bench.commands.python(code, bench.box()), 65, peak=100_000_000))
+
+
+def test_a_command_that_hangs_is_ended(bench: campaign.Bench) -> None:
+    outcome = bench.commands.many([["python", "import time; time.sleep(60)"]], bench.box(), timeout=0.3)[0]
+    assert outcome.code == -9 and outcome.seconds < 10
+
+
+@pytest.mark.parametrize("name", ["D10", "P7", "P8"])
+def test_a_reader_that_does_not_hash_is_caught(
+    bench: campaign.Bench, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    bench.run  # noqa: B018  # made before the defect
+    monkeypatch.setattr(folder, "verify", lambda path, names=None: folder.read_json(path / folder.MANIFEST))
+    assert campaign.conduct(campaign.CAMPAIGNS[name], bench, 30).problems
