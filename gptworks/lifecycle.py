@@ -64,6 +64,8 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
 
 def _lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     """What the main process does: everything."""
+    if config.train.find_lr:
+        return _find_lr(config, out)
     resolved, different = _continued(config, out)
     finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
@@ -73,10 +75,6 @@ def _lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     source = (resolved or config).model
     base = build.load(source.path, source.dropout) if source.path else None
     shards = _shards(resolved or config, base, out)
-    if config.train.find_lr:
-        if ranks.world > 1:
-            raise UsageError("train.find_lr=true is for one process")
-        return find_lr(setup.decide(config, shards, base), out)
     run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
     newest = newest_good(out / "checkpoints")
     if resolved is None:
@@ -305,11 +303,14 @@ def _lineage(
     }
 
 
-def find_lr(run: setup.Run, out: Path) -> dict[str, Any]:
-    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; nothing else is kept."""
+def _find_lr(config: Config, out: Path) -> dict[str, Any]:
+    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; a run in `out` stays."""
     from gptworks.report.page import write_range_test
 
-    found = range_test(run)
+    if ranks.world > 1:
+        raise UsageError("train.find_lr=true is for one process")
+    base = build.load(config.model.path, config.model.dropout) if config.model.path else None
+    found = range_test(setup.decide(config, _shards(config, base, out), base))
     folder.write_json(out / "find_lr.json", found.as_dict())
     page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
     also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
