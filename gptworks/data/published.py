@@ -17,6 +17,7 @@ from gptworks.core.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # of GPT-2's format, as two publishers name them
 MOST = 64_000_000  # bytes of a file; the largest vocabulary in use has 4 MB
+LONGEST = 1024  # bytes of a token; the longest in use has 128
 
 # Of a tiktoken vocabulary, by its number of ranks: how text is split, and the ids of its control tokens.
 _FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
@@ -84,13 +85,16 @@ def _ranks(path: Path) -> dict[bytes, int]:
     """tiktoken's file: a token in base64 and its rank on each line."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
         try:
             token, rank = line.split()
             key, value = base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error):
             raise DataError(f"{path}:{number}: not a token in base64 and its rank") from None
-        if key in ranks or not 0 <= value < 10**7:
-            raise DataError(f"{path}:{number}: {'a token that was there before' if key in ranks else 'no rank'}")
+        if key in ranks or not 0 <= value < 10**7 or len(key) > LONGEST:
+            problem = "a token that was there before" if key in ranks else "no rank, or no token"
+            raise DataError(f"{path}:{number}: {problem}")
         ranks[key] = value
     if len(set(ranks.values())) != len(ranks):
         raise DataError(f"{path}: two tokens have one rank")
@@ -129,7 +133,7 @@ def _pair(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         lines = merges_file.read_text(encoding="utf-8").splitlines()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.parent}: not a vocabulary and its merges: {error}") from None
-    good = isinstance(vocab, dict) and all(isinstance(i, int) and 0 <= i < 10**7 for i in vocab.values())
+    good = isinstance(vocab, dict) and all(type(i) is int and 0 <= i < 10**7 for i in vocab.values())
     if not good or len(set(vocab.values())) != len(vocab) or any(c not in vocab for c in byte_alphabet()):
         raise DataError(f"{vocab_file}: not an object of tokens and their ids with all of the 256 bytes")
     merges: list[tuple[str, str]] = []
