@@ -122,15 +122,16 @@ def decoded(path: Path, options: Data, findings: Findings) -> Iterator[str]:
 
 def pieces(blocks: Iterable[str]) -> Iterator[Piece]:
     """One document, given as blocks of any length, re-cut at places that no pre-token spans."""
-    rest, first = "", True
+    rest, first, barren = "", True, 0
     for block in blocks:
         rest += block
         while len(rest) > PIECE:
-            place = _last_safe_cut(rest)
+            place = _last_safe_cut(rest, barren)
             if not place and len(rest) < HARD_CUT:
+                barren = max(len(rest) - 4, 0)  # not looked through again, but for what the end had cut off
                 break
             yield Piece(rest[: place or HARD_CUT], first)
-            rest, first = rest[place or HARD_CUT :], False
+            rest, first, barren = rest[place or HARD_CUT :], False, 0
     if rest or first:
         yield Piece(rest, first)
 
@@ -143,10 +144,11 @@ def safe_places(text: str, apart: int) -> Iterator[int]:
         yield place
 
 
-def _last_safe_cut(text: str) -> int:
-    """The last safe place to cut `text`, 0 if there is none; its final character is never trusted."""
+def _last_safe_cut(text: str, barren: int = 0) -> int:
+    """The last safe place to cut `text`, 0 if there is none; its final character is never trusted, and there is none in
+    the first `barren` characters."""
     end = len(text) - 1
-    for start in (max(end - 4096, 0), 0):
+    for start in (max(end - 4096, barren), barren):
         last = 0
         for match in SAFE_CUT.finditer(text, start, end):
             last = match.start()

@@ -105,7 +105,7 @@ def truncated_checkpoints(bench: Bench, count: int) -> Iterator[Trial]:
         (older / name).write_bytes(both)
         yield Trial("the newest", problem and f"{name} {cut}: {problem}")
         yield Trial("all", problem_of_none and f"{name} {cut}: {problem_of_none}")
-    for name, cut in pairs[: count - 2 * len(pairs)]:
+    for name, cut in pairs[: max(count - 2 * len(pairs), 0)]:
         run = unfinished(bench)
         file = listing(run / "checkpoints")[-1] / name
         file.write_bytes(file.read_bytes()[: size_of(file.read_bytes(), cut)])
