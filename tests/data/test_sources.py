@@ -350,15 +350,15 @@ def test_text_without_a_safe_place_is_looked_through_once(monkeypatch: pytest.Mo
     monkeypatch.setattr(sources, "PIECE", 1000)
     blocks = ["a" * 1000] * 1000
     start = time.process_time()
-    assert [len(text) for text, _ in sources._cut(blocks)] == [1_000_000]
+    assert [len(piece.text) for piece in texts.pieces(blocks)] == [1_000_000]
     assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("place", [*range(990, 1010), 2995, 2999, 3000, 3001])
 def test_a_safe_place_at_the_end_of_a_block_is_found_later(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(texts, "PIECE", 1000)
     text = "a" * place + " b" + "c" * (6000 - place)
-    cut = [piece for piece, _ in sources._cut(text[i : i + 500] for i in range(0, len(text), 500))]
+    cut = [piece.text for piece in texts.pieces(text[i : i + 500] for i in range(0, len(text), 500))]
     assert [len(piece) for piece in cut] == [place, len(text) - place]
 
 
