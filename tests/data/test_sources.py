@@ -347,7 +347,7 @@ def test_text_without_a_safe_place_is_cut_in_the_end(monkeypatch: pytest.MonkeyP
 
 def test_text_without_a_safe_place_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked through anew for each block, a megabyte would take half a minute."""
-    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(texts, "PIECE", 1000)
     blocks = ["a" * 1000] * 1000
     start = time.process_time()
     assert [len(piece.text) for piece in texts.pieces(blocks)] == [1_000_000]
