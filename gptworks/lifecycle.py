@@ -335,7 +335,7 @@ def evaluate(
     asked = {"separator": separator, "text_column": text_column}
     options = configuration.build({"data": asked}, "evaluate").data
     documents = shard_folder.read_documents(data, options)
-    places, sizes = comparison.cut(documents)
+    places, sizes = comparison.cut(documents if against is not None else [])
     scored = [
         _score(each, data, documents, places, length, stride, rows)
         for each, length in zip(models, contexts, strict=True)

@@ -153,11 +153,12 @@ class Tokenizer:
 
         `places` are character positions from `text.safe_places`, ascending.
         """
-        if self.cuttable:
+        if self.cuttable or not places:
             parts = [self.encode_array(text[a:b]) for a, b in pairwise([0, *places, len(text)])]
             return np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
         self.backend.encode_special_tokens = True
-        found = self.backend.encode(text, add_special_tokens=False)
+        with _panics(f"{len(text):,} characters cannot be encoded"):
+            found = self.backend.encode(text, add_special_tokens=False)
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         before = np.searchsorted(spans[:, 0], places)
         reach = np.append(0, np.maximum.accumulate(spans[:, 1]))[before]  # the furthest that a token before has come

@@ -218,7 +218,6 @@ class Conversation:
 
     def _drop(self, turns: int) -> None:
         if turns > self.dropped:
-            fresh, self.dropped = turns - self.dropped, turns
-            console.warn(
-                f"the context is full: the model does not see the oldest {fresh} turn{'s' * (fresh > 1)} any more"
-            )
+            oldest = f"{turns - self.dropped} oldest turns" if turns > self.dropped + 1 else "oldest turn"
+            console.warn(f"the context is full: the model does not see the {oldest} any more")
+            self.dropped = turns

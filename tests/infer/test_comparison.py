@@ -17,7 +17,7 @@ from gptworks import lifecycle
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError
 from gptworks.data.shards import encode_documents, read_documents
-from gptworks.data.sources import safe_places
+from gptworks.data.text import safe_places
 from gptworks.data.tokenizer import PATTERNS, Tokenizer
 from gptworks.infer import comparison
 from gptworks.infer.comparison import bits_before, compare, cut, student
