@@ -481,7 +481,7 @@ def test_a_tokenizer_on_disk_is_loaded_once(tmp_path: Path, text_file: Path, mon
     build(tmp_path / "d", text_file).tokenizer.save(text_file.parent)
     loads: list[Any] = []
     whole = Tokenizer.load.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(Tokenizer, "load", classmethod(lambda cls, path: loads.append(path) or whole(cls, path)))
+    monkeypatch.setattr(Tokenizer, "load", classmethod(lambda cls, *given: loads.append(given) or whole(cls, *given)))
     made = build(tmp_path / "e", text_file, {"path": str(text_file.parent)})
     assert len(loads) == 1
     assert made.tokenizer.fingerprint == open_shards(tmp_path / "e").tokenizer.fingerprint
