@@ -6,7 +6,7 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from gptworks.core.config import keys
+from gptworks.core.config import Section, keys
 
 PAGE = Path(__file__).parent / "commands.md"
 BLOCK = re.compile(r"(<!-- keys -->\n).*?(<!-- /keys -->)", re.DOTALL)
@@ -22,6 +22,8 @@ def values(annotation: Any) -> str:
         return ", ".join(map(str, inner))
     if origin in (Union, types.UnionType):
         return ", ".join(dict.fromkeys(values(member) for member in inner if member is not type(None)))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin is list:
         return "list of text" if inner[0] is str else f"list of {values(inner[0])}"
     if origin is tuple:

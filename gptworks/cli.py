@@ -120,7 +120,7 @@ def _dry_run(config: Any, as_json: bool) -> str:
     reasons: dict[str, str] = {}
     asked = config
     if not config.model.path:
-        vocab = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else 66
+        vocab = {"char": 66, "bytes": 259}.get(config.tokenizer.kind, config.tokenizer.vocab_size)
         config, reasons, architecture = derive_shape(config, vocab)
         config, more = derive_training(config, architecture, 10**9)
         for key in (
@@ -158,30 +158,46 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Slide windows by so many tokens; default: blocks.")] = None,
     batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="The text field of JSONL rows.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Exact loss, perplexity and bits per byte of a text, beside simple baselines."""
+    """Exact loss, perplexity and bits per byte of a text, beside simple baselines or another model."""
     console.quiet = quiet
 
     def work() -> Any:
         from gptworks import lifecycle
 
-        return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column)
+        return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column, against)
 
     _print(_do(work, debug), json, _evaluation)
 
 
 def _evaluation(found: dict[str, Any]) -> str:
-    unigram, xz = found["baselines"]["unigram"], found["baselines"]["xz"]
+    unigram, xz, against = found["baselines"]["unigram"], found["baselines"]["xz"], found.get("against")
+
+    def row(name: str, model: dict[str, Any]) -> tuple[str, ...]:
+        return name, f"{model['loss']:.4f}", f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.4f}"
+
     rows = [
         ("", "nats/token", "perplexity", "bits/byte"),
-        ("model", f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", f"{found['bits_per_byte']:.4f}"),
+        row("model", found),
+        *([row("against", against)] if against else []),
         ("unigrams", f"{unigram['loss']:.4f}", "", f"{unigram['bits_per_byte']:.4f}"),
         ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
     ]
-    table = "\n".join(f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows)
-    return f"{table}\n{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}"
+    lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
+    lines.append(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}")
+    return "\n".join([*lines, _verdict(against)] if against else lines)
+
+
+def _verdict(against: dict[str, Any]) -> str:
+    """Who is better, by how much and how sure that is."""
+    said = f"model minus against: {against['difference_bits_per_byte']:+.4f} bits/byte"
+    if against["interval"]:
+        said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against["interval"])
+    conclusion = f"{against['better']} is better" if against["better"] else against["reason"]
+    return f"{said}, {against['pairs']:,} pairs: {conclusion}"
 
 
 @app.command()
@@ -236,6 +252,34 @@ def generate(
     result = _do(work, debug)
     if result is not None:
         _print(result, True, str)
+
+
+@app.command()
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed and messages, same replies.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a reply on standard output.")] = False,
+    quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Talk with a model; from a pipe, each line is a message."""
+    console.quiet = quiet
+
+    def work() -> None:
+        from gptworks import lifecycle
+        from gptworks.infer.sampling import Sampling
+        from gptworks.infer.terminal import Terminal
+
+        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+        Terminal(lifecycle.chat(folder, how, max_new_tokens, system), _put, json).run()
+
+    _do(work, debug)
 
 
 @app.command()

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core.config import Config
@@ -18,9 +20,11 @@ from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
 from gptworks.data.shards import Shards
+from gptworks.infer import comparison
+from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.infer.scoring import Score, score, unigram, xz
+from gptworks.infer.scoring import Score, stream_losses, total, unigram, xz
 from gptworks.model import build
 from gptworks.model.build import Loaded
 from gptworks.model.config import parameter_count
@@ -44,19 +48,24 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
     setup.check(config)
     with runtime.interrupts.listening():
         try:
-            if not ranks.main:
-                return _follow(config, out)
-            if fresh and out.exists():
+            if ranks.main:
+                if fresh and out.exists():
+                    with runtime.hold(out):
+                        set_aside(out)
                 with runtime.hold(out):
-                    set_aside(out)
-            with runtime.hold(out):
-                return _lead(config, out, recipe)
+                    result = _lead(config, out, recipe)
+            else:
+                result = _follow(config, out)
+            ranks.part()
+            return result
         finally:
             ranks.end()
 
 
 def _lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     """What the main process does: everything."""
+    if config.train.find_lr:
+        return _find_lr(config, out)
     resolved, different = _continued(config, out)
     finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
@@ -66,10 +75,6 @@ def _lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     source = (resolved or config).model
     base = build.load(source.path, source.dropout) if source.path else None
     shards = _shards(resolved or config, base, out)
-    if config.train.find_lr:
-        if ranks.world > 1:
-            raise UsageError("train.find_lr=true is for one process")
-        return find_lr(setup.decide(config, shards, base), out)
     run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
     newest = newest_good(out / "checkpoints")
     if resolved is None:
@@ -167,7 +172,8 @@ def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
             return shard_folder.open_shards(path)
         except DataError as error:
             console.warn(f"{error}; making the shards again from the text")
-    return shard_folder.prepare(config.data, config.tokenizer, path, base.tokenizer if base else None)
+    own = path.resolve() == (out / "data").resolve()
+    return shard_folder.prepare(config.data, config.tokenizer, path, base.tokenizer if base else None, own)
 
 
 def set_aside(out: Path) -> None:
@@ -193,7 +199,8 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {_where(layout)} "
         f"{str(layout.dtype).removeprefix('torch.')}, {rate / 1e9:.0f} GFLOP/s in a matmul"
     )
-    console.say(f"data     {run.loader.report()}")
+    for line in (run.loader.report(), *run.loader.mixture_report(), run.loader.look(shards.tokenizer)):
+        console.say(f"data     {line}")
     metrics = _metrics(run, out) if ranks.main else None
     evaluator = Evaluator(metrics, shards, config, course, run.eval_rows)
     budget = Budget(config, course, run.most_steps, state, lambda change: _record(course, out))
@@ -261,6 +268,7 @@ def _finish(
         "skipped_steps": state.skipped,
         "changes": [change.why for change in config.train.changes],
         "train": {"loss": train_loss},
+        "sources": run.loader.shares(state.cursor),
         "eval": final.as_dict(),
         "model": str(out / "model"),
         "recipe": recipe,
@@ -285,7 +293,7 @@ def _lineage(
         "gptworks": versions["gptworks"],
         "torch": versions["torch"],
         "recipe": recipe,
-        "data": config.data.train,
+        "data": config.data.model_dump(mode="json")["train"],
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
         "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],
@@ -295,11 +303,14 @@ def _lineage(
     }
 
 
-def find_lr(run: setup.Run, out: Path) -> dict[str, Any]:
-    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; nothing else is kept."""
+def _find_lr(config: Config, out: Path) -> dict[str, Any]:
+    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; a run in `out` stays."""
     from gptworks.report.page import write_range_test
 
-    found = range_test(run)
+    if ranks.world > 1:
+        raise UsageError("train.find_lr=true is for one process")
+    base = build.load(config.model.path, config.model.dropout) if config.model.path else None
+    found = range_test(setup.decide(config, _shards(config, base, out), base))
     folder.write_json(out / "find_lr.json", found.as_dict())
     page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
     also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
@@ -313,34 +324,64 @@ def find_lr(run: setup.Run, out: Path) -> dict[str, Any]:
 
 def evaluate(
     model: str | Path | Loaded, data: str, context: int | None = None, stride: int | None = None, rows: int = 16,
-    separator: str | None = None, text_column: str | None = None,
+    separator: str | None = None, text_column: str | None = None, against: str | Path | Loaded | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need."""
-    loaded = _loaded(model)
-    limit = loaded.model.config.max_position_embeddings
-    context = context or limit
-    if not 1 <= context <= limit:
-        raise UsageError(f"--context {context}: this model has positions for 1 to {limit}")
-    if stride is not None and not 1 <= stride <= context:
-        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context}")
+    """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need.
+
+    With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
+    """
+    models = [_loaded(each) for each in (model, against) if each is not None]
+    contexts = [_context(each, context, stride) for each in models]
     asked = {"separator": separator, "text_column": text_column}
     options = configuration.build({"data": asked}, "evaluate").data
-    stream, text = shard_folder.encode_text(data, options, loaded.tokenizer)
+    documents = shard_folder.read_documents(data, options)
+    places, sizes = comparison.cut(documents)
+    scored = [
+        _score(each, data, documents, places, length, stride, rows)
+        for each, length in zip(models, contexts, strict=True)
+    ]
+    found, bits = scored[0]
+    found["baselines"]["xz"] = xz("".join(documents).encode("utf-8", "replace"))
+    for figures, other in scored[1:]:
+        del figures["baselines"]
+        difference = comparison.compare(bits, other, sizes)
+        found["against"] = figures | difference.as_dict(found["model"], figures["model"])
+    return found | {"data": data}
+
+
+def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
+    """How many tokens the model sees at once. Raises UsageError for more than it has positions for."""
+    limit = loaded.model.config.max_position_embeddings
+    context = asked or limit
+    if not 1 <= context <= limit:
+        raise UsageError(f"--context {context}: {loaded.path} has positions for 1 to {limit}")
+    if stride is not None and not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context} ({loaded.path})")
+    return context
+
+
+def _score(
+    loaded: Loaded, data: str, documents: list[str], places: list[list[int]], context: int, stride: int | None,
+    rows: int,
+) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
+    """A model's figures, and the bits that it needs up to each place of the text."""
+    stream, marks = shard_folder.encode_documents(documents, loaded.tokenizer, places)
     if len(stream.tokens) < 2:
         raise DataError(f"{data}: too little text to evaluate")
     shard_folder.check_ids(stream, loaded.model.config.vocab_size, data)
     start = time.perf_counter()
-    found = score(loaded.model, stream, context, rows, stride)
+    losses = list(stream_losses(loaded.model, stream, context, rows, stride))
     seconds = time.perf_counter() - start
+    found = total(losses, stream)
     method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
-    return {
+    figures = {
         **found.as_dict(),
         "method": method,
         "tokens_per_second": round(found.tokens / max(seconds, 1e-9), 1),
-        "baselines": {"unigram": unigram(stream), "xz": xz(text)},
+        "baselines": {"unigram": unigram(stream)},
         "model": str(loaded.path),
-        "data": data,
     }
+    return figures, comparison.bits_before(np.concatenate(losses), marks)
 
 
 def generate(
@@ -367,6 +408,17 @@ def generate(
 def engine_of(model: str | Path | Loaded) -> Engine:
     loaded = _loaded(model)
     return Engine(loaded.model, loaded.tokenizer, loaded.stop_ids)
+
+
+def chat(
+    model: str | Path | Loaded, how: Sampling, max_new_tokens: int = 200, system: str | None = None
+) -> Conversation:
+    """A conversation that has not begun, spelled as the model folder says."""
+    loaded = _loaded(model)
+    spelling = Spelling.of(loaded.path, loaded.tokenizer)
+    if not spelling.taught:
+        console.say(f"{loaded.path} has no chat template: it was not taught to answer, it continues text")
+    return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
 
 
 def _loaded(model: str | Path | Loaded) -> Loaded:

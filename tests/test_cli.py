@@ -1,10 +1,16 @@
 """The command line: a clear line and the right exit code for every mistake, and nothing half-written."""
 
+import fcntl
+import io
 import json
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +123,18 @@ def model(finished_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def saved(path: Path, context: int = 256) -> Path:
+    """A model folder without a chat template, with room for a conversation."""
+    import tiny
+
+    from gptworks.data.tokenizer import Tokenizer
+    from gptworks.model import build
+
+    tokenizer = Tokenizer.train_bpe([tiny.text(3000)], 300, "qwen2")
+    build.save(path, tiny.model(vocab_size=len(tokenizer), context=context), tokenizer, {})
+    return path
+
+
 def generate(cli: Callable[..., Outcome], folder: Path, *more: Any) -> Outcome:
     return cli("generate", folder, "--prompt", "the king", "--max-new-tokens", 4, *more)
 
@@ -180,6 +198,38 @@ def test_impossible_evaluation_options_are_64(
     cli: Callable[..., Outcome], finished_run: Path, tiny_text: Path, more: list[str]
 ) -> None:
     refused(cli("evaluate", finished_run / "model", "--data", tiny_text, *more), 64, more[0])
+
+
+def test_what_to_compare_with_is_checked_before_anything_is_scored(
+    cli: Callable[..., Outcome], finished_run: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    folder = finished_run / "model"
+    refused(cli("evaluate", folder, "--data", tiny_text, "--against", "nothere"), 65, "nothere", "no such model folder")
+    small = saved(tmp_path / "small", context=16)
+    refused(cli("evaluate", folder, "--data", tiny_text, "--against", small, "--context", 32), 64, "--context", "small")
+    refused(cli("evaluate", folder, "--data", tiny_text, "--against", small, "--stride", 32), 64, "--stride", "small")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--temperature", "-1"], ["temperature"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--prompt", "x"], ["--prompt"]),
+    ],
+)
+def test_impossible_chat_options_are_64(
+    cli: Callable[..., Outcome], finished_run: Path, arguments: list[str], words: list[str]
+) -> None:
+    refused(cli("chat", finished_run / "model", *arguments), 64, *words)
+
+
+def test_a_chat_template_that_cannot_be_used_is_65(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    refused(cli("chat", "nothere"), 65, "nothere", "no such model folder")
+    folder = saved(tmp_path / "model")
+    for template, word in (("{% if", "TemplateSyntaxError"), ("{{ raise_exception('never') }}", "never")):
+        (folder / "chat_template.jinja").write_text(template)
+        refused(cli("chat", folder), 65, "chat_template.jinja", word)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------
@@ -262,6 +312,35 @@ def test_json_of_evaluate_is_one_object(cli: Callable[..., Outcome], finished_ru
     assert found["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-6)  # what the run said about its weights
 
 
+def test_evaluate_against_another_model_prints_its_row_and_a_verdict(
+    cli: Callable[..., Outcome], finished_run: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    folder, other = finished_run / "model", saved(tmp_path / "other", context=64)
+    command = ["evaluate", folder, "--data", tiny_text, "--against"]
+    found = one_object(cli(*command, other, "--json"))
+    against = found["against"]
+    names = {"model", "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "method", "reason"}
+    assert names <= set(against) and against["better"] == found["model"] == str(folder)
+    low, high = against["interval"]
+    assert low < against["difference_bits_per_byte"] < high < 0 and against["pairs"] >= 10
+    shown = cli(*command, other)
+    assert shown.code == 0
+    rows = {line.split("  ")[0]: line.split() for line in shown.out.splitlines()[1:5]}
+    assert rows["against"][1:] == [
+        f"{against['loss']:.4f}", f"{against['perplexity']:.2f}", f"{against['bits_per_byte']:.4f}"
+    ]  # fmt: skip
+    assert shown.out.splitlines()[-1] == (
+        f"model minus against: {against['difference_bits_per_byte']:+.4f} bits/byte, 95 % interval "
+        f"{low:+.4f} to {high:+.4f}, {against['pairs']} pairs: {folder} is better"
+    )
+    same = cli(*command, folder)
+    assert same.out.endswith(f"95 % interval +0.0000 to +0.0000, {against['pairs']} pairs: no difference shown\n")
+    (tmp_path / "short.txt").write_text(tiny_text.read_text()[:5000])
+    short = cli("evaluate", folder, "--data", tmp_path / "short.txt", "--against", other, "--json")
+    few = one_object(short)["against"]
+    assert few["interval"] is None and few["better"] is None and "10 pairs" in few["reason"] and few["pairs"] == 2
+
+
 @pytest.mark.parametrize("command", ["recipes", "env"])
 def test_json_of_the_small_commands_is_one_object(cli: Callable[..., Outcome], command: str) -> None:
     assert one_object(cli(command, "--json"))
@@ -331,3 +410,126 @@ def test_a_mistake_of_any_length_is_one_short_line(cli: Callable[..., Outcome], 
 def test_debug_shows_the_traceback(cli: Callable[..., Outcome]) -> None:
     outcome = cli("generate", "nothere", "--prompt", "x", "--debug")
     assert outcome.code == 65 and "Traceback" in outcome.err
+
+
+# -- chat --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Outcome]:
+    """Pipes text into a conversation."""
+    folder = saved(tmp_path_factory.mktemp("chat") / "model")
+
+    def call(text: str, *arguments: Any) -> Outcome:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return cli("chat", folder, "--seed", 1, "--max-new-tokens", 12, *arguments)
+
+    return call
+
+
+def test_a_piped_line_is_a_message_and_standard_output_has_the_replies(chat: Callable[..., Outcome]) -> None:
+    outcome = chat("the king\n\n/help\nthe queen\n", "--json")
+    assert outcome.code == 0
+    rows = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the king", "the queen"]
+    names = {"text", "tokens", "finish_reason", "prompt_tokens", "dropped_turns", "tokens_per_second"}
+    assert all(names <= set(row) and 0 < row["tokens"] <= 12 for row in rows)
+    assert rows[1]["prompt_tokens"] > 2 * rows[0]["prompt_tokens"]  # the first turn is part of the second prompt
+    assert "/reset" in outcome.err and "no chat template" in outcome.err
+    plain = chat("the king\n\nthe queen\n", "--quiet")
+    assert plain.out == "".join(row["text"] + "\n" for row in rows) or any("\n" in row["text"] for row in rows)
+    assert plain.err == ""
+    assert chat("").code == 0 and chat("").out == ""
+
+
+def test_chat_commands(chat: Callable[..., Outcome], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "said.jsonl"
+    outcome = chat(
+        f"the king\n/save {file}\n//help\n/reset\nthe king\n/exit\nthe queen\n", "--json", "--system", "Sing."
+    )
+    rows = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the king", "/help", "the king"]
+    assert rows[0]["text"] == rows[2]["text"] and rows[0]["prompt_tokens"] == rows[2]["prompt_tokens"]
+    saved_messages = [json.loads(line) for line in file.read_text().splitlines()]
+    assert saved_messages == [
+        {"role": "system", "content": "Sing."},
+        {"role": "user", "content": "the king"},
+        {"role": "assistant", "content": rows[0]["text"]},
+    ]
+    assert os.listdir(file.parent) == ["said.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("/nope", 64, ["/nope", "/help"]),
+        ("/save", 64, ["/save FILE"]),
+        ("/save /dev/null/x", 74, ["/dev/null"]),
+        ("x" * 3000, 65, ["tokens", "256"]),
+    ],
+    ids=["command", "no file", "bad file", "too long"],
+)
+def test_a_mistake_in_a_pipe_ends_it(chat: Callable[..., Outcome], line: str, code: int, words: list[str]) -> None:
+    refused(chat(f"{line}\nthe king\n"), code, *words)
+
+
+class Typist:
+    """A command on a terminal of its own: what it shows is waited for, a minute at most."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.terminal, end = pty.openpty()
+        self.command = subprocess.Popen(
+            [sys.executable, "-m", "gptworks", *map(str, arguments)],
+            stdin=end, stdout=end, stderr=end, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )  # fmt: skip
+        os.close(end)
+        self.seen = ""
+
+    def __enter__(self) -> "Typist":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.command.kill()
+        self.command.wait()
+        os.close(self.terminal)
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def wait_for(self, text: str, characters: int = 0) -> None:
+        """Until `text` is shown, and so many characters after it."""
+        end = time.monotonic() + 60
+        while text not in self.seen or len(self.seen.partition(text)[2]) < characters:
+            left = end - time.monotonic()
+            shown = left > 0 and select.select([self.terminal], [], [], left)[0]
+            assert shown, f"{text!r} did not come: {self.seen[-2000:]!r}"
+            self.seen += os.read(self.terminal, 65536).decode("utf-8", "replace")
+        self.seen = self.seen.partition(text)[2]
+
+
+def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
+    """A reply that Ctrl-C stops, a line that it clears, a mistake that ends nothing, Ctrl-D to leave."""
+    folder = saved(tmp_path / "model", context=4096)
+    with Typist("chat", folder, "--max-new-tokens", 4000, "--temperature", 0) as typist:
+        typist.wait_for("> ")
+        typist.type("the king\n")
+        typist.wait_for("the king", characters=50)  # it streams
+        typist.type("\x03")
+        typist.wait_for("[stopped]")
+        typist.wait_for("> ")
+        typist.type("the qu")
+        typist.wait_for("the qu")
+        typist.type("\x03")
+        typist.wait_for("Ctrl-D or /exit leaves")
+        typist.type("/nope\n")
+        typist.wait_for("warning: no command /nope")
+        typist.type(f"/save {tmp_path / 'said.jsonl'}\n")
+        typist.wait_for("[2 messages")
+        typist.wait_for("> ")
+        typist.type("\x04")
+        assert typist.command.wait(60) == 0
+    first, second = (json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines())
+    assert first == {"role": "user", "content": "the king"} and len(second["content"]) > 30

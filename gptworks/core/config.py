@@ -76,10 +76,22 @@ class Section(BaseModel):
         return value
 
 
+class Weighted(Section):
+    """A source of a mixture: its share of the training tokens is its weight over the sum of all weights."""
+
+    path: str = Field(min_length=1)
+    weight: Positive
+
+    def __repr__(self) -> str:
+        return f"{{path: {self.path}, weight: {self.weight:g}}}"
+
+
 class Data(Section):
-    train: str | list[str] = fixed("shakespeare", "file, folder, glob or built-in name (or a list of them)")
+    train: str | list[str] | list[Weighted] = fixed(
+        "shakespeare", "file, folder, glob or built-in name, a list of them, or a list of {path, weight}"
+    )
     eval: str | None = fixed(None, "validation text; None holds some of the training documents out")
-    text_column: str | None = fixed(None, "the field of a JSONL row that holds the text; None finds it")
+    text_column: str | None = fixed(None, "the field of a row that holds the text; None finds it")
     separator: str | None = fixed(None, "cuts a text file into documents; None: a file is one document")
     eval_fraction: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = fixed(
         None, "share of the text held out"
@@ -88,17 +100,53 @@ class Data(Section):
     invalid_utf8: Literal["replace", "error"] = fixed(
         "replace", "bytes that are not UTF-8: U+FFFD and counted, or stop"
     )
+    max_bad_rows: Share = fixed(0.0, "share of a source's rows that may be unreadable: skipped and counted; 0: none")
     mask_documents: bool = fixed(False, "attention stays within a document, positions restart with it")
     shards: str | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _mixture(cls, value: Any) -> Any:
+        """Checks a mixture by itself, so that its errors name the entry and not every type `train` could have."""
+        if not isinstance(value, list) or not any(isinstance(entry, (dict, Weighted)) for entry in value):
+            return value
+        if not all(isinstance(entry, (dict, Weighted)) for entry in value):
+            raise ValueError("some entries have a weight and some have none: give every entry {path, weight}, or none")
+        entries = []
+        for entry in value:
+            try:
+                entries.append(Weighted.model_validate(entry))
+            except ValidationError as error:
+                worst = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key before all
+                problem = f"{worst['loc'][0]}: {worst['msg'].lower()}"
+                raise ValueError(f"{_shown(entry.get('path'))}: {problem}") from None
+        paths = [entry.path for entry in entries]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ValueError(f"{twice[0][:80]!r} is named twice: add the weights up")
+        return entries
+
+    @property
+    def places(self) -> list[str]:
+        """Where the training text is, one entry a source."""
+        entries = self.train if isinstance(self.train, list) else [self.train]
+        return [entry.path if isinstance(entry, Weighted) else entry for entry in entries]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of every source, or None where the text is taken as it lies."""
+        entries = self.train if isinstance(self.train, list) else []
+        return [entry.weight for entry in entries if isinstance(entry, Weighted)] or None
+
 
 class Tokenizer(Section):
-    kind: Literal["bpe", "char"] = fixed("bpe", "byte-level BPE, or one token per character")
-    path: str | None = fixed(None, "a tokenizer.json (or its folder) to use as it is")
+    kind: Literal["bpe", "char", "bytes"] = fixed("bpe", "byte-level BPE, one token a character, or one a byte")
+    path: str | None = fixed(
+        None, "a tokenizer to use as it is: tokenizer.json, a .tiktoken file, vocab.json with merges.txt, or a folder"
+    )
     vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] = fixed(
         4096, "BPE vocabulary, the 256 bytes and the reserved tokens included"
     )
-    pattern: Literal["gpt-2", "llama-bpe", "qwen2"] = fixed(
+    pattern: Literal["gpt-2", "llama-bpe", "qwen2", "gpt-4o"] = fixed(
         "qwen2", "how text is split before BPE, by llama.cpp's name"
     )
     sample_bytes: Count = fixed(
@@ -203,7 +251,7 @@ class Train(Section):
 
 
 class Generate(Section):
-    prompts: list[str] = free(["\n"], "continued by the samples of train, generate and report")
+    prompts: list[str] = free([""], "continued by the samples of train, generate and report; empty: a text's beginning")
     max_new_tokens: Count = free(200, "length of a sample")
     temperature: NonNegative = free(0.8, "0 is greedy")
     top_k: Natural = free(0, "0: all")
@@ -456,6 +504,7 @@ def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterat
 def _scalar(value: Any) -> str:
     """One line of YAML. Text with anything unusual is quoted, so that line breaks of every kind are escaped."""
     parts = value if isinstance(value, list) else [value]
+    parts = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else [part])]
     quote = '"' if any(isinstance(part, str) and not part.isprintable() for part in parts) else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9)
     return text.strip().removesuffix("...").strip()

@@ -35,17 +35,13 @@ PLACES = {
 }
 
 
-def _nothing(place: str, tensor: Any = None) -> None:
-    """What a failpoint does in a user's run."""
-
-
-class _Armed:
-    """The failpoints named in the environment; counts the passes through each."""
+class Armed:
+    """The failpoints that a text names; counts the passes through each."""
 
     def __init__(self, text: str) -> None:
         self.passes: dict[str, int] = {}
         self.armed: list[tuple[str, int, str]] = []
-        for part in text.split(","):
+        for part in filter(None, text.split(",")):
             what, _, rank = part.partition("@")
             place, number, action = what.split(":")
             assert place in PLACES, f"GPTWORKS_FAILPOINT: no place {place!r}"
@@ -86,5 +82,20 @@ def _act(action: str, tensor: Any) -> None:
             raise AssertionError(f"GPTWORKS_FAILPOINT: no action {action!r}")
 
 
-_text = os.environ.get("GPTWORKS_FAILPOINT")
-failpoint = _Armed(_text) if _text else _nothing
+_armed: Armed | None = None
+
+
+def arm(text: str | None) -> Armed | None:
+    """Sets what happens from now on in this process; None: nothing."""
+    global _armed
+    _armed = Armed(text) if text is not None else None
+    return _armed
+
+
+def failpoint(place: str, tensor: Any = None) -> None:
+    """A place where a test may have this process fail."""
+    if _armed is not None:
+        _armed(place, tensor)
+
+
+arm(os.environ.get("GPTWORKS_FAILPOINT"))

@@ -127,13 +127,13 @@ def _alive(pid: str) -> bool:
 
 
 @contextmanager
-def commit(path: Path, facts: dict[str, Any] | None = None, hashes: dict[str, str] | None = None) -> Iterator[Path]:
+def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str] | None = None) -> Iterator[Path]:
     """Gives a folder to fill; on success it becomes `path` in one step, with a manifest of every file's SHA-256.
 
     `facts` go into the manifest as they are when the block ends; who has hashed a file while writing it leaves that in
-    `hashes`, by name. If the block raises, `path` is what it was before.
-    An existing folder at `path` is moved away only after the new one is durable; a process that dies between those
-    two renames leaves the old one beside `path`, and the next `commit` puts it back first.
+    `known`, by name. If the block raises, `path` is what it was before. An existing folder at `path` is moved away only
+    after the new one is durable; a process that dies between those two renames leaves the old one beside `path`, and
+    the next `commit` puts it back first.
     """
     aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with storage_errors(path):
@@ -148,7 +148,7 @@ def commit(path: Path, facts: dict[str, Any] | None = None, hashes: dict[str, st
                 failpoint("folder.fsync")
                 fsync(file)
                 name = file.relative_to(aside).as_posix()
-                digest = (hashes or {}).get(name) or sha256(file)
+                digest = (known or {}).get(name) or sha256(file)
                 files[name] = {"bytes": file.stat().st_size, "sha256": digest}
             failpoint("folder.manifest")
             write_manifest(aside, {**(facts or {}), "files": files})

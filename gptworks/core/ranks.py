@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gptworks.core.errors import PeerLost, UsageError
+from gptworks.core.errors import PeerLost, Preempted, UsageError
 from gptworks.core.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -97,9 +97,13 @@ class Ranks:
             return
         import torch.distributed as dist
 
+        # All are waited for here, where a signal is heard: forming the group would block deaf to it.
+        self._rendezvous().set(f"here {self.rank}", "")
+        for rank in range(self.world):
+            self.hear(f"here {rank}")
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1") and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the group has no password: stay on this machine
-        with _peers():
+        with _peers(), _heard():
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=dist.PrefixStore("group", self._rendezvous()),
@@ -113,7 +117,7 @@ class Ranks:
         self._watchdog.start()
 
     def end(self) -> None:
-        """Leaves the group, in peace with the others."""
+        """Leaves the group. Where others may still be at work, call `part` first."""
         if self.started:
             import torch.distributed as dist
 
@@ -122,6 +126,17 @@ class Ranks:
             self.started = False
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+    def part(self, seconds: float = 10.0) -> None:
+        """Says good-bye: the main process, which may host the meeting place, leaves last."""
+        if self.world == 1:
+            return
+        with contextlib.suppress(RuntimeError, PeerLost):
+            store, end = self._rendezvous(), time.monotonic() + seconds
+            store.set(f"left {self.rank}", "")
+            names = [f"left {rank}" for rank in range(self.world)] if self.main else []
+            while names and not store.check(names) and time.monotonic() < end:
+                time.sleep(POLL / 4)
 
     def beat(self) -> None:
         """Tells the watchdog that there is progress."""
@@ -232,6 +247,30 @@ def _peers() -> Iterator[None]:
             f"another process of this run ended ({cause}); its own message, if it could leave one, is above. "
             "Run the same command to continue"
         ) from error
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Forming a group blocks deaf to Python's signal handlers; while the block runs, a signal ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        if os.read(ear, 1):  # the number of a signal; nothing once the block is over
+            print(f"error: rank {ranks.rank}: stopped while the group was formed; run the same command to continue",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            os._exit(Preempted.code)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(mouth)
 
 
 class Watchdog(threading.Thread):

@@ -1,18 +1,27 @@
 """Batches: order, shuffling and packing are pure functions of (seed, epoch, index), so the state is two integers.
 
 Each epoch, long documents are cut into pieces of the context length at an offset of that epoch's own; short pieces are
-packed into rows by best fit; the rows are shuffled. Every token is predicted exactly once an epoch.
+packed into rows by best fit; the rows are shuffled. Every token is predicted exactly once an epoch, or, where sources
+have weights, as often as these say.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
+from gptworks.core.errors import DataError, RunMismatch
 from gptworks.core.runtime import mix
 from gptworks.data.shards import Stream
+from gptworks.data.tokenizer import Tokenizer
+
+MOST_PASSES = 1000  # over a source in one epoch
+LOOK = 200  # characters of a row that are shown
 
 
 @dataclass(frozen=True)
@@ -107,15 +116,16 @@ def best_fit(lengths: list[int], capacity: int) -> tuple[np.ndarray, int]:
     return rows, opened
 
 
-def plan_epoch(stream: Stream, context: int, seed: int, epoch: int) -> Plan:
-    """The rows of one epoch. The stream's last token has nothing after it to predict and is no input."""
-    rng = np.random.default_rng(mix(seed, epoch))
+def extent(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
+    """Where documents begin and how many inputs each has: the stream's last token has nothing to predict."""
     bounds = np.append(stream.documents, len(stream.tokens))
     begins, sizes = bounds[:-1], np.diff(bounds)
     sizes[-1] -= 1
-    begins, sizes = begins[sizes > 0], sizes[sizes > 0]
+    return begins[sizes > 0], sizes[sizes > 0]
 
-    # A document longer than a row is cut; where, differs by epoch.
+
+def cut(begins: np.ndarray, sizes: np.ndarray, context: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of pieces: a document longer than a row is cut; where, is drawn for each."""
     first = np.where(sizes > context, rng.integers(1, context + 1, len(sizes)), sizes)
     later = -(-(sizes - first) // context)
     pieces = 1 + later
@@ -123,8 +133,85 @@ def plan_epoch(stream: Stream, context: int, seed: int, epoch: int) -> Plan:
     number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     offset = np.where(number == 0, 0, first[document] + (number - 1) * context)
     starts = begins[document] + offset
-    lengths = np.where(number == 0, first[document], np.minimum(sizes[document] - offset, context))
+    return starts, np.where(number == 0, first[document], np.minimum(sizes[document] - offset, context))
 
+
+class Mixture:
+    """How weighted sources share the epochs. An epoch has as many inputs as the split.
+
+    The passes over a source lie end to end: pass j cuts its documents and orders the pieces by a generator of its own.
+    Source i's part of epochs 0 to e - 1 is the first floor(e * share_i * inputs) of that line, a piece belonging where
+    it begins; so an epoch goes on where the last one ended, and no token comes a second time before all of its source
+    came once.
+    """
+
+    def __init__(self, stream: Stream, context: int, seed: int, weights: Sequence[float]) -> None:
+        """Raises RunMismatch where the shards have other sources, DataError where one is too small for its weight."""
+        if len(weights) != len(stream.sources):
+            raise RunMismatch(f"the shards hold {len(stream.sources)} sources and data.train weights {len(weights)}")
+        self.context, self.seed = context, seed
+        exact = [Fraction(repr(weight)) for weight in weights]  # as written: 0.1 is a tenth
+        self.shares = [weight / sum(exact) for weight in exact]
+        begins, sizes = extent(stream)
+        self.inputs = int(sizes.sum())
+        bounds = np.searchsorted(begins, source_starts(stream))
+        self.documents = [(begins[a:b], sizes[a:b]) for a, b in pairwise(bounds.tolist())]
+        self.sizes = [int(sizes.sum()) for _, sizes in self.documents]
+        for part, size, share in zip(stream.sources, self.sizes, self.shares, strict=True):
+            if share * self.inputs > MOST_PASSES * size:
+                raise DataError(
+                    f"{part.path}: {size:,} tokens are too few for {float(share):.2%} of the training tokens: they "
+                    f"would come more than {MOST_PASSES:,} times an epoch; lower its weight or give it more text"
+                )
+
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths of an epoch's pieces, source by source."""
+        parts = [self._between(i, self._line(i, number), self._line(i, number + 1)) for i in range(len(self.sizes))]
+        starts, lengths = zip(*(part for parts_of in parts for part in parts_of), strict=True)
+        return np.concatenate(starts), np.concatenate(lengths)
+
+    def consumed(self, epochs: int) -> np.ndarray:
+        """Inputs of each source in so many epochs from the beginning."""
+        return np.array([self._before(i, self._line(i, epochs)) for i in range(len(self.sizes))])
+
+    def _line(self, source: int, epoch: int) -> int:
+        """Where on its line of passes the source's part of an epoch begins."""
+        return epoch * self.shares[source] * self.inputs // 1
+
+    def _pass(self, source: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Starts, lengths and places in the pass of its pieces, in order."""
+        rng = np.random.default_rng(mix(self.seed, number, source + 1))
+        starts, lengths = cut(*self.documents[source], self.context, rng)
+        order = rng.permutation(len(starts))
+        starts, lengths = starts[order], lengths[order]
+        return starts, lengths, np.cumsum(lengths) - lengths
+
+    def _between(self, source: int, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        size = self.sizes[source]
+        for number in range(begin // size, -(-end // size)):
+            starts, lengths, places = self._pass(source, number)
+            chosen = slice(*np.searchsorted(places, (begin - number * size, end - number * size)).tolist())
+            yield starts[chosen], lengths[chosen]
+
+    def _before(self, source: int, place: int) -> int:
+        """Inputs of the pieces that begin before a place on the source's line."""
+        number, rest = divmod(place, self.sizes[source])
+        if not rest:
+            return place
+        _, lengths, places = self._pass(source, number)
+        return place - rest + int(lengths[: np.searchsorted(places, rest)].sum())
+
+
+def source_starts(stream: Stream) -> np.ndarray:
+    """The first token of each source, and the end of the last."""
+    return np.cumsum([0, *(part.tokens for part in stream.sources)])
+
+
+def plan_epoch(stream: Stream, context: int, seed: int, epoch: int, mixture: Mixture | None = None) -> Plan:
+    """The rows of one epoch."""
+    rng = np.random.default_rng(mix(seed, epoch))
+    begins, sizes = extent(stream)
+    starts, lengths = mixture.epoch(epoch) if mixture else cut(begins, sizes, context, rng)
     shuffle = rng.permutation(len(starts))
     starts, lengths = starts[shuffle], lengths[shuffle]
     short = np.flatnonzero(lengths < context)
@@ -137,7 +224,8 @@ def plan_epoch(stream: Stream, context: int, seed: int, epoch: int) -> Plan:
     row = rng.permutation(total)[row]
     order = np.argsort(row, kind="stable")
     offsets = np.append(0, np.cumsum(np.bincount(row, minlength=total)))
-    return Plan(starts[order], lengths[order], offsets, int((later > 0).sum()))
+    long = begins[sizes > context]
+    return Plan(starts[order], lengths[order], offsets, int(np.isin(starts, long).sum()) if mixture else len(long))
 
 
 class Loader:
@@ -154,13 +242,16 @@ class Loader:
         seed: int,
         max_epochs: int | None = None,
         mask_documents: bool = False,
+        weights: Sequence[float] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        """`weights`: one for each of the stream's sources. Raises RunMismatch and DataError."""
         self.stream, self.context, self.batch_rows = stream, context, batch_rows
         self.seed, self.max_epochs, self.mask_documents = seed, max_epochs, mask_documents
         self.rank, self.world = rank, world
-        self.plan = lru_cache(maxsize=2)(lambda epoch: plan_epoch(stream, context, seed, epoch))
+        self.mixture = Mixture(stream, context, seed, weights) if weights else None
+        self.plan = lru_cache(maxsize=2)(lambda epoch: plan_epoch(stream, context, seed, epoch, self.mixture))
 
     def take(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """Our share of the batch at `cursor`, and the cursor after the whole batch; the last one may be short."""
@@ -196,6 +287,51 @@ class Loader:
             f"{len(plan):,} rows of {self.context}, {padding:.2%} padding, "
             f"{plan.cut_documents:,} documents longer than a row were cut, no token dropped"
         )
+
+    def shares(self, cursor: Cursor) -> list[dict[str, Any]]:
+        """What each source gave to the rows before `cursor`, exactly: path, asked and achieved share of the inputs,
+        inputs, and passes over the source. The time it takes does not depend on the number of epochs."""
+        parts, starts = self.stream.sources, source_starts(self.stream)
+        sizes = np.diff(np.minimum(starts, len(self.stream.tokens) - 1))  # the last token is no input
+        inputs = self.mixture.consumed(cursor.epoch) if self.mixture else sizes * cursor.epoch
+        if cursor.row and parts:
+            plan = self.plan(cursor.epoch)
+            begun = slice(plan.offsets[cursor.row])
+            source = np.searchsorted(starts, plan.starts[begun], side="right") - 1
+            inputs = inputs + np.bincount(source, plan.lengths[begun], len(parts)).astype(np.int64)
+        asked = self.mixture.shares if self.mixture else sizes / max(sizes.sum(), 1)
+        return [
+            {
+                "path": part.path,
+                "asked": float(share),
+                "achieved": int(used) / max(int(inputs.sum()), 1),
+                "inputs": int(used),
+                "passes": int(used) / max(int(size), 1),
+            }
+            for part, share, used, size in zip(parts, asked, inputs, sizes, strict=True)
+        ]
+
+    def mixture_report(self) -> list[str]:
+        """What the first epoch takes of each weighted source, for a person."""
+        if not self.mixture:
+            return []
+        rows = self.shares(Cursor(1, 0))
+        width = max(len(row["path"]) for row in rows)
+        return [
+            f"{row['path']:<{width}}  asked {row['asked']:7.2%}, achieved {row['achieved']:7.2%}, "
+            f"{row['passes']:.2f} passes an epoch"
+            for row in rows
+        ]
+
+    def look(self, tokenizer: Tokenizer) -> str:
+        """The beginning of the first row, decoded, as a person can read it: ` ‖ ` where another piece begins."""
+        plan, shown = self.plan(0), list[str]()
+        for piece in range(plan.offsets[0], plan.offsets[1]):
+            start = int(plan.starts[piece])
+            ids = self.stream.tokens[start : start + min(int(plan.lengths[piece]), 4 * LOOK)]
+            shown.append(tokenizer.decode(ids, skip_control=True)[:LOOK])
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ‖ ".join(shown)[:LOOK])
+        return f"row 1 begins: {text}"
 
     def _batch(self, rows: list[tuple[Plan, int]]) -> Batch:
         size, context = len(rows), self.context

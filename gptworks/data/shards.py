@@ -5,8 +5,8 @@ and the position at which every document starts. `validation.jsonl` is the held-
 run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the run reports.
 """
 
+import hashlib
 import json
-import math
 import queue
 import threading
 from array import array
@@ -21,16 +21,27 @@ from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
+from gptworks.core.failpoint import failpoint
 from gptworks.core.log import Progress, console, count
 from gptworks.core.runtime import process_seconds
-from gptworks.data.sources import Findings, Piece, Source, draw
+from gptworks.data import findings as found
+from gptworks.data.findings import Findings, Piece
+from gptworks.data.sources import Source, findings_of, listed, sources_of
+from gptworks.data.split import Split
 from gptworks.data.tokenizer import Tokenizer, sample
 
-VERSION = 1
+VERSION = 2
 DTYPES = ("<u2", "<u4")
-FEW = 20  # with fewer documents than this on one side of the split, validation documents are counted out
-HELD_OUT = 0.1
-HELD_OUT_BYTES = 5_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one source has in a split."""
+
+    path: str
+    documents: int
+    tokens: int
+    bytes: int  # of the text, in UTF-8
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Stream:
     tokens: np.ndarray
     documents: np.ndarray
     bytes: int  # of the text, in UTF-8
+    sources: tuple[Part, ...] = ()  # in the order of the tokens
 
     @property
     def bytes_per_token(self) -> float:
@@ -65,19 +77,22 @@ class Shards:
 
 
 class Writer:
-    """Encodes the documents of one split into `<split>.tokens` and `<split>.documents`."""
+    """Encodes the documents of one split into `<split>.tokens` and `<split>.documents`, hashing what it writes."""
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer) -> None:
         self.path, self.split, self.tokenizer = path, split, tokenizer
         self.dtype = np.dtype(DTYPES[len(tokenizer) > 2**16])
         self.file: IO[bytes] = open(path / f"{split}.tokens", "wb")  # noqa: SIM115
+        self.hash = hashlib.sha256()
         self.starts = array("Q")
         self.tokens = self.bytes = 0
+        self.marks: dict[int, tuple[int, int, int]] = {}  # documents, tokens and bytes before each source
         self._waiting: list[str] = []
 
     def add(self, piece: Piece) -> None:
         if piece.first:
             self._end()
+            self.marks.setdefault(piece.source, (len(self.starts), self.tokens, self.bytes))
             self.starts.append(self.tokens)
             self._write_id(self.tokenizer.start_id)
         self.bytes += piece.size
@@ -92,6 +107,21 @@ class Writer:
         np.frombuffer(self.starts, dtype="<u8").tofile(self.path / f"{self.split}.documents")
         return {"tokens": self.tokens, "documents": len(self.starts), "bytes": self.bytes}
 
+    def parts(self, paths: list[str]) -> list[dict[str, Any]]:
+        """What each of these sources has here, once all is written."""
+        total, found = (len(self.starts), self.tokens, self.bytes), []
+        for number, path in reversed(list(enumerate(paths))):
+            begin = self.marks.get(number, total)
+            sizes = [after - before for before, after in zip(begin, total, strict=True)]
+            found.append({"path": path, **dict(zip(("documents", "tokens", "bytes"), sizes, strict=True))})
+            total = begin
+        return found[::-1]
+
+    def lengths(self, parts: list[dict[str, Any]]) -> list[np.ndarray]:
+        """Tokens of every document, source by source."""
+        every = np.diff(np.append(np.array(self.starts, dtype=np.int64), self.tokens))
+        return np.split(every, np.cumsum([part["documents"] for part in parts])[:-1])
+
     def _end(self) -> None:
         if self._waiting:
             self._write(self.tokenizer.encode_array("".join(self._waiting)))
@@ -104,31 +134,46 @@ class Writer:
             self._write(np.array([token], dtype=np.uint32))
 
     def _write(self, ids: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(ids.astype(self.dtype)).data)
+        data = np.ascontiguousarray(ids.astype(self.dtype)).data
+        self.file.write(data)
+        self.hash.update(data)
         self.tokens += len(ids)
 
 
-def prepare(data: Data, asked: TokenizerConfig, path: Path, given: Tokenizer | None = None) -> Shards:
+def prepare(
+    data: Data, asked: TokenizerConfig, path: Path, given: Tokenizer | None = None, own: bool | None = None
+) -> Shards:
     """Opens the shards in `path`, making them first where they are missing or an input changed.
 
-    `given` is the tokenizer of the model we start from. Raises DataError.
+    `given` is the tokenizer of the model we start from. A folder that other runs may use (`own` is False; by default
+    where `data.shards` names it) is mended if it is damaged, but not rewritten from another text or with other
+    settings. Raises DataError and RunMismatch.
     """
-    source = Source(data.train, data)
-    eval_source = Source(data.eval, data) if data.eval else None
+    sources = sources_of(data.places, data)
+    held = sources_of([data.eval], data, len(sources)) if data.eval else []
+    given = given or (Tokenizer.load(asked.path, asked.pattern) if asked.path else None)
     settings = _settings(data, asked, given)
     if (path / folder.MANIFEST).is_file():
-        problem = _reason_to_rewrite(path, settings, source, eval_source)
-        if problem is None:
+        damage, change = _reason_to_rewrite(path, settings, sources + held)
+        if not damage and not change:
             return open_shards(path, verified=True)
-        console.say(f"data     shards are rewritten: {problem}")
-    _build(data, asked, given, source, eval_source, settings, path)
-    return open_shards(path, verified=True)
+        if change and not (data.shards is None if own is None else own):
+            raise RunMismatch(
+                f"{path}: these shards were made otherwise and other runs may use them: {change}; name another "
+                "data.shards, ask for what they have, or delete them"
+            )
+        console.say(f"data     shards are rewritten: {damage or change}")
+    tokenizer = _build(data, asked, given, Split(data, sources, held), sources + held, settings, path)
+    return open_shards(path, verified=True, tokenizer=tokenizer)
 
 
-def open_shards(path: Path, verified: bool = False) -> Shards:
-    """Maps the shards in `path` into memory, after checking every file's SHA-256. Raises DataError."""
+def open_shards(path: Path, verified: bool = False, tokenizer: Tokenizer | None = None) -> Shards:
+    """Maps the shards in `path` into memory, after checking every file's SHA-256. Raises DataError.
+
+    `tokenizer` is the one beside them, if it is in memory already.
+    """
     manifest = folder.read_manifest(path) if verified else folder.verify(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = tokenizer or Tokenizer.load(path)
     if tokenizer.fingerprint != manifest.get("tokenizer"):
         raise DataError(f"{path}: the shards were made with another tokenizer than the one beside them")
     try:
@@ -148,7 +193,8 @@ def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
     bounds = np.concatenate((documents, [len(tokens)]))
     if bounds[0] != 0 or (np.diff(bounds) <= 0).any():
         raise DataError(f"{path}: {split}.documents does not cut {split}.tokens into documents")
-    return Stream(tokens, documents, int(facts["bytes"]))
+    parts = tuple(Part(**part) for part in facts.get("sources", []))
+    return Stream(tokens, documents, int(facts["bytes"]), parts)
 
 
 def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
@@ -161,184 +207,130 @@ def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
 
 
 def _settings(data: Data, asked: TokenizerConfig, given: Tokenizer | None) -> dict[str, Any]:
-    keys = ("text_column", "separator", "eval_fraction", "eval_bytes", "invalid_utf8", "train", "eval")
-    tokenizer: Any = asked.model_dump(mode="json")
-    if given is not None:
-        tokenizer = given.fingerprint
-    elif asked.path:
-        tokenizer = Tokenizer.load(asked.path).fingerprint
-    return {"version": VERSION, "tokenizer": tokenizer} | {k: getattr(data, k) for k in keys}
+    """What decides the ids. The weights of a mixture do not: they say how often the loader reads what."""
+    keys = ("text_column", "separator", "eval_fraction", "eval_bytes", "invalid_utf8", "max_bad_rows", "eval")
+    tokenizer: Any = given.fingerprint if given is not None else asked.model_dump(mode="json")
+    train = [{"path": place} for place in data.places] if data.weights else data.train
+    return {"version": VERSION, "tokenizer": tokenizer, "train": train} | {key: getattr(data, key) for key in keys}
 
 
-def _hashes(*sources: Source | None) -> list[str]:
-    return [folder.sha256(file) for source in sources if source for file in source.files + source.code]
+def _hashes(sources: list[Source]) -> list[str]:
+    return [folder.sha256(file) for source in sources for file in source.files + source.code]
 
 
-def _stamps(*sources: Source | None) -> list[dict[str, Any]]:
-    return [stamp for source in sources if source for stamp in source.stamp()]
+def _stamps(sources: list[Source]) -> list[dict[str, Any]]:
+    return [stamp for source in sources for stamp in source.stamp()]
 
 
-def _reason_to_rewrite(path: Path, settings: dict[str, Any], source: Source, eval_source: Source | None) -> str | None:
+def _reason_to_rewrite(path: Path, settings: dict[str, Any], sources: list[Source]) -> tuple[str, str]:
+    """What is damaged, and what is not as asked; empty if nothing is."""
     try:
         manifest = folder.verify(path)
     except DataError as error:
-        return str(error)
-    if manifest.get("settings") != settings:
-        old = manifest.get("settings") or {}
-        changed = [key for key in settings if old.get(key) != settings[key]]
-        return f"{', '.join(changed)} changed"
-    if manifest["sources"] != _stamps(source, eval_source) and manifest["source_sha256"] != _hashes(
-        source, eval_source
-    ):
+        return str(error), _difference(_manifest(path), settings, sources)
+    return "", _difference(manifest, settings, sources)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What can still be read of the manifest of a damaged folder."""
+    try:
+        manifest = folder.read_json(path / folder.MANIFEST)
+    except DataError:
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _difference(manifest: dict[str, Any], settings: dict[str, Any], sources: list[Source]) -> str:
+    old = manifest.get("settings")
+    if not isinstance(old, dict):
+        return ""
+    if changed := [key for key in settings if old.get(key) != settings[key]]:
+        names = [key if key in ("tokenizer", "version") else f"data.{key}" for key in changed]
+        return f"{', '.join(names)} changed"
+    if manifest["sources"] != _stamps(sources) and manifest["source_sha256"] != _hashes(sources):
         return "the text changed"
-    return None
+    return ""
 
 
-def _survey(source: Source, few: int) -> tuple[list[int], int]:
-    """What each document draws (stops after `few`) and, if there is just one document, its bytes."""
-    if source.one_plain_text and source.size:
-        return [0], source.size
-    draws: list[int] = []
-    size = 0
-    for piece in source.pieces(Findings()):
-        if piece.first:
-            draws.append(draw(piece.text))
-        if len(draws) >= few:
-            break
-        size += piece.size
-    return draws, size
-
-
-def _splitter(
-    data: Data, source: Source, eval_source: Source | None
-) -> tuple[Callable[[Findings, Progress | None], Iterator[tuple[Piece, bool]]], str]:
-    """A function that streams (piece, is it validation?), and how the split was made in words."""
-
-    def stream(findings: Findings, progress: Progress | None) -> Iterator[Piece]:
-        return source.pieces(findings, progress.add if progress else lambda count: None)
-
-    if eval_source is not None:
-
-        def separate(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
-            yield from ((piece, False) for piece in stream(findings, progress))
-            left = data.eval_bytes or 2**63
-            for piece in eval_source.pieces(findings, progress.add if progress else lambda count: None):
-                if piece.size > left:
-                    if head := _head(piece.text, left):
-                        yield Piece(head, piece.first), True
-                    break
-                left -= piece.size
-                yield piece, True
-
-        return separate, f"validation: {data.eval}" + (
-            f", its first {data.eval_bytes:,} bytes" if data.eval_bytes else ""
-        )
-
-    fraction = data.eval_fraction or min(HELD_OUT, HELD_OUT_BYTES / max(source.size, 1))
-    if data.eval_bytes:
-        fraction = min(fraction, data.eval_bytes / max(source.size, 1))
-    few = math.ceil(min(FEW / min(fraction, 1 - fraction), 1e6))
-    draws, size = _survey(source, few)
-    if not draws:
-        raise DataError(f"{data.train}: no text")
-
-    if len(draws) == 1:
-        boundary = int(size * (1 - fraction))
-
-        def by_position(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
-            seen, begun = 0, False  # bytes; whether validation has
-            for piece in stream(findings, progress):
-                head = piece.text if seen + piece.size <= boundary else _head(piece.text, max(boundary - seen, 0))
-                tail = piece.text[len(head) :]
-                if head:
-                    yield piece if not tail else Piece(head, piece.first), False
-                if tail:
-                    yield piece if head == "" and begun else Piece(tail, not begun), True
-                    begun = True
-                seen += piece.size
-
-        return by_position, f"validation: the last {fraction:.2%} of the one document"
-
-    limit = int(fraction * 2**64)
-    if len(draws) < few:  # chance could leave a side empty
-        ranked = sorted(set(draws))
-        limit = (ranked + [2**64])[max(1, min(len(ranked) - 1, round(len(ranked) * fraction)))]
-
-    def by_document(findings: Findings, progress: Progress | None) -> Iterator[tuple[Piece, bool]]:
-        validation = False
-        for piece in stream(findings, progress):
-            if piece.first:
-                validation = draw(piece.text) < limit
-            yield piece, validation
-
-    return by_document, f"validation: {fraction:.2%} of the documents, chosen by content"
-
-
-def _head(text: str, size: int) -> str:
-    return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
-
-
-def _make_tokenizer(
-    asked: TokenizerConfig, split: Callable[[Findings, Progress | None], Iterator[tuple[Piece, bool]]], size: int
-) -> Tokenizer:
-    if asked.path:
-        return Tokenizer.load(asked.path)
+def _make_tokenizer(asked: TokenizerConfig, split: Split, size: int) -> Tokenizer:
+    start = process_seconds()
+    if asked.kind == "bytes":
+        return Tokenizer.of_bytes()
     if asked.kind == "char":
         alphabet: set[str] = set()
-        for piece, _ in split(Findings(), None):
+        for piece, _ in split.pieces():
             alphabet.update(piece.text)
         if len(alphabet) > 100_000:
             raise DataError(f"{len(alphabet):,} different characters; tokenizer.kind=bpe suits this text")
-        return Tokenizer.train_characters(alphabet)
-    texts = sample((piece.text for piece, held in split(Findings(), None) if not held), size, asked.sample_bytes)
-    return Tokenizer.train_bpe(texts, asked.vocab_size, asked.pattern)
+        made = Tokenizer.train_characters(alphabet)
+    else:
+        texts = sample((piece.text for piece, held in split.pieces() if not held), size, asked.sample_bytes)
+        made = Tokenizer.train_bpe(texts, asked.vocab_size, asked.pattern)
+    console.say(f"tokens   {len(made):,} ids, {asked.kind}, trained in {process_seconds() - start:.1f} s")
+    return made
 
 
 def _build(
     data: Data,
     asked: TokenizerConfig,
     given: Tokenizer | None,
-    source: Source,
-    eval_source: Source | None,
+    split: Split,
+    sources: list[Source],
     settings: dict[str, Any],
     path: Path,
-) -> None:
-    split, how = _splitter(data, source, eval_source)
-    size = source.size + (eval_source.size if eval_source else 0)
-    start = process_seconds()
-    tokenizer = given or _make_tokenizer(asked, split, source.size)
+) -> Tokenizer:
+    """Writes the folder; returns its tokenizer. `sources` are those of the training text, then of `data.eval`."""
+    size = sum(source.size for source in sources)
+    tokenizer = given or _make_tokenizer(asked, split, sum(source.size for source in sources[: len(data.places)]))
     if tokenizer.start_id is None:
         raise DataError("the tokenizer names neither bos_token nor eos_token: add one to its tokenizer_config.json")
-    if given is None and not asked.path:
-        console.say(f"tokens   {len(tokenizer):,} ids, {asked.kind}, trained in {process_seconds() - start:.1f} s")
     if tokenizer.engine == "tokenizers" and size > 20_000_000:
         console.say('data     encoding with `tokenizers`; `pip install "gptworks[fast]"` is many times faster')
 
-    facts: dict[str, Any] = {"version": VERSION, "settings": settings, "split": how, "tokenizer": tokenizer.fingerprint}
-    findings, progress = Findings(), Progress("encoding", size)
-    with folder.commit(path, facts) as aside:
+    facts: dict[str, Any] = {
+        "version": VERSION, "settings": settings, "split": split.how, "tokenizer": tokenizer.fingerprint,
+    }  # fmt: skip
+    known: dict[str, str] = {}
+    progress = Progress("encoding", size)
+    findings = findings_of(sources, progress.add)
+    with folder.commit(path, facts, known) as aside:
         tokenizer.save(aside)
-        train, held = Writer(aside, "train", tokenizer), Writer(aside, "eval", tokenizer)
-        with _validation_text(aside, wanted=eval_source is None) as keep:
-            for piece, is_eval in _ahead(split(findings, progress)):
-                (held if is_eval else train).add(piece)
+        writers = {name: Writer(aside, name, tokenizer) for name in ("train", "eval")}
+        with _validation_text(aside, wanted=not data.eval) as keep:
+            for piece, is_eval in _ahead(split.pieces(findings)):
+                failpoint("shards.piece")
+                writers["eval" if is_eval else "train"].add(piece)
                 if is_eval:
                     keep(piece)
-        facts["splits"] = {"train": train.close(), "eval": held.close()}
-        facts["dtype"] = train.dtype.str
-        facts["findings"] = findings.lines()
-        facts["sources"] = _stamps(source, eval_source)
-        facts["source_sha256"] = _hashes(source, eval_source)
+        facts["splits"] = {name: writer.close() for name, writer in writers.items()}
+        known |= {f"{name}.tokens": writer.hash.hexdigest() for name, writer in writers.items()}
+        facts |= {"dtype": writers["train"].dtype.str, "sources": _stamps(sources), "source_sha256": _hashes(sources)}
+        facts["found"] = _table(findings, writers, facts["splits"], data)
         _refuse_empty(facts["splits"], data)
     console.clear()
-    for line in findings.lines():
-        console.say(f"data     {line}")
-    splits = facts["splits"]
+    splits, documents = facts["splits"], facts["found"][-1]["documents"]
     console.say(
         f"data     {count(splits['train']['tokens'])} training and {count(splits['eval']['tokens'])} validation tokens "
-        f"from {findings.documents:,} document{'s' * (findings.documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
-        f"({tokenizer.engine}); {how}"
+        f"from {documents:,} document{'s' * (documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
+        f"({tokenizer.engine}); {split.how}"
     )
+    for line in found.lines(facts["found"]):
+        console.say(f"data     {line}")
+    return tokenizer
+
+
+def _table(
+    findings: list[Findings], writers: dict[str, Writer], splits: dict[str, Any], data: Data
+) -> list[dict[str, Any]]:
+    """Adds to `splits` what each source has in them; returns the table of all that was found."""
+    parts = {name: writer.parts([one.name for one in findings]) for name, writer in writers.items()}
+    splits["train"]["sources"] = parts["train"][: len(data.places)]
+    splits["eval"]["sources"] = [row for row in parts["eval"] if row["documents"]]
+    halves = zip(*(writer.lengths(parts[name]) for name, writer in writers.items()), strict=True)
+    lengths = [np.concatenate(both) for both in halves]
+    # The one document that was split by position is counted whole.
+    whole = [n.sum(keepdims=True) if one.documents == 1 else n for n, one in zip(lengths, findings, strict=True)]
+    return found.table(findings, whole)
 
 
 def _ahead(pieces: Iterator[tuple[Piece, bool]], depth: int = 4) -> Iterator[tuple[Piece, bool]]:
@@ -376,16 +368,20 @@ def _ahead(pieces: Iterator[tuple[Piece, bool]], depth: int = 4) -> Iterator[tup
         thread.join()
 
 
-def _refuse_empty(splits: dict[str, dict[str, int]], data: Data) -> None:
+def _refuse_empty(splits: dict[str, Any], data: Data) -> None:
+    """Raises DataError where there is nothing to predict."""
     for name, facts in splits.items():
         if facts["tokens"] < 2:
-            where = data.train if name == "train" or not data.eval else data.eval
+            where = listed(data.places) if name == "train" or not data.eval else data.eval
             hint = (
                 "; every document may be the same, or data.eval_fraction too large"
                 if name == "train"
-                else ("; give data.eval a file, or a larger data.eval_fraction")
+                else "; give data.eval a file, or a larger data.eval_fraction or data.eval_bytes"
             )
             raise DataError(f"{where}: no text for the {name} split{hint}")
+    for part in splits["train"]["sources"] if data.weights else ():
+        if part["tokens"] < 2:
+            raise DataError(f"{part['path']}: too little text to be a source of its own; join it with another")
 
 
 class _validation_text:
@@ -421,32 +417,36 @@ def same_data(shards: Shards, identity: object) -> None:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")
 
 
-def encode_text(path: str, data: Data, tokenizer: Tokenizer) -> tuple[Stream, bytes]:
-    """A file or folder as one stream of ids in memory, with its text; for evaluation. Raises DataError."""
-    starts, parts, texts, position, buffered = [], [], [], 0, ""
-
-    def put(ids: np.ndarray) -> None:
-        nonlocal position
-        parts.append(ids.astype(np.uint32))
-        position += len(ids)
-
-    def end(document: str) -> None:
-        start, stop = tokenizer.start_id, tokenizer.end_id
-        starts.append(position)
-        put(np.array([start] if start is not None else [], dtype=np.uint32))
-        put(tokenizer.encode_array(document))
-        put(np.array([stop] if stop is not None else [], dtype=np.uint32))
-        texts.append(document)
-
-    open_document = False
-    for piece in Source(path, data).pieces(Findings()):
-        if piece.first and open_document:
-            end(buffered)
-            buffered = ""
-        buffered += piece.text
-        open_document = True
-    if not open_document:
+def read_documents(path: str, data: Data) -> list[str]:
+    """Every document of a file or folder, in memory. Raises DataError."""
+    documents: list[list[str]] = []
+    for piece in Source(path, data).pieces(Findings(path)):
+        if piece.first:
+            documents.append([])
+        documents[-1].append(piece.text)
+    if not documents:
         raise DataError(f"{path}: no text")
-    end(buffered)
-    raw = "".join(texts).encode("utf-8", "replace")
-    return Stream(np.concatenate(parts), np.array(starts, dtype=np.int64), len(raw)), raw
+    return ["".join(parts) for parts in documents]
+
+
+def encode_documents(
+    documents: list[str], tokenizer: Tokenizer, places: list[list[int]] | None = None
+) -> tuple[Stream, np.ndarray]:
+    """Documents as one stream of ids in memory; and how many ids come before each place of a document and its end.
+
+    `places` has, for each document, positions as `Tokenizer.encode_marked` takes them; -1 where a token spans one.
+    """
+    front, back = (
+        np.array([token] if token is not None else [], dtype=np.uint32)
+        for token in (tokenizer.start_id, tokenizer.end_id)
+    )
+    starts, parts, marks, position = [], [], [], 0
+    for number, document in enumerate(documents):
+        ids, before = tokenizer.encode_marked(document, places[number] if places else [])
+        starts.append(position)
+        marks.append(np.where(before < 0, -1, before + position + len(front)))
+        parts += [front, ids.astype(np.uint32), back]
+        position += len(front) + len(ids) + len(back)
+        marks.append(np.array([position]))
+    size = sum(len(document.encode("utf-8", "replace")) for document in documents)
+    return Stream(np.concatenate(parts), np.array(starts, dtype=np.int64), size), np.concatenate(marks)

@@ -1,4 +1,4 @@
-"""Text to ids and back: byte-level BPE trained here, characters, or any tokenizer.json.
+"""Text to ids and back: byte-level BPE trained here, characters, bytes, or a published vocabulary.
 
 A tokenizer is its Hugging Face files (`tokenizer.json`, `tokenizer_config.json`). Ids are those of the `tokenizers`
 library with `encode_special_tokens=True`: text that looks like a control token is encoded as text.
@@ -7,8 +7,9 @@ library with `encode_special_tokens=True`: text that looks like a control token 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,25 @@ from tokenizers import Tokenizer as Backend
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
+from gptworks.data import published
+from gptworks.data.published import END_OF_TEXT, byte_alphabet, splitting
 
-END_OF_TEXT = "<|endoftext|>"
 RESERVED = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # ChatML's, so that chat tuning needs no new rows
 
 # How text is split before BPE, under the names that llama.cpp gives these rules (tokenizer.ggml.pre).
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERNS = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,  # cl100k_base's too
     "qwen2": _WORDS + r"\p{N}" + _REST,
+    "gpt-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?|"
+    + rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?|"
+    + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+SPANNING = ("gpt-4o",)  # rules by which a token may go on over a newline after a letter or mark
 
 
 class Tokenizer:
@@ -49,6 +57,7 @@ class Tokenizer:
         self._state = json.loads(backend.to_str())
         self._fast: Any = None
         self._characters = self._character_table()
+        self._bytes = self._is_bytes()
 
     def __len__(self) -> int:
         """One more than the largest id."""
@@ -75,6 +84,11 @@ class Tokenizer:
         return self.bos_id if self.bos_id is not None else self.eos_id
 
     @property
+    def front(self) -> list[int]:
+        """What the tokenizer itself puts before a text: bos, for some."""
+        return self.backend.encode("", add_special_tokens=True).ids
+
+    @property
     def end_id(self) -> int | None:
         """The token a document ends with, where that is not simply the start of the next one."""
         return self.eos_id if self.eos_id != self.start_id else None
@@ -95,10 +109,12 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether pieces of a document encode to the ids of the whole (see `sources.SAFE_CUT`)."""
-        if self._characters is not None:
+        """Whether pieces of a document encode to the ids of the whole (see `text.SAFE_CUT`)."""
+        if self._characters is not None or self._bytes:
             return True
-        return self.pattern is not None and self._state.get("normalizer") is None and not _plain_added(self._state)
+        if self.pattern is None or self.pattern in SPANNING:
+            return False
+        return self._state.get("normalizer") is None and not _plain_added(self._state)
 
     @property
     def fingerprint(self) -> str:
@@ -126,9 +142,26 @@ class Tokenizer:
         """As `encode`, as a uint32 array and as fast as this installation can."""
         if self._characters is not None:
             return self._encode_characters(text)
+        if self._bytes:
+            return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint32)
         if self._fast is None:
             self._fast = _gigatoken(self._state) or self._slow
         return self._fast(text)
+
+    def encode_marked(self, text: str, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of `text`, and how many of them lie before each of `places`; -1 where a token spans it.
+
+        `places` are character positions from `text.safe_places`, ascending.
+        """
+        if self.cuttable:
+            parts = [self.encode_array(text[a:b]) for a, b in pairwise([0, *places, len(text)])]
+            return np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
+        self.backend.encode_special_tokens = True
+        found = self.backend.encode(text, add_special_tokens=False)
+        spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+        before = np.searchsorted(spans[:, 0], places)
+        reach = np.append(0, np.maximum.accumulate(spans[:, 1]))[before]  # the furthest that a token before has come
+        return np.array(found.ids, dtype=np.uint32), np.where(reach > places, -1, before)
 
     def _slow(self, text: str) -> np.ndarray:
         self.backend.encode_special_tokens = True
@@ -140,6 +173,8 @@ class Tokenizer:
         """Which implementation encodes."""
         if self._characters is not None:
             return "characters"
+        if self._bytes:
+            return "bytes"
         self.encode_array("")
         return "tokenizers" if self._fast == self._slow else "gigatoken"
 
@@ -154,6 +189,15 @@ class Tokenizer:
             return None
         pairs = sorted((ord(token), id) for token, id in model["vocab"].items() if len(token) == 1)
         return np.array([p for p, _ in pairs], dtype=np.uint32), np.array([i for _, i in pairs], dtype=np.uint32)
+
+    def _is_bytes(self) -> bool:
+        """Whether ids below 256 are bytes and nothing merges."""
+        model = self._state.get("model") or {}
+        plain = model.get("type") == "BPE" and not model.get("merges") and not model.get("ignore_merges")
+        if not plain or self._state.get("normalizer") or _plain_added(self._state):
+            return False
+        vocab, pre = model.get("vocab") or {}, self._state.get("pre_tokenizer") or {}
+        return pre.get("type") == "ByteLevel" and all(vocab.get(c) == byte for byte, c in enumerate(byte_alphabet()))
 
     def _encode_characters(self, text: str) -> np.ndarray:
         assert self._characters is not None
@@ -192,12 +236,21 @@ class Tokenizer:
         (path / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Opens a folder with tokenizer.json, or the file itself. Raises DataError."""
+    def load(cls, path: str | Path, pattern: str = "qwen2") -> "Tokenizer":
+        """Opens a tokenizer.json, a tiktoken file, GPT-2's vocabulary and merges, or a folder with one of these.
+
+        `pattern` says how text is split where tiktoken ranks of unknown origin do not. Raises DataError.
+        """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
+        if (not path.is_dir() or not file.is_file()) and (found := published.find(path)):
+            backend, end = published.load(found, PATTERNS, pattern)
+            return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
         if not file.is_file():
-            raise DataError(f"{file}: no such file; a tokenizer is a tokenizer.json or a folder with one")
+            raise DataError(
+                f"{file}: no such file; a tokenizer is a tokenizer.json, a .tiktoken file, a vocab.json with its "
+                "merges.txt, or a folder with one of these"
+            )
         text = file.read_text(encoding="utf-8", errors="replace")
         try:
             backend = Backend.from_str(text)
@@ -221,17 +274,7 @@ class Tokenizer:
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, pattern: str) -> "Tokenizer":
         """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2): the 256 bytes, the reserved tokens, merges."""
-        backend = Backend(models.BPE())
-        if pattern == "gpt-2":  # ByteLevel's own rule; spelled out as a Split, other software does not know it
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        else:
-            backend.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        backend.decoder = decoders.ByteLevel()
+        backend = splitting(Backend(models.BPE()), PATTERNS[pattern], pattern)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(RESERVED),
@@ -240,6 +283,15 @@ class Tokenizer:
         )
         backend.encode_special_tokens = True
         backend.train_from_iterator(_short(texts), trainer)
+        return cls(backend, _config())
+
+    @classmethod
+    def of_bytes(cls) -> "Tokenizer":
+        """Ids 0 to 255 are the bytes of UTF-8; the reserved tokens follow."""
+        vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
+        vocab |= {token: 256 + number for number, token in enumerate(RESERVED)}
+        backend = splitting(Backend(models.BPE(vocab, [])), None, "bytes")
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in RESERVED])
         return cls(backend, _config())
 
     @classmethod

@@ -41,12 +41,14 @@ class Engine:
 
         Raises DataError for too long a prompt.
         """
-        front = self.tokenizer.backend.encode("", add_special_tokens=True).ids
-        ids = front + self.tokenizer.encode(prompt)
+        ids = self.tokenizer.front + self.tokenizer.encode(prompt)
         if not ids:
             if self.tokenizer.start_id is None:
                 raise DataError("an empty prompt, and the tokenizer has no token that begins a text")
             ids = [self.tokenizer.start_id]
+        return self._fitting(ids)
+
+    def _fitting(self, ids: list[int]) -> list[int]:
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
@@ -62,7 +64,7 @@ class Engine:
     @torch.no_grad()
     def stream(
         self,
-        prompt: str,
+        prompt: str | list[int],
         how: Sampling,
         max_new_tokens: int,
         stop: tuple[str, ...] = (),
@@ -72,10 +74,11 @@ class Engine:
     ) -> Iterator[str]:
         """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt.
 
-        Where the context is full, the model goes on from the later half of it.
+        The prompt is text, or ids that are taken as they are. Where the context is full, the model goes on from the
+        later half of it.
         """
-        result = result if result is not None else Generation(prompt)
-        ids = self.prompt_ids(prompt)
+        ids = self.prompt_ids(prompt) if isinstance(prompt, str) else self._fitting(prompt)
+        result = result if result is not None else Generation(prompt if isinstance(prompt, str) else "")
         was_training = self.model.training
         self.model.eval()
         try:

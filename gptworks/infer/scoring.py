@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptworks.core.errors import NotFinite
+from gptworks.core.ranks import ranks
 from gptworks.data.loader import Batch, blocks
 from gptworks.data.shards import Stream
 from gptworks.model.transformer import Transformer
@@ -59,26 +60,47 @@ def batched(rows: Iterable[Batch], size: int) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stride: int | None = None) -> Score:
-    """The exact loss over a stream, in blocks of `context` (or windows of it, `stride` apart), `rows` at a time.
+def stream_losses(
+    model: Transformer, stream: Stream, context: int, rows: int = 16, stride: int | None = None
+) -> Iterator[np.ndarray]:
+    """-log p of every token of a stream after the first, in order, float32, an array for each batch.
 
-    Per-token losses are float32, their sum float64, so the figure does not depend on `rows` beyond rounding. Raises
-    NotFinite.
+    A batch is `rows` blocks of `context` (or windows of it, `stride` apart). Of the processes of a run, each gives the
+    batches that are its own.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    total, tokens = 0.0, 0.0
-    for batch in batched(blocks(stream, context, stride), rows):
-        batch = batch.to(device)
-        total += float((token_losses(model, batch).double() * batch.weights.double()).sum())
-        tokens += float(batch.weights.double().sum())
-    model.train(was_training)
-    loss = total / max(tokens, 1.0)
+    try:
+        for number, batch in enumerate(batched(blocks(stream, context, stride), rows)):
+            if ranks.started and number % ranks.world != ranks.rank:
+                continue
+            ranks.beat()
+            yield token_losses(model, batch.to(device)).cpu()[batch.weights > 0].numpy()
+    finally:
+        model.train(was_training)
+
+
+def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stride: int | None = None) -> Score:
+    """The exact loss over a stream. Raises NotFinite. Arguments as in `stream_losses`."""
+    return total(stream_losses(model, stream, context, rows, stride), stream)
+
+
+def total(losses: Iterable[np.ndarray], stream: Stream) -> Score:
+    """The score that the losses of all batches make. Raises NotFinite.
+
+    Sums of a batch are float64 and their own sum is exact before it is rounded (Shewchuk 1997, as math.fsum), so it
+    does not matter in what order batches come or who computed them; `rows` moves the figure by rounding alone.
+    """
+    sums, tokens = [], 0
+    for part in losses:
+        sums.append(float(part.sum(dtype=np.float64)))
+        tokens += len(part)
+    everyone = ranks.gather((sums, tokens))
+    nats, tokens = math.fsum(value for part, _ in everyone for value in part), sum(count for _, count in everyone)
+    loss = nats / max(tokens, 1)
     if not math.isfinite(loss):
         raise NotFinite(f"the evaluation loss is {loss}: the model's weights or outputs are not finite")
-    return Score(
-        loss, math.exp(min(loss, 700.0)), total / math.log(2) / max(stream.bytes, 1), int(tokens), stream.bytes
-    )
+    return Score(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / max(stream.bytes, 1), tokens, stream.bytes)
 
 
 def unigram(stream: Stream) -> dict[str, float]:

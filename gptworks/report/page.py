@@ -253,7 +253,7 @@ def headline(run: Run) -> str:
         show(config.get("model.num_hidden_layers"), "{:.0f} layers"),
         show(config.get("model.num_attention_heads"), "{:.0f} heads"),
     )
-    text, base = config.get("data.train"), config.get("model.path")
+    text, base = places(config.get("data.train")), config.get("model.path")
     what = f"a {config.get('model.family') or 'GPT'} model{f' ({shape})' if shape else ''}"
     what += (f" on {text}" if text else "") + (f", continued from {base}" if base else "")
     if result:
@@ -277,6 +277,13 @@ def headline(run: Run) -> str:
     told = sentence(joined("; ", what, how))
     notes = "".join(f'<p class="problem">{h(problem)}</p>' for problem in run.problems)
     return f"<header><h1>{h(title(run))}</h1>{told}{notes}<dl>{shown}</dl></header>"
+
+
+def places(value: Any) -> str:
+    """data.train in words: a mixture as its paths with their weights."""
+    parts = value if isinstance(value, list) else [value]
+    named = (f"{p.get('path')} (weight {p.get('weight')})" if isinstance(p, dict) else str(p) for p in parts if p)
+    return ", ".join(named)
 
 
 def curves(run: Run) -> str:

@@ -19,7 +19,7 @@ from gptworks.train.state import State
 
 STEPS = 120
 SPAN = (1e-3, 1e2)  # of the rate that the dial or the recipe has
-MEMORY = 0.9  # of the smoothed loss
+BESIDE = 4  # losses on either side that a smoothed one is the mean of; one-sided, it would lag behind the rate
 BACK = 4.0  # how far below the rate of the lowest loss we propose to stay
 
 
@@ -58,22 +58,22 @@ def range_test(ready: Run) -> RangeTest:
     state.optimizers = make_optimizers(state.model, trial)
     rates: list[float] = []
     losses: list[float] = []
-    smoothed: list[float] = []
 
     def watch(state: State, m: StepMetrics) -> str | None:
         interrupts.check()
         rates.append(m.lr)
         losses.append(m.loss)
-        smoothed.append(_smooth(losses))
         console.live(f"range test  step {state.step}/{STEPS}  learning rate {m.lr:.2e}  loss {m.loss:.4f}")
-        return "diverged" if smoothed[-1] > 1.5 * min(smoothed) and len(losses) > 10 else None
+        lately = losses[-2 * BESIDE :]
+        return "diverged" if len(losses) > 10 and min(lately) > 1.5 * min(losses) else None
 
     with contextlib.suppress(NotFinite):  # the last rate was far too high: that is what we look for
         run(state, ready.loader, NextToken(trial), trial, ready.layout, Course(trial), [watch])
     console.clear()
+    smoothed = [_mean(losses[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(losses))]
     if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
         raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
-    best = min(range(len(smoothed)), key=lambda i: smoothed[i])
+    best = _first_dip(smoothed)
     lr = _rounded(rates[best] / BACK)
     return RangeTest(
         rates,
@@ -81,15 +81,24 @@ def range_test(ready: Run) -> RangeTest:
         smoothed,
         lr,
         None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
-        f"the smoothed loss is lowest, {smoothed[best]:.3f}, at {rates[best]:.2g}; a rate that is to hold for a whole "
-        f"run stays a factor of {BACK:g} below that",
+        f"the smoothed loss falls to {smoothed[best]:.3f} at {rates[best]:.2g} and rises from there; a rate that is to "
+        f"hold for a whole run stays a factor of {BACK:g} below that",
     )
 
 
-def _smooth(losses: list[float]) -> float:
-    """The mean of the losses so far with a memory that fades, unbiased at the beginning."""
-    weights = [MEMORY ** (len(losses) - 1 - i) for i in range(len(losses))]
-    return math.fsum(w * x for w, x in zip(weights, losses, strict=True)) / math.fsum(weights)
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _first_dip(smoothed: list[float]) -> int:
+    """Where the loss is lowest before it first rises by a twentieth of its fall: beyond, chance may lower it again."""
+    best = 0
+    for i, value in enumerate(smoothed):
+        if value < smoothed[best]:
+            best = i
+        elif value - smoothed[best] > 0.05 * (smoothed[0] - smoothed[best]) and smoothed[best] < smoothed[0] - 0.01:
+            break
+    return best
 
 
 def _rounded(value: float) -> float:

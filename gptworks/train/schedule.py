@@ -65,7 +65,8 @@ class Course:
 
     def due(self, step: int, every: int) -> bool:
         """Whether this step is one in `every` (stretched as a time budget stretched the run), or the last."""
-        stretched = next((c.length for c in reversed(self.changes) if c.stretch and c.length), self.planned)
+        before = (c for c in reversed(self.changes) if c.stretch and c.length and c.step < step)
+        stretched = next((c.length for c in before if c.length), self.planned)
         return step % -(-every * stretched // self.planned) == 0 or step == self.length
 
     def decay_from(self, step: int) -> Change:

@@ -60,6 +60,8 @@ class Run:
 
 def check(config: Config) -> None:
     """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
+    if "???" in (config.data.train if isinstance(config.data.train, list) else [config.data.train]):
+        raise UsageError("this recipe trains on a text of yours: add data.train=FILE (a file, folder or glob)")
     resolve("optimizer", OPTIMIZERS, config.train.optimizer)
     resolve("schedule", SCHEDULES, config.train.schedule)
     check_wandb(config.train.wandb)
@@ -90,6 +92,9 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
     for split in (shards.train, shards.eval):
         check_ids(split, architecture.vocab_size, str(shards.path))
 
+    for prompt in config.generate.prompts:
+        tokenizer.encode(prompt)  # a prompt that the vocabulary cannot spell is an error now, not after the training
+
     config, device, dtype, more = _machine(config)
     reasons |= more
     usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype, 0.1)
@@ -107,6 +112,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         train.seed,
         math.ceil(train.max_epochs) if train.max_epochs else None,
         config.data.mask_documents,
+        config.data.weights,
         ranks.rank,
         ranks.world,
     )

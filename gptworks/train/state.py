@@ -166,7 +166,7 @@ class Saving(threading.Thread):
 
     def _write(self) -> None:
         hashes: dict[str, str] = {}
-        with folder.commit(self.path, hashes=hashes) as aside:
+        with folder.commit(self.path, known=hashes) as aside:
             for name, tensors in self.groups.items():
                 hashes[f"{name}.safetensors"] = write_tensors(aside / f"{name}.safetensors", tensors)
             self.read.set()

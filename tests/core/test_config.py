@@ -249,7 +249,7 @@ def round_trip(made: config.Config, path: Path, reasons: dict[str, str]) -> None
     resolved, asked = config.read_resolved(path)
     assert resolved == made
     assert config.build(asked, "asked") == made
-    assert config.changes(asked, made) == []
+    assert not any(config.changes(asked, made, kind) for kind in ("fixed", "flexible", "free"))
 
 
 @pytest.mark.parametrize("recipe", config.recipe_names())
@@ -291,11 +291,88 @@ def test_damaged_config_of_a_run_is_reported(tmp_path: Path, text: bytes) -> Non
         config.read_resolved(path)
 
 
-def test_changes_lists_fixed_keys_alone() -> None:
-    old = {"train": {"lr": 1e-3, "log_every": 5}, "data": {"train": "a.txt"}}
-    new = config.load(None, ["train.lr=2e-3", "train.log_every=7", "data.train=a.txt", "train.checkpoint_every=9"])
-    assert config.changes(old, new) == [("train.lr", 1e-3, 2e-3)]
+def test_changes_lists_the_keys_of_a_kind() -> None:
+    old = {"train": {"seed": 1, "lr": 1e-3, "log_every": 5}, "data": {"train": "a.txt"}}
+    new = config.load(None, ["train.seed=2", "train.lr=2e-3", "train.log_every=7", "data.train=a.txt"])
+    assert config.changes(old, new, "fixed") == [("train.seed", 1, 2)]
+    assert config.changes(old, new, "flexible") == [("train.lr", 1e-3, 2e-3)]
+    assert config.changes(old, new, "free") == [("train.log_every", 5, 7)]
 
 
 def test_a_default_spelled_out_is_no_change() -> None:
-    assert config.changes({}, config.load(None, ["train.seed=1", "tokenizer.kind=bpe"])) == []
+    assert config.changes({}, config.load(None, ["train.seed=1", "tokenizer.kind=bpe"]), "fixed") == []
+
+
+OTHER = {"data.train": "another.txt", "train.max_tokens": 10**6, "train.betas": [0.5, 0.6], "stages": ["train"],
+         "generate.prompts": ["x"], "train.changes": [{"step": 5, "lr": 0.1}], "train.batch_tokens": 4096}  # fmt: skip
+
+
+def another_value(key: str) -> object:
+    """A valid value of a key that is not its default."""
+    if key in OTHER:
+        return OTHER[key]
+    default = config.get(config.load(None), key)
+    words = "text char adamw gpt-2 layernorm learned relu error fp32 canonical".split()  # noqa: SIM905
+    for value in (not default, 7, 3000, 0.3, 0.7, *words):
+        try:
+            if config.get(config.load(None, {key: value}), key) != default:
+                return value
+        except UsageError:
+            continue
+    pytest.fail(f"no other value found for {key}")
+
+
+@pytest.mark.parametrize("key", config.keys())
+def test_every_key_is_seen_to_change_under_its_own_kind_alone(key: str) -> None:
+    changed = config.load(None, {key: another_value(key)})
+    for kind in ("fixed", "flexible", "free"):
+        assert [found for found, _, _ in config.changes({}, changed, kind)] == [key] * (config.on_resume(key) == kind)
+
+
+def test_an_amended_config_keeps_values_and_reasons_and_gains_changes(tmp_path: Path) -> None:
+    made, path = config.load(None, ["train.max_steps=10"]), tmp_path / "config.yaml"
+    text = config.dump(made, made, {"train.lr": "because"})
+    changes = [config.Change(step=3, lr=0.5), config.Change(step=10, length=20, why='train.max_steps=20, was: "10"')]
+    asked = config.load(None, ["train.max_steps=20", "train.lr=0.5"])
+    for _ in range(2):  # amending again changes nothing
+        text = config.amend(text, changes, asked)
+        path.write_text(text, encoding="utf-8")
+        resolved, then = config.read_resolved(path)
+        assert resolved == config.with_values(made, {"train.changes": [c.model_dump() for c in changes]})
+        assert config.build(then, "asked") == asked and "# because" in text
+
+
+@pytest.mark.parametrize(
+    "entries, problem",
+    [
+        ("{path: a, weight: 1}, b", "give every entry"),
+        ("b, {path: a, weight: 1}", "give every entry"),
+        ("[b], {path: a, weight: 1}", "give every entry"),
+        ("{path: a, weight: 0}", "'a': weight: .*greater than 0"),
+        ("{path: a, weight: -0.5}", "'a': weight: .*greater than 0"),
+        ("{path: a, weight: .nan}", "'a': weight: .*finite"),
+        ("{path: a, weight: .inf}", "'a': weight: .*finite"),
+        ("{path: a, weight: much}", "'a': weight: .*number"),
+        ("{path: a, weight: true}", "'a': weight: .*not a number"),
+        ("{path: a}", "'a': weight: .*required"),
+        ("{weight: 1}", "path: .*required"),
+        ("{path: a, weigth: 1}", "'a': weigth: extra"),
+        ("{path: '', weight: 1}", "path: .*at least 1"),
+        ("{path: a, weight: 1}, {path: a, weight: 2}", "'a' is named twice"),
+    ],
+)
+def test_a_mixture_that_means_nothing_is_refused(entries: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=rf"data\.train=.*{problem}"):
+        config.load(None, [f"data.train=[{entries}]"])
+
+
+@given(
+    paths=st.lists(TEXT.filter(bool) | st.just("a\u2028: {b}\n'"), min_size=1, max_size=4, unique=True),
+    weight=st.floats(1e-20, 1e20),
+)
+@settings(max_examples=60, deadline=None)
+def test_dump_of_a_mixture_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, paths: list[str], weight: float
+) -> None:
+    tree = {"data": {"train": [{"path": path, "weight": weight} for path in paths]}}
+    round_trip(config.build(tree, "test"), tmp_path_factory.getbasetemp() / "mixture.yaml", {})

@@ -1,22 +1,30 @@
 """Shards: what is held out, what is in the files, and when they are written again."""
 
+import gzip
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.data import shards as module
-from gptworks.data import sources
-from gptworks.data.shards import Shards, Stream, Writer, encode_text, open_shards, prepare
+from gptworks.data import split
+from gptworks.data import text as texts_module
+from gptworks.data.findings import Piece
+from gptworks.data.shards import Shards, Stream, Writer, encode_documents, open_shards, prepare, read_documents
 from gptworks.data.tokenizer import Tokenizer
 
+zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+PACKERS = {".txt": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
 
 
@@ -74,7 +82,7 @@ def test_few_documents_leave_neither_side_empty(tmp_path: Path, number: int, fra
     train, held = len(shards.train.documents), len(shards.eval.documents)
     assert train + held == number
     assert train and held
-    if number < module.FEW / min(fraction, 1 - fraction):
+    if number < split.FEW / min(fraction, 1 - fraction):
         assert held == max(1, min(number - 1, round(number * fraction)))
 
 
@@ -88,7 +96,7 @@ def test_many_copies_of_one_document_cannot_be_split(tmp_path: Path) -> None:
 def test_one_document_is_split_by_position_as_nanogpt_does(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE", 500)  # the boundary also falls at and between pieces
+    monkeypatch.setattr(texts_module, "PIECE", 500)  # the boundary also falls at and between pieces
     text = "".join(story(i) for i in range(300)).encode("ascii", "replace").decode()[:size]
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     shards = build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"})
@@ -97,7 +105,7 @@ def test_one_document_is_split_by_position_as_nanogpt_does(
 
 
 def test_a_split_by_position_cuts_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 500)
+    monkeypatch.setattr(texts_module, "PIECE", 500)
     text = "红楼梦 é " * 700
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     shards = build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"})
@@ -137,6 +145,167 @@ def test_eval_bytes_bounds_what_is_held_out(tmp_path: Path) -> None:
     assert 450 <= shards.eval.bytes <= 501
 
 
+@pytest.mark.parametrize("limit", [1, 3, 500, 501, 502, 503, 10_000])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_eval_bytes_of_one_document_is_exact_in_bytes_of_text(tmp_path: Path, name: str, limit: int) -> None:
+    """However well the file packs, and without cutting a character."""
+    text = "红楼梦 é " * 3000
+    (tmp_path / name).write_bytes(PACKERS[(tmp_path / name).suffix](text.encode()))
+    shards = build(tmp_path / "d", tmp_path / name, {"kind": "char"}, eval_fraction=0.5, eval_bytes=limit)
+    assert limit - 3 < shards.eval.bytes <= limit
+    assert "".join(texts(shards, shards.train) + texts(shards, shards.eval)) == text
+
+
+def test_eval_bytes_without_room_for_a_character_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("红" * 1000)
+    with pytest.raises(DataError, match=r"no text for the eval split.*data\.eval_bytes"):
+        build(tmp_path / "d", tmp_path / "a.txt", {"kind": "char"}, eval_bytes=2)
+
+
+@pytest.mark.parametrize("limit", [150, 1000, 5000, 10**9])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_eval_bytes_of_many_documents_is_a_bound_and_used_well(tmp_path: Path, limit: int, copies: int) -> None:
+    stories = [story(i) * (1 + i % 3) for i in range(200)]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(tmp_path / "b.jsonl", stories * copies).read_bytes()))
+    longest = max(len(text) for text in stories) * copies
+    if limit < longest:
+        limit += longest  # the first drawn may be the longest
+    shards = build(tmp_path / "d", path, eval_fraction=0.2, eval_bytes=limit)
+    train, held = texts(shards, shards.train), texts(shards, shards.eval)
+    assert sorted(train + held) == sorted(stories * copies) and not set(train) & set(held)
+    share = 0.3 * sum(map(len, stories)) * copies
+    assert min(limit - longest, share / 2) < shards.eval.bytes <= min(limit, share)
+
+
+def test_documents_that_are_all_longer_than_eval_bytes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no text for the eval split.*data\.eval_bytes"):
+        build(tmp_path / "d", jsonl(tmp_path / "a.jsonl", [story(i) for i in range(50)]), eval_bytes=20)
+
+
+@given(sizes=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=40), most=st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_the_lowest_draws_within_a_bound(sizes: list[tuple[int, int]], most: int) -> None:
+    """Against sorting: all below the limit are there, they fit, and with the next ones they would not."""
+    kept = split.Lowest(most)
+    for drawn, size in sizes:
+        kept.add(drawn, size)
+    for bound in (most, most // 2):
+        limit = kept.within(bound)
+        held = sum(size for drawn, size in sizes if drawn < limit)
+        assert held == kept.bytes <= bound
+        above = [drawn for drawn, _ in sizes if drawn >= limit]
+        assert not above or held + sum(size for drawn, size in sizes if drawn == min(above)) > bound
+
+
+# -- several sources ---------------------------------------------------------------------------------------------
+
+
+def weighted(*paths: Path, **data: Any) -> Data:
+    return Data(train=[{"path": str(path), "weight": 1.0 + n} for n, path in enumerate(paths)], **data)
+
+
+def prepared(data: Data, path: Path, **options: Any) -> Shards:
+    return prepare(data, TokenizerConfig(vocab_size=300), path, **options)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    """One document, several, and several packed."""
+    (tmp_path / "a.txt").write_text("".join(story(i) for i in range(40)))
+    (tmp_path / "c.jsonl.gz").write_bytes(
+        gzip.compress(jsonl(tmp_path / "c.jsonl", [story(i) for i in range(400, 430)]).read_bytes())
+    )
+    return [tmp_path / "a.txt", jsonl(tmp_path / "b.jsonl", [story(i) for i in range(300)]), tmp_path / "c.jsonl.gz"]
+
+
+def test_each_weighted_source_is_split_by_its_own_rule(tmp_path: Path, three: list[Path]) -> None:
+    shards = prepared(weighted(*three, eval_fraction=0.2), tmp_path / "d")
+    text = three[0].read_text()
+    train, held = texts(shards, shards.train), texts(shards, shards.eval)
+    assert train[0] == text[: int(len(text) * 0.8)] and held[0] == text[int(len(text) * 0.8) :]
+    for name, first, number in (("b", 0, 300), ("c", 400, 30)):
+        alone = build(tmp_path / name, tmp_path / f"{name}.jsonl", eval_fraction=0.2)
+        mine = {story(i) for i in range(first, first + number)}
+        assert [text for text in held if text in mine] == texts(alone, alone.eval)
+        assert [text for text in train if text in mine] == texts(alone, alone.train)
+    assert shards.manifest["split"].count("of each source by itself") == 1
+
+
+def test_the_manifest_and_the_stream_say_what_each_source_has(tmp_path: Path, three: list[Path]) -> None:
+    for name, data in {"weighted": weighted(*three), "plain": Data(train=[str(path) for path in three])}.items():
+        shards = prepared(data, tmp_path / name)
+        for stream, split_name in ((shards.train, "train"), (shards.eval, "eval")):
+            assert [part.__dict__ for part in stream.sources] == shards.manifest["splits"][split_name]["sources"]
+            assert sum(part.tokens for part in stream.sources) == len(stream.tokens)
+            assert sum(part.documents for part in stream.sources) == len(stream.documents)
+            assert sum(part.bytes for part in stream.sources) == stream.bytes
+        assert [part.path for part in shards.train.sources] == [str(path) for path in three]
+        starts = np.cumsum([0, *(part.tokens for part in shards.train.sources)])[:-1]
+        assert set(starts.tolist()) <= set(shards.train.documents.tolist())
+        total = shards.manifest["found"][-1]
+        assert (total["source"], total["documents"]) == ("total", 331)
+        assert total["bytes"] == shards.train.bytes + shards.eval.bytes
+        assert total["tokens"] == len(shards.train.tokens) + len(shards.eval.tokens)
+
+
+def test_other_weights_need_no_other_shards(tmp_path: Path, three: list[Path]) -> None:
+    prepared(weighted(*three), tmp_path / "d")
+    before = written(tmp_path / "d")
+    other = Data(train=[{"path": str(path), "weight": 5} for path in three], shards=str(tmp_path / "d"))
+    prepared(other, tmp_path / "d")
+    assert written(tmp_path / "d") == before
+
+
+def test_eval_bytes_are_shared_by_size(tmp_path: Path, three: list[Path]) -> None:
+    shards = prepared(weighted(*three, eval_fraction=0.5, eval_bytes=5000), tmp_path / "d")
+    sizes = {row["source"]: row["bytes"] for row in shards.manifest["found"]}
+    held = {part.path: part.bytes for part in shards.eval.sources}
+    assert 4000 < sum(held.values()) <= 5000
+    for path in held:
+        assert held[path] <= 5000 * sizes[path] // sizes["total"]
+
+
+def test_a_weighted_source_without_text_is_named(tmp_path: Path, three: list[Path]) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"empty\.txt: no text"):
+        prepared(weighted(*three, tmp_path / "empty.txt"), tmp_path / "d")
+    path = jsonl(tmp_path / "same.jsonl", ["same"] * 9)
+    with pytest.raises(DataError, match=r"same\.jsonl: too little text"):
+        prepared(weighted(*three, path), tmp_path / "d")
+
+
+def test_a_hundred_sources_are_a_corpus(tmp_path: Path) -> None:
+    paths = [jsonl(tmp_path / f"{n}.jsonl", [story(n * 10 + i) for i in range(4)]) for n in range(100)]
+    shards = prepared(weighted(*paths), tmp_path / "d")
+    assert len(shards.train.sources) == 100 and min(part.documents for part in shards.train.sources) >= 1
+
+
+def test_validation_text_that_is_also_trained_on_counts_as_a_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [story(i) for i in range(30)])
+    held = jsonl(tmp_path / "b.jsonl", [story(i) for i in range(25, 35)])
+    shards = build(tmp_path / "d", path, eval=str(held))
+    assert [row["copies"] for row in shards.manifest["found"]] == [0, 5, 5]
+    assert f"document 1 of {held} repeats document 26 of {path}"[-40:] in capsys.readouterr().err
+
+
+def test_bad_rows_are_skipped_counted_and_kept_in_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [story(i) for i in range(50)])
+    path.write_text(path.read_text() + "broken\n[]\n")
+    shards = build(tmp_path / "d", path, max_bad_rows=0.05)
+    assert sorted(texts(shards, shards.train) + texts(shards, shards.eval)) == sorted(story(i) for i in range(50))
+    (row,) = shards.manifest["found"]
+    assert (row["rows"], row["rejected"], row["documents"]) == (52, 2, 50)
+    assert f"{path}:51: not valid JSON" in row["reasons"][0]
+    assert "2 of 52 rows were unreadable" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"a\.jsonl:51: "):
+        build(tmp_path / "e", path)
+
+
 def test_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [story(i) for i in range(30)])
     (tmp_path / "b.txt").write_text("Zyzzyva zyzzyva " * 500)
@@ -148,7 +317,7 @@ def test_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) -> Non
 def test_documents_cut_in_pieces_give_the_ids_of_the_whole(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(texts_module, "PIECE", 300)
     stories = [story(i) * (1 + i % 9) for i in range(60)]
     shards = build(tmp_path / "d", jsonl(tmp_path / "a.jsonl", stories), {"kind": kind})
     for stream in (shards.train, shards.eval):
@@ -159,7 +328,7 @@ def test_documents_cut_in_pieces_give_the_ids_of_the_whole(
 
 def test_a_tokenizer_of_unknown_kind_encodes_whole_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "cuttable", property(lambda self: False))
-    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(texts_module, "PIECE", 300)
     text = story(1) * 40
     (tmp_path / "a.txt").write_text(text)
     shards = build(tmp_path / "d", tmp_path / "a.txt")
@@ -190,7 +359,7 @@ def test_documents_end_with_their_own_token_where_there_is_one(tmp_path: Path) -
     made = Tokenizer(tokenizer.backend, {**tokenizer.config, "bos_token": "<s>"})
     writer = Writer(tmp_path, "train", made)
     for text in ("ab", "c"):
-        writer.add(sources.Piece(text, True))
+        writer.add(Piece(text, True))
     assert writer.close() == {"tokens": 7, "documents": 2, "bytes": 3}
     ids = np.fromfile(tmp_path / "train.tokens", dtype="<u2").tolist()
     a, b, c = made.encode("abc")
@@ -212,10 +381,11 @@ def test_validation_text_is_the_held_out_text(tmp_path: Path) -> None:
     }.items():
         (tmp_path / "b.txt").write_text("".join(story(i) for i in range(60)))
         shards = build(tmp_path / name, path)
-        stream, raw = encode_text(str(shards.path / "validation.jsonl"), Data(), shards.tokenizer)
+        documents = read_documents(str(shards.path / "validation.jsonl"), Data())
+        stream, _ = encode_documents(documents, shards.tokenizer)
         assert stream.tokens.tolist() == shards.eval.tokens.tolist()
         assert stream.documents.tolist() == shards.eval.documents.tolist()
-        assert stream.bytes == shards.eval.bytes == len(raw)
+        assert stream.bytes == shards.eval.bytes == len("".join(documents).encode())
 
 
 # -- written once ------------------------------------------------------------------------------------------------
@@ -266,6 +436,55 @@ def test_new_settings_rewrite_and_say_why(
     build(tmp_path / "d", text_file, **change)
     assert written(tmp_path / "d") != before
     assert f"{next(iter(change))} changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"eval_fraction": 0.3}, "data.eval_fraction"),
+        ({"max_bad_rows": 0.3}, "data.max_bad_rows"),
+        ({"tokenizer": {"vocab_size": 301}}, "tokenizer"),
+        ({}, "the text"),
+    ],
+)
+def test_shared_shards_are_not_rewritten_behind_the_back_of_other_runs(
+    tmp_path: Path, text_file: Path, change: dict[str, Any], name: str
+) -> None:
+    shared = {"shards": str(tmp_path / "d")}
+    first = build(tmp_path / "d", text_file, **shared)
+    if not change:
+        text_file.write_text(text_file.read_text().replace("seven", "SEVEN"))
+    before = written(tmp_path / "d")
+    with pytest.raises(RunMismatch, match=f"other runs may use them: {name}.* changed"):
+        build(tmp_path / "d", text_file, **shared, **change)
+    assert written(tmp_path / "d") == before
+    data = Data(train=str(text_file), **shared, **{k: v for k, v in change.items() if k != "tokenizer"})
+    tokenizer = TokenizerConfig(**({"vocab_size": 300} | change.get("tokenizer", {})))
+    assert prepare(data, tokenizer, tmp_path / "d", own=True).identity != first.identity or name == "data.max_bad_rows"
+    assert written(tmp_path / "d") != before
+
+
+def test_damaged_shared_shards_are_mended_as_long_as_they_are_what_is_asked(tmp_path: Path, text_file: Path) -> None:
+    first = build(tmp_path / "d", text_file, shards=str(tmp_path / "d"))
+    flip_a_bit(tmp_path / "d")
+    with pytest.raises(RunMismatch):
+        build(tmp_path / "d", text_file, shards=str(tmp_path / "d"), eval_fraction=0.3)
+    assert build(tmp_path / "d", text_file, shards=str(tmp_path / "d")).identity == first.identity
+
+
+def test_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path, text_file: Path) -> None:
+    build(tmp_path / "d", text_file)
+    folder.verify(tmp_path / "d")
+
+
+def test_a_tokenizer_on_disk_is_loaded_once(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "d", text_file).tokenizer.save(text_file.parent)
+    loads: list[Any] = []
+    whole = Tokenizer.load.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Tokenizer, "load", classmethod(lambda cls, path: loads.append(path) or whole(cls, path)))
+    made = build(tmp_path / "e", text_file, {"path": str(text_file.parent)})
+    assert len(loads) == 1
+    assert made.tokenizer.fingerprint == open_shards(tmp_path / "e").tokenizer.fingerprint
 
 
 def test_new_code_of_an_own_source_rewrites(tmp_path: Path) -> None:
@@ -372,8 +591,9 @@ def test_invalid_utf8_is_counted_in_both_files(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "a.txt").write_bytes(b"training \xff text \xff" * 5)
     (tmp_path / "b.txt").write_bytes(b"validation \xff text" * 5)
     shards = build(tmp_path / "d", tmp_path / "a.txt", eval=str(tmp_path / "b.txt"))
-    assert "15 invalid UTF-8" in capsys.readouterr().err
-    assert "15 invalid UTF-8" in shards.manifest["findings"][0]
+    said = capsys.readouterr().err
+    assert "a.txt: 10 invalid UTF-8" in said and "b.txt: 5 invalid UTF-8" in said
+    assert [row["invalid_utf8"] for row in shards.manifest["found"]] == [10, 5, 15]
 
 
 def test_an_id_beyond_the_vocabulary_is_named() -> None:

@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, GptworksError, UsageError
 from gptworks.data import sources
-from gptworks.data.sources import Findings, Source
+from gptworks.data import text as texts
+from gptworks.data.findings import Findings
+from gptworks.data.sources import sources_of
 from gptworks.data.tokenizer import PATTERNS, Tokenizer
 
 
 def documents(where: Any, findings: Findings | None = None, **options: Any) -> list[str]:
     found: list[str] = []
-    for piece in Source(str(where) if isinstance(where, Path) else where, Data(**options)).pieces(
-        findings or Findings()
-    ):
-        if piece.first:
-            found.append("")
-        found[-1] += piece.text
+    for source in sources_of([str(w) for w in (where if isinstance(where, list) else [where])], Data(**options)):
+        for piece in source.pieces(findings if findings is not None else Findings()):
+            if piece.first:
+                found.append("")
+            found[-1] += piece.text
     return found
 
 
@@ -77,7 +78,7 @@ def test_folder_glob_and_list_give_files_in_order(tmp_path: Path) -> None:
 def test_text_column_is_found_and_named(tmp_path: Path, row: dict[str, Any], column: str) -> None:
     findings = Findings()
     assert documents(write(tmp_path / "a.jsonl", json.dumps(row)), findings) == ["T"]
-    assert any(repr(column) in line for line in findings.lines())
+    assert findings.columns == {column: 1}
 
 
 def test_text_column_is_chosen(tmp_path: Path) -> None:
@@ -89,12 +90,12 @@ def test_text_column_is_chosen(tmp_path: Path) -> None:
     "bad, problem",
     [
         ('{"text": "x"', "not valid JSON"),
-        ("[1]", "list"),
-        ("5", "int"),
+        ("[1]", "a list"),
+        ("5", "a number"),
         ('{"body": "x"}', "no column 'text'"),
-        ('{"text": 5}', "int, not text"),
-        ('{"text": null}', "NoneType, not text"),
-        ('{"text": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"text": 5}', "a number, not text"),
+        ('{"text": null}', "null, not text"),
+        ('{"text": ' + "9" * 5000 + "}", "a number, not text"),
         ("[" * 100_000, "not valid JSON"),
     ],
     ids=range(8),
@@ -106,7 +107,7 @@ def test_broken_row_names_file_and_line(tmp_path: Path, bad: str, problem: str) 
 
 
 def test_line_number_is_right_beyond_the_first_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 64)
+    monkeypatch.setattr(texts, "PIECE", 64)
     path = write(tmp_path / "rows.jsonl", '{"text": "some words of text"}\n' * 99 + "oops")
     with pytest.raises(DataError, match=r"rows\.jsonl:100: "):
         documents(path)
@@ -206,7 +207,7 @@ def test_invalid_utf8_is_counted_wherever_blocks_end(
     expected = data.decode("utf-8", "replace")
     findings = Findings()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE", block)
+        patch.setattr(texts, "PIECE", block)
         assert "".join(documents(path, findings)) == expected
     assert findings.invalid_utf8 == expected.count("\ufffd") - data.count(b"\xef\xbf\xbd")
 
@@ -223,7 +224,7 @@ def test_strict_reading_names_the_first_bad_byte(
         text, place = "", None if error.reason == "unexpected end of data" else error.start
         assert place is not None or error.start >= len(path.read_bytes()) - 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE", block)
+        patch.setattr(texts, "PIECE", block)
         if text:
             assert "".join(documents(path, invalid_utf8="error")) == text.removeprefix("\ufeff" * mark)
         else:
@@ -234,13 +235,13 @@ def test_strict_reading_names_the_first_bad_byte(
 def test_separator_makes_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.txt", "one\n<end>\ntwo <e\n<end>\n\n<end>three")
     for size in (4_000_000, 5):  # also where a separator straddles two blocks
-        monkeypatch.setattr(sources, "PIECE", size)
+        monkeypatch.setattr(texts, "PIECE", size)
         assert documents(path, separator="<end>") == ["one", "two <e", "three"]
 
 
 def test_own_source_is_a_function_in_a_file(tmp_path: Path) -> None:
     code = write(tmp_path / "mine.py", "def rows():\n    yield 'one'\n    yield 'two \\udcff'\n")
-    assert documents(f"{code}:rows") == ["one", "two ?"]
+    assert documents(f"{code}:rows") == ["one", "two \ufffd"]
     with pytest.raises(GptworksError, match="defines no"):
         documents(f"{code}:nothing")
 
@@ -301,8 +302,8 @@ def tokenizer(pattern: str) -> Tokenizer:
 def test_cut_text_has_the_ids_of_the_whole(pattern: str, text: str, piece: int) -> None:
     encode = tokenizer(pattern)._slow
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE", piece)
-        pieces = [part for part, _ in sources._cut([text])]
+        patch.setattr(texts, "PIECE", piece)
+        pieces = [part.text for part in texts.pieces([text])]
     assert "".join(pieces) == text
     assert [i for part in pieces for i in encode(part)] == encode(text).tolist()
 
@@ -314,7 +315,7 @@ def test_every_safe_place_is_safe(pattern: str, text: str) -> None:
     """Cut at all of them at once, and at each alone."""
     encode = tokenizer(pattern)._slow
     whole = encode(text).tolist()
-    places = [match.start() for match in sources.SAFE_CUT.finditer(text)]
+    places = [match.start() for match in texts.SAFE_CUT.finditer(text)]
     for chosen in [places, *([place] for place in places)]:
         bounds = [0, *chosen, len(text)]
         parts = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -324,8 +325,8 @@ def test_every_safe_place_is_safe(pattern: str, text: str) -> None:
 def test_real_text_is_cut_often_and_keeps_its_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = documents("shakespeare")[0][:100_000]
     path = write(tmp_path / "a.txt", text)
-    monkeypatch.setattr(sources, "PIECE", 1000)
-    pieces = list(Source(str(path), Data()).pieces(Findings()))
+    monkeypatch.setattr(texts, "PIECE", 1000)
+    pieces = list(sources_of([str(path)], Data())[0].pieces(Findings()))
     assert len(pieces) > 80 and max(len(piece.text) for piece in pieces) < 2100
     assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert "".join(piece.text for piece in pieces) == text
@@ -335,9 +336,9 @@ def test_real_text_is_cut_often_and_keeps_its_ids(tmp_path: Path, monkeypatch: p
 
 
 def test_text_without_a_safe_place_is_cut_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 10)
-    monkeypatch.setattr(sources, "HARD_CUT", 50)
-    pieces = [part for part, _ in sources._cut(["1234567"] * 40)]
+    monkeypatch.setattr(texts, "PIECE", 10)
+    monkeypatch.setattr(texts, "HARD_CUT", 50)
+    pieces = [part.text for part in texts.pieces(["1234567"] * 40)]
     assert "".join(pieces) == "1234567" * 40 and max(map(len, pieces)) <= 50
 
 

@@ -1,6 +1,9 @@
 """Ids are those of `tokenizers`; control tokens cannot be smuggled in; what is encoded comes back."""
 
+import base64
 import json
+import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -14,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from gptworks.core.errors import DataError
 from gptworks.data import tokenizer as module
+from gptworks.data.published import byte_alphabet
 from gptworks.data.tokenizer import END_OF_TEXT, PATTERNS, RESERVED, Tokenizer, sample
 
 TRAINING = (
@@ -181,7 +185,8 @@ def test_a_saved_tokenizer_comes_back_and_auto_tokenizer_agrees(tmp_path: Path, 
     made = characters() if kind == "char" else bpe(kind)
     made.save(tmp_path)
     back = Tokenizer.load(tmp_path)
-    assert back.fingerprint == made.fingerprint and back.pattern == made.pattern and back.cuttable
+    assert back.fingerprint == made.fingerprint and back.pattern == made.pattern
+    assert back.cuttable == (kind != "gpt-4o")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == made.eos_id == back.eos_id
     texts = ["abc\n\r\t'é红🎉", "", "a  b"] if kind == "char" else [*HOSTILE, TRAINING]
@@ -373,3 +378,153 @@ def test_a_copied_tokenizer_folder_needs_nothing_else(tmp_path: Path) -> None:
     alone = Tokenizer.load(tmp_path / "alone.json")
     assert alone.eos_id == 0  # <|endoftext|> is found by its name
     assert json.loads(alone.backend.to_str()) == json.loads(bpe("llama-bpe").backend.to_str())
+
+
+# -- published vocabularies and bytes ----------------------------------------------------------------------------
+
+HARD = [
+    "It's 12345 words:\r\n\n  déjà vu, 红楼梦! \t<|endoftext|>\n 'Ve x_1 += ﬁn\u0301 🎉👩‍👧 \u00a0\u3000end ",
+    "aaaaaaaaaaaaaaaaaaaaaaa      \n\n\n\t\t  b'S 'LL can't I'D x\r\n\r\n y  ",
+    "Привет мир, שלום עולם, नमस्ते दुनिया, 안녕하세요 세계, สวัสดีชาวโลก 0 00 000 0000",
+    "",
+    " ",
+    "\n",
+]
+
+
+def spelled(token: bytes) -> str:
+    return "".join(byte_alphabet()[byte] for byte in token)
+
+
+def published(path: Path, pattern: str) -> tuple[Tokenizer, list[bytes]]:
+    """A small BPE trained here, written out as GPT-2's pair and as tiktoken's ranks; and its tokens in order."""
+    made = bpe(pattern)
+    model = json.loads(made.backend.to_str())["model"]
+    own = {token: i for token, i in model["vocab"].items() if token not in made.control_tokens}
+    ordered = sorted(own, key=lambda token: own[token])
+    letters = {c: bytes([byte]) for byte, c in enumerate(byte_alphabet())}
+    tokens = [b"".join(letters[c] for c in token) for token in ordered]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (path / "mine.tiktoken").write_text("\n".join(lines) + "\n")
+    (path / "vocab.json").write_text(json.dumps({token: rank for rank, token in enumerate(ordered)}))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return made, tokens
+
+
+def test_a_vocabulary_gives_the_same_tokens_in_every_format(tmp_path):
+    made, _ = published(tmp_path, "gpt-2")
+    pair = Tokenizer.load(tmp_path)
+    ranks = Tokenizer.load(tmp_path / "mine.tiktoken", "gpt-2")
+    assert pair.pattern == ranks.pattern == "gpt-2" and pair.cuttable
+    for text in [*HARD, TRAINING]:
+        words = [made.decode([i]) for i in made.encode(text)]
+        for other in (pair, ranks):
+            ids = other.encode(text)
+            assert other.decode(ids) == text
+            assert [other.decode([i]) for i in ids] == words
+    assert Tokenizer.load(tmp_path / "vocab.json").encode(TRAINING) == Tokenizer.load(tmp_path / "merges.txt").encode(
+        TRAINING
+    )
+    assert ranks.eos_id == len(ranks) - 1 and pair.eos_id is None
+
+
+def test_what_was_published_is_saved_as_an_ordinary_tokenizer(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    published(tmp_path, "qwen2")
+    ranks = Tokenizer.load(tmp_path / "mine.tiktoken")
+    (tmp_path / "saved").mkdir()
+    ranks.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    for text in HARD:
+        assert again.encode(text) == ranks.encode(text)
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ranks.encode(text)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.tiktoken", "", "256 bytes"),
+        ("x.tiktoken", "!!! 0\n", "x.tiktoken:1: not a token in base64"),
+        ("x.tiktoken", "YQ== 0\nYQ== 1\n", "x.tiktoken:2: a token that was there before"),
+        ("x.tiktoken", "YQ== 0\nYg== 0\n", "two tokens have one rank"),
+        ("x.tiktoken", "YQ== -1\n", "no rank"),
+        ("x.tiktoken", "YQ== 99999999999999999999\n", "no rank"),
+        ("x.tiktoken", "YQ==\n", "not a token in base64"),
+        ("vocab.json", "{}", "merges.txt: no such file"),
+        ("merges.txt", "a b\n", "vocab.json: no such file"),
+    ],
+)
+def test_a_malformed_vocabulary_is_refused_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        Tokenizer.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "vocab, merges", [("[]", ""), ("{}", ""), ("{", ""), ('{"a": -1}', ""), (None, "a"), (None, "a zz")]
+)
+def test_a_malformed_pair_is_refused(tmp_path, vocab, merges):
+    published(tmp_path, "gpt-2")
+    if vocab is not None:
+        (tmp_path / "vocab.json").write_text(vocab)
+    else:
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    with pytest.raises(DataError):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.skipif(
+    "GPTWORKS_DATA" not in os.environ, reason="GPTWORKS_DATA names no folder with the real vocabularies"
+)
+def test_cl100k_has_tiktokens_ids_and_gpt2_those_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    tiktoken = pytest.importorskip("tiktoken")
+    data = Path(os.environ["GPTWORKS_DATA"])
+    path = data / "tokenizers" / "cl100k" / "cl100k_base.tiktoken"
+    rule = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+        r"\s*[\r\n]|\s+(?!\S)|\s"
+    )
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+    theirs = tiktoken.Encoding("x", pat_str=rule, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 100257})
+    gpt2 = data / "tokenizers" / "gpt2"
+    hugging = transformers.GPT2Tokenizer(str(gpt2 / "encoder.json"), str(gpt2 / "vocab.bpe"))
+    ours, old = Tokenizer.load(path), Tokenizer.load(gpt2)
+    assert (ours.eos_id, len(ours), old.eos_id, len(old)) == (100257, 100277, 50256, 50257)
+    real = [
+        (data / name).read_text()[:200_000] for name in ("enwiki/enwiki_val_5mb.txt", "hongloumeng/hongloumeng.txt")
+    ]
+    for text in [*HARD, *real]:
+        assert ours.encode(text) == theirs.encode(text, disallowed_special=())
+        assert old.encode(text) == hugging.encode(text, split_special_tokens=True)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_bytes_are_the_bytes_of_utf8(text):
+    made = Tokenizer.of_bytes()
+    assert made.encode(text) == list(text.encode()) and made.decode(made.encode(text)) == text
+
+
+def test_a_bytes_tokenizer_is_saved_as_an_ordinary_one(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    made = Tokenizer.of_bytes()
+    made.save(tmp_path)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    assert made.cuttable and again.engine == "bytes" and len(again) == 259 and again.eos_id == 256
+    for text in HARD:
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == again.encode(text)
+        assert theirs.decode(again.encode(text)) == text
+    assert again.encode("<|im_start|>a", control=True) == [257, 97]
+    assert again.decode(list("红".encode())[:2]) == "\ufffd"
+
+
+def test_a_model_is_trained_on_bytes(tiny_config, tmp_path):
+    from gptworks import lifecycle
+
+    result = lifecycle.train(tiny_config(**{"tokenizer.kind": "bytes", "train.max_steps": 2}), tmp_path / "run")
+    assert result["steps"] == 2 and result["eval"]["bits_per_byte"] == pytest.approx(
+        result["eval"]["loss"] / 0.6931471805599453, rel=0.01
+    )

@@ -12,7 +12,7 @@ import torch
 from gptworks.core.errors import NotFinite
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
-from gptworks.infer.scoring import score, unigram, xz
+from gptworks.infer.scoring import score, stream_losses, total, unigram, xz
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,27 @@ def test_the_score_is_the_mean_written_out(model, context, stride):
 def test_the_score_does_not_depend_on_the_batch_size(model):
     scores = [score(model, STREAM, 32, rows=rows).loss for rows in (1, 2, 3, 16, 1000)]
     assert max(scores) - min(scores) < 1e-6
+
+
+def test_the_score_is_bitwise_the_same_whoever_scored_which_batch(model):
+    """So that several processes may share the batches."""
+    parts = list(stream_losses(model, STREAM, 8, rows=2))
+    assert len(parts) > 20
+    whole = score(model, STREAM, 8, rows=2)
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(len(parts))
+        assert total([parts[i] for i in order], STREAM) == whole
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_token_losses_come_in_the_order_of_the_text(model, stride):
+    losses = np.concatenate(list(stream_losses(model, STREAM, 16, rows=3, stride=stride)))
+    assert len(losses) == len(STREAM.tokens) - 1
+    for end in (1, 2, 17, 40):
+        part = Stream(STREAM.tokens[: end + 1], np.array([0]), 1)
+        expected, _ = by_hand(model, part, 16, stride or 16)
+        if not stride or end <= 16:
+            assert losses[:end].sum() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 5), (16, 16), (16, 1), (5000, None), (5000, 7)])

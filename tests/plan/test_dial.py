@@ -52,9 +52,10 @@ def test_heads_that_no_width_holds_are_refused():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam", "sgd"])
 def test_one_dial_derives_everything_with_a_reason(dial, optimizer):
     config, reasons, _ = whole(train__optimizer=optimizer, **dial)
+    momentum = ["train.momentum"] if optimizer in ("muon", "sgd") else []
     for key in ("model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads", "model.family",
-                "model.intermediate_size", "train.context", "train.batch_tokens", "train.lr", "train.momentum",
-                "train.weight_decay", "train.warmup", "train.max_tokens"):  # fmt: skip
+                "model.intermediate_size", "train.context", "train.batch_tokens", "train.lr", "train.weight_decay",
+                "train.warmup", "train.max_tokens", *momentum):  # fmt: skip
         assert configuration.get(config, key) is not None, key
         assert reasons[key], key
 

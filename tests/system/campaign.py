@@ -30,7 +30,7 @@ import hypothesis
 from harness import Commands
 from hypothesis import strategies as st
 
-MODULES = ("hostile_files", "hostile_config", "malformed_data", "flipped_bits", "any_text")
+MODULES = ("hostile_files", "hostile_config", "malformed_data", "flipped_bits", "any_text", "crash")
 
 WORDS = ["the", "king", "and", "queen", "walked", "slowly", "over", "old", "stones;", "nobody", "answered.\n"]
 SETTINGS = [

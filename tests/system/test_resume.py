@@ -22,7 +22,6 @@ from gptworks.train.state import listing
 
 STEPS = 12
 STEADY = {"train.precision": "fp32", "train.compile": False, "train.micro_batch": 4}  # of 8 rows: accumulation 2
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
@@ -366,21 +365,3 @@ def test_sigterm_exits_75_and_the_same_command_finishes_with_equal_bits(tiny_con
     lifecycle.train(tiny_config(**settings), tmp_path / "straight", "tiny")
     assert end_state(out, steps) == end_state(tmp_path / "straight", steps)
     assert losses(out) == losses(tmp_path / "straight")
-
-
-def killed(folder, monkeypatch, **options):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import kills
-
-    return kills.measure(folder, **options)
-
-
-def test_two_kills_leave_no_trace_in_any_bit(tmp_path, monkeypatch):
-    found = killed(tmp_path, monkeypatch, kills=2, steps=60, seed=1)
-    assert found["survived"] == 2 and found["differs"] == []
-
-
-@pytest.mark.slow
-def test_ten_chained_kills_over_four_thousand_steps_leave_no_trace_in_any_bit(tmp_path, monkeypatch):
-    found = killed(tmp_path, monkeypatch, kills=10, steps=4000, seed=1)
-    assert found["survived"] == 10 and found["differs"] == []

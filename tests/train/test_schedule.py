@@ -72,6 +72,8 @@ def test_a_time_budget_stretches_the_intervals_and_a_person_does_not():
     by_clock = course(changes=(Change(step=20, length=200, stretch=True),))
     by_hand = course(changes=(Change(step=20, length=200),))
     assert [s for s in range(1, 201) if by_clock.due(s, 25)] == [50, 100, 150, 200]
+    later = course(changes=(Change(step=50, length=200, stretch=True),))  # what was due before it stays due in a replay
+    assert [s for s in range(1, 201) if later.due(s, 25)] == [25, 50, 100, 150, 200]
     assert [s for s in range(1, 201) if by_hand.due(s, 25)] == list(range(25, 201, 25))
 
 

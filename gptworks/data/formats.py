@@ -1,0 +1,432 @@
+"""From files to documents: one reader for each format, and one rule for the rows that nobody can read.
+
+A row is held whole, and one of more than `ROW` characters is unreadable; everything else is streamed.
+"""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptworks.core.config import Data
+from gptworks.core.errors import DataError, UsageError
+from gptworks.data.findings import Findings, Piece
+from gptworks.data.text import Unreadable, decoded, kind, packed, pieces, refuse_bomb, without_surrogates
+
+COLUMNS = ("text", "content", "story", "document")
+ROW = 64_000_000  # characters
+
+
+class Ambiguous(Unreadable):
+    """Several columns could be the text: nothing is wrong with the row, and no other row would tell."""
+
+
+Place = int | str  # of a row in its file: the line it begins at, or a name
+
+
+def read(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
+    """Streams the documents of a file; one of unknown suffix is read as text. Raises DataError and UsageError."""
+    yield from READERS.get(kind(path), text_file)(path, options, findings)
+
+
+# -- text files --------------------------------------------------------------------------------------------------
+
+
+def text_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
+    """One document, or as many as `data.separator` makes of it."""
+    blocks = decoded(path, options, findings)
+    if not options.separator:
+        yield from pieces(blocks)
+        return
+    for _, parts in itertools.groupby(_separated(blocks, options.separator), key=lambda part: part[0]):
+        yield from pieces(_stripped(text for _, text in parts))
+
+
+def _separated(blocks: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
+    """(number of the document, a part of it); never more in memory than a block and a separator."""
+    number, rest = 0, ""
+    for block in blocks:
+        *ended, rest = (rest + block).split(separator)
+        for text in ended:
+            yield number, text
+            number += 1
+        reach = len(rest) - len(separator) + 1  # a separator may begin after this
+        if reach > 0:
+            yield number, rest[:reach]
+            rest = rest[reach:]
+    yield number, rest
+
+
+def _stripped(blocks: Iterable[str]) -> Iterator[str]:
+    """The text without line breaks at its two ends."""
+    held, begun = "", False
+    for block in blocks:
+        block = held + block if begun else block.lstrip("\n")
+        body = block.rstrip("\n")
+        held, begun = block[len(body) :], begun or bool(body)
+        yield body
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, findings: Findings) -> Iterator[Piece]:
+    """Every row's text. A row is what its format made of it, or the Unreadable that says why it made nothing."""
+    column = options.text_column
+    for place, row in rows:
+        findings.rows += 1
+        try:
+            if isinstance(row, Unreadable):
+                raise row
+            if column is None and isinstance(row, dict):
+                column = _text_column([name for name, value in row.items() if isinstance(value, str)], row)
+                findings.columns[column] += 1
+            text = without_surrogates(_text_of(row, column), options, findings)
+        except Ambiguous as problem:
+            raise DataError(f"{path}:{place}: {problem}") from None
+        except Unreadable as problem:
+            findings.reject(f"{path}:{place}: {problem}", options.max_bad_rows)
+        else:
+            yield from pieces([text])
+
+
+def _text_of(row: Any, column: str | None) -> str:
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise Unreadable(f"a row is an object or a string, not {_named(row)}")
+    if column not in row:
+        raise Unreadable(f"no column {column!r} (it has: {_listed(row)})")
+    if not isinstance(row[column], str):
+        raise Unreadable(f"column {column!r} is {_named(row[column])}, not text")
+    return row[column]
+
+
+def _text_column(texts: list[str], every: Iterable[str]) -> str:
+    """The column to take: one of the usual names, or the only one that holds text."""
+    for name in (*COLUMNS, *(texts if len(texts) == 1 else ())):
+        if name in texts:
+            return name
+    if not texts:
+        raise Unreadable(f"no column holds text (it has: {_listed(every)})")
+    raise Ambiguous(f"cannot tell which column is the text ({_listed(every)}); set data.text_column")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [str(name)[:40] for name in names]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"
+
+
+def _named(value: Any) -> str:
+    """A JSON value's type in words."""
+    names = {dict: "an object", list: "a list", float: "a number", bool: "true or false", str: "text"}
+    return names.get(type(value), "null")
+
+
+_JSON = json.JSONDecoder(parse_int=float)  # we want the text alone: a number may have any length
+
+
+def _parsed(text: str | None) -> Any:
+    """A JSON value, or the Unreadable that says what is wrong with it; None stands for a row that was too long."""
+    if text is None:
+        return _too_long()
+    try:
+        return _JSON.decode(text)
+    except json.JSONDecodeError as error:
+        return Unreadable(f"not valid JSON: {error.msg} at character {error.pos + 1}")
+    except RecursionError:
+        return Unreadable("not valid JSON: nested too deeply")
+
+
+def _too_long() -> Unreadable:
+    return Unreadable(f"longer than {ROW:,} characters")
+
+
+def _lines(blocks: Iterable[str]) -> Iterator[tuple[int, str | None]]:
+    """Numbered lines without their ends; None in place of one that is longer than a row may be."""
+    number, size, parts = 0, 0, list[str]()
+    for block in blocks:
+        *ended, rest = block.split("\n")
+        for line in ended:
+            number, size = number + 1, size + len(line)
+            parts.append(line)
+            yield number, "".join(parts) if size <= ROW else None
+            size, parts = 0, []
+        size += len(rest)
+        parts = [*parts, rest] if size <= ROW else []
+    if size:
+        yield number + 1, "".join(parts) if size <= ROW else None
+
+
+def jsonl_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
+    """One JSON object or string a line."""
+    lines = _lines(decoded(path, options, findings))
+    rows = ((number, _parsed(line)) for number, line in lines if line is None or line.strip())
+    yield from _documents(path, rows, options, findings)
+
+
+# -- .json -------------------------------------------------------------------------------------------------------
+
+
+class _Elements:
+    """Cuts a .json file's text into the rows of its one list without parsing them, since any of them may be broken."""
+
+    MARK = re.compile(r'["\[\]{},]')  # what matters outside a string
+    INSIDE = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)  # the rest of a string, but for its closing quote
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text, self.at, self.begin = "", 0, 0  # what is in memory; how far it was searched; where the row begins
+        self.line = 1  # of `begin`
+        self.depth = self.lists = 0
+        self.rows = 0  # the depth of the rows while we are among them, else 0
+        self.in_string = self.too_long = self.ended = False
+
+    def feed(self, block: str) -> Iterator[tuple[int, str | None]]:
+        """The rows that end in this block, each with its line; None for one that is too long. Raises DataError."""
+        self.text, self.at, self.begin = self.text[self.begin :] + block, self.at - self.begin, 0
+        while self._out_of_string() and (match := self.MARK.search(self.text, self.at)):
+            self.at = match.end()
+            yield from self._mark(match[0], match.start())
+        self.at = self.at if self.in_string else len(self.text)
+        self._nothing_beside(len(self.text))
+        if not self.rows or len(self.text) - self.begin > ROW:
+            self.too_long = bool(self.rows)
+            self._pass(self.at)
+
+    def close(self) -> None:
+        """Raises DataError unless the text ended where its list or object does."""
+        if self.depth:
+            raise DataError(f"{self.path}:{self.line}: the file ends in the middle of its JSON")
+        if not self.lists:
+            self._refuse("this has none")
+
+    def _mark(self, mark: str, place: int) -> Iterator[tuple[int, str | None]]:
+        self._nothing_beside(place)
+        if not self.depth and (mark not in "[{" or self.ended):
+            self._refuse("this has more beside it" if self.ended else "this is neither")
+        if mark in "]}" and mark != ("]" if self.depth == self.rows else "}" if self.depth == 1 else mark):
+            self._refuse(f"a {mark!r} closes what it did not open")
+        if self.rows and self.depth == self.rows and mark in ",]}":
+            yield from self._row(mark, place)
+        if mark == '"':
+            self.in_string = True
+        elif mark in "[{":
+            self.depth += 1
+            if mark == "[" and self.depth <= 2 and not self.rows:
+                self._open(place + 1)
+        elif mark in "]}":
+            self.rows = 0 if self.depth == self.rows else self.rows
+            self.depth -= 1
+            if self.depth == 0:
+                self.ended = True
+                self._pass(place + 1)
+
+    def _out_of_string(self) -> bool:
+        """Goes on to the end of a string; False if that is in a later block."""
+        if self.in_string:
+            self.at = self.INSIDE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if not self.text.startswith('"', self.at):  # nothing more, or half of an escape
+                return False
+            self.in_string, self.at = False, self.at + 1
+        return True
+
+    def _open(self, place: int) -> None:
+        self.rows, self.lists = self.depth, self.lists + 1
+        if self.lists > 1:
+            self._refuse("this object has several lists")
+        self._pass(place)
+
+    def _row(self, mark: str, place: int) -> Iterator[tuple[int, str | None]]:
+        row = self.text[self.begin : place]
+        if mark == "," or self.too_long or row.strip():  # else the list is empty, or ends with a comma
+            lead = len(row) - len(row.lstrip())
+            yield self.line + row.count("\n", 0, lead), None if self.too_long or len(row) > ROW else row
+        self.too_long = False
+        self._pass(place + 1)
+
+    def _pass(self, place: int) -> None:
+        """What is before `place` is done with."""
+        self.line += self.text.count("\n", self.begin, place)
+        self.begin = place
+
+    def _nothing_beside(self, place: int) -> None:
+        if not self.depth and self.text[self.begin : place].strip():
+            self._refuse("this has more beside it")
+
+    def _refuse(self, problem: str) -> None:
+        raise DataError(
+            f"{self.path}:{self.line}: a .json file is a list of rows, or an object with one list of them; {problem} "
+            "(with one row on each line, name it .jsonl)"
+        )
+
+
+def json_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
+    """A list of rows, or an object with one list of them; streamed, so that its length does not matter."""
+
+    def rows() -> Iterator[tuple[Place, Any]]:
+        elements = _Elements(path)
+        for block in decoded(path, options, findings):
+            for line, text in elements.feed(block):
+                yield line, _parsed(text)
+        elements.close()
+
+    yield from _documents(path, rows(), options, findings)
+
+
+# -- .csv and .tsv -----------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """Lines for csv.reader, which may ask for any number of them to make one row: but only for so much text."""
+
+    def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
+        self.lines = lines
+        self.number = self.size = 0  # the line we are at; characters since the row began
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.number, line = next(self.lines)
+        self.size += len(line or "")
+        if line is None or self.size > ROW:
+            raise _too_long()
+        return line + "\n"
+
+
+def table_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
+    """Comma- or tab-separated rows (RFC 4180) under a header that names the columns."""
+    lines = _Lines(_lines(decoded(path, options, findings)))
+    csv.field_size_limit(ROW)  # of the process; the default, 131,072, is shorter than many documents
+    reader = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
+
+    def fields() -> Iterator[tuple[int, list[str] | Unreadable]]:
+        while True:
+            first, lines.size = lines.number + 1, 0
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, Unreadable) as error:
+                yield first, Unreadable(str(error))
+            else:
+                if row:
+                    yield first, row
+
+    def rows() -> Iterator[tuple[Place, Any]]:
+        every = fields()
+        header = _header(path, next(every, (1, list[str]())), options)
+        for line, row in every:
+            if isinstance(row, list) and len(row) != len(header):
+                row = Unreadable(f"{len(row)} fields where the header has {len(header)}")
+            yield line, row if isinstance(row, Unreadable) else dict(zip(header, row, strict=True))
+
+    yield from _documents(path, rows(), options, findings)
+
+
+def _header(path: Path, found: tuple[int, list[str] | Unreadable], options: Data) -> list[str]:
+    """The names of the columns, the text's among them exactly once. Raises DataError: text is never guessed at."""
+    line, names = found
+    wanted = [options.text_column] if options.text_column else list(COLUMNS)
+    if isinstance(names, Unreadable):
+        raise DataError(f"{path}:{line}: the header cannot be read: {names}")
+    if not names:  # an empty file
+        return names
+    chosen = next((name for name in wanted if name in names), None)
+    if chosen is None or names.count(chosen) > 1:
+        raise DataError(
+            f"{path}:{line}: the first row must be a header with one column named {' or '.join(wanted)} "
+            f"(it is: {_listed(names)}); data.text_column names another"
+        )
+    return names
+
+
+# -- .parquet ----------------------------------------------------------------------------------------------------
+
+BATCH = 64  # rows in memory at once
+
+
+def parquet_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
+    """One column of a Parquet file, a row group at a time and of that a few rows."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(f'{path}: reading .parquet needs `pip install "gptworks[data]"`') from None
+    if packed(path):
+        raise DataError(f"{path}: Parquet is compressed in itself; unpack the {path.suffix} first")
+    try:
+        with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            column = _parquet_column(path, file.schema_arrow, options)
+            findings.columns[column] += options.text_column is None
+            rows = _parquet_rows(path, file, column, options, findings)
+            yield from _documents(path, rows, options.model_copy(update={"text_column": column}), findings)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged Parquet file: {error}") from error
+
+
+def _parquet_column(path: Path, schema: Any, options: Data) -> str:
+    """The name of the text column. Raises DataError."""
+
+    def holds(field: Any, *types: str) -> bool:
+        return str(getattr(field.type, "value_type", field.type)) in types  # a dictionary's values are of value_type
+
+    texts = [field.name for field in schema if holds(field, "string", "large_string", "string_view")]
+    try:
+        if options.text_column is None:
+            return _text_column(texts, schema.names)
+        if options.text_column not in schema.names:
+            raise Unreadable(f"no column {options.text_column!r} (it has: {_listed(schema.names)})")
+        found = schema.field(options.text_column)
+        if found.name not in texts and not holds(found, "binary", "large_binary"):
+            raise Unreadable(f"column {found.name!r} is {found.type}, not text")
+        return str(found.name)
+    except Unreadable as problem:
+        raise DataError(f"{path}: {problem}") from None
+
+
+def _parquet_rows(path: Path, file: Any, column: str, options: Data, findings: Findings) -> Iterator[tuple[Place, Any]]:
+    import pyarrow
+
+    size, groups, number, out = path.stat().st_size, file.num_row_groups, 0, 0
+    for group in range(groups):
+        refuse_bomb(path, out + file.metadata.row_group(group).total_byte_size, size)
+        findings.heard(size * (group + 1) // groups - size * group // groups)
+        for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column]):
+            values = batch.column(0)
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            for raw in values.cast(pyarrow.large_binary()).to_pylist():  # Arrow does not check that text is UTF-8
+                number, out = number + 1, out + len(raw or b"")
+                text = None if raw is None else _utf8(raw, options, findings)
+                yield f"row {number}", text if isinstance(text, Unreadable) else {column: text}
+            refuse_bomb(path, out, size)
+
+
+def _utf8(raw: bytes, options: Data, findings: Findings) -> Any:
+    if len(raw) > ROW:
+        return _too_long()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if options.invalid_utf8 == "error":
+            return Unreadable(f"byte {error.start + 1} is not UTF-8")
+    text = raw.decode("utf-8", "replace")
+    findings.invalid_utf8 += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
+    return text
+
+
+Reader = Callable[[Path, Data, Findings], Iterator[Piece]]
+READERS: dict[str, Reader] = {
+    ".txt": text_file,
+    ".md": text_file,
+    ".jsonl": jsonl_file,
+    ".json": json_file,
+    ".csv": table_file,
+    ".tsv": table_file,
+    ".parquet": parquet_file,
+}

@@ -1,0 +1,147 @@
+"""Runs that a person changes: longer, decaying now, at another rate. Nothing jumps, everything is recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptworks import lifecycle
+from gptworks.core import config as configuration
+from gptworks.core import folder
+from gptworks.core.errors import Preempted, RunMismatch
+from gptworks.train.hooks import Checkpointer
+from gptworks.train.schedule import Course
+
+STEADY = {"train.precision": "fp32", "train.compile": False, "train.micro_batch": 4}
+
+
+def rates(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["train/learning_rate"] for row in rows if "train/learning_rate" in row}
+    assert list(found) == list(range(1, len(found) + 1)), "every step once"
+    return list(found.values())
+
+
+@pytest.fixture
+def train(tiny_config, tmp_path, monkeypatch):
+    """train(key=value, stop=N): trains tmp_path/run on, to the end or until a signal at step N."""
+    usual = Checkpointer.__call__
+
+    def do(stop: int | None = None, out: Path = tmp_path / "run", **settings):
+        from gptworks.core.runtime import interrupts
+
+        def hooked(self, state, metrics):
+            if state.step == stop:
+                interrupts.requested = "SIGTERM"
+            return usual(self, state, metrics)
+
+        monkeypatch.setattr(Checkpointer, "__call__", hooked)
+        config = tiny_config(**STEADY, **settings)
+        if stop is None:
+            return lifecycle.train(config, out, "tiny")
+        with pytest.raises(Preempted):
+            lifecycle.train(config, out, "tiny")
+        return None
+
+    return do
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_a_finished_run_is_extended_without_a_jump_in_the_rate(train, tmp_path, schedule):
+    first = train(**{"train.schedule": schedule})
+    again = train(**{"train.schedule": schedule, "train.max_steps": 30})
+    assert first["steps"] == 12 and again["steps"] == 30
+    found, run = rates(tmp_path / "run"), tmp_path / "run"
+    steepest = max(abs(a - b) for a, b in zip(found[:11], found[1:12], strict=True))
+    assert abs(found[12] - found[11]) <= max(steepest, 0.5 * max(found)) and len(found) == 30
+    resolved, _ = configuration.read_resolved(run / "config.yaml")
+    assert [(c.step, c.length) for c in resolved.train.changes] == [(12, 30)]
+    assert again["changes"] == ["train.max_steps=30, was 12"]
+    assert train(**{"train.schedule": schedule, "train.max_steps": 30})["steps"] == 30  # finished, as it says
+    assert lifecycle.verify(run)["identical"]
+
+
+def test_tokens_extend_a_run_that_steps_had_limited(train):
+    train()
+    result = train(**{"train.max_tokens": 256 * 20})
+    assert result["steps"] == 20 and 256 * 19 < result["tokens"] <= 256 * 20
+
+
+def test_an_extension_that_is_killed_goes_on_under_the_same_command_and_equals_one_that_was_not(train, tmp_path):
+    longer = {"train.max_steps": 24}
+    for out in (tmp_path / "straight", tmp_path / "run"):
+        train(out=out)
+    train(out=tmp_path / "straight", **longer)
+    train(stop=15, **longer)
+    assert not (tmp_path / "run" / "result.json").exists() and (tmp_path / "run" / "model").is_dir()
+    train(**longer)
+    states = [tmp_path / name / "checkpoints" / "step-00000024" for name in ("run", "straight")]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert folder.sha256(states[0] / file) == folder.sha256(states[1] / file)
+    assert rates(tmp_path / "run") == rates(tmp_path / "straight")
+
+
+def test_decay_now_falls_to_the_floor_from_the_step_it_stands_at(train, tmp_path):
+    long = {"train.max_steps": 60, "train.checkpoint_every": 10, "train.warmup": 0}
+    train(stop=8, **long)
+    result = train(**long, **{"train.decay_now": True})
+    found = rates(tmp_path / "run")
+    assert result["steps"] == len(found) == 16  # as many again: train.cooldown is a half
+    assert found[:9] == [found[0]] * 9 and found[8:] == sorted(found[8:], reverse=True) and found[-1] < 0.1 * found[0]
+    assert lifecycle.verify(tmp_path / "run")["identical"]
+
+
+def test_a_rate_changed_on_purpose_holds_from_that_step_and_is_recorded(train, tmp_path):
+    flat = {"train.schedule": "constant", "train.warmup": 0}
+    train(stop=6, **flat, **{"train.lr": 0.02, "train.adam_lr": 0.01})
+    result = train(**flat, **{"train.lr": 0.005, "train.adam_lr": 0.01})
+    assert rates(tmp_path / "run") == [0.02] * 6 + [0.005] * 6
+    assert result["changes"] == ["train.lr=0.005, was 0.02"]
+    resolved, _ = configuration.read_resolved(tmp_path / "run" / "config.yaml")
+    assert resolved.train.lr == 0.02 and resolved.train.changes[0].lr == 0.005
+    assert lifecycle.verify(tmp_path / "run")["identical"]  # from 8 to 12
+
+
+def test_a_rate_may_be_planned_to_change(train, tmp_path):
+    planned = {
+        "train.schedule": "constant",
+        "train.warmup": 0,
+        "train.lr": 0.02,
+        "train.changes": [{"step": 4, "lr": 0.01}],
+    }
+    train(stop=3, **planned)
+    train(**planned)
+    assert rates(tmp_path / "run") == [0.02] * 4 + [0.01] * 8
+
+
+def test_patience_may_be_raised_after_it_has_ended_a_run(train):
+    still = {"train.lr": 0, "train.adam_lr": 0, "train.eval_every": 2}
+    assert train(**still, **{"train.patience": 1})["steps"] == 4
+    assert train(**still, **{"train.patience": 3})["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"train.max_steps": 5}, "already done 12 steps"),
+        ({"train.max_tokens": 1000}, "already done 12 steps"),
+        ({"train.decay_now": True}, "stands at step 12 of 12"),
+        ({"train.seed": 2}, r"train\.seed=1, now train\.seed=2"),
+        ({"train.max_steps": None}, "cannot be left open"),
+    ],
+)
+def test_what_can_no_longer_be_had_is_refused_and_loses_nothing(train, tmp_path, settings, message):
+    train()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(RunMismatch, match=message) as refused:
+        train(**settings)
+    assert refused.value.code == 78
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_the_course_written_down_is_the_course_that_was_run(train, tmp_path):
+    train()
+    train(**{"train.max_steps": 20})
+    resolved, _ = configuration.read_resolved(tmp_path / "run" / "config.yaml")
+    course, peak = Course(resolved.train), resolved.train.lr
+    assert rates(tmp_path / "run") == pytest.approx([peak * course.factor(step) for step in range(20)])
