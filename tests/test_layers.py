@@ -1,10 +1,10 @@
 """The shape of the package: imports point one way, nothing runs code from a file, the command line starts at once."""
 
 import ast
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,11 +129,15 @@ def test_help_loads_no_torch() -> None:
 
 
 def test_help_answers_within_half_a_second() -> None:
-    def once() -> float:
-        start = time.perf_counter()
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    def once() -> float:  # of the processor's time, which other tests beside this one take little from
+        start = spent()
         done = subprocess.run([sys.executable, "-m", "gptworks", "--help"], capture_output=True, check=True)
         assert b"Usage" in done.stdout
-        return time.perf_counter() - start
+        return spent() - start
 
     for _ in range(3):  # a busy machine may need another try; a slow import fails every one
         if (median := statistics.median(once() for _ in range(3))) < 0.5:
