@@ -112,7 +112,8 @@ class Bench:
 
 @dataclass
 class Campaign:
-    """`short` and `full` are how many inputs to ask `trials(bench, count)` for; what it gives is the denominator."""
+    """`short` and `full` are how many inputs to ask `trials(bench, count)` for; what it gives is the denominator. One
+    that is too slow for `make test` has no short form: 0."""
 
     name: str
     title: str

@@ -25,7 +25,7 @@ def passes(result: campaign.Result, least: int) -> None:
     assert not result.problems, f"{len(result.problems)} of {result.tried}:\n" + "\n".join(result.problems[:5])
 
 
-@pytest.mark.parametrize("name", CAMPAIGNS)
+@pytest.mark.parametrize("name", [name for name, chosen in CAMPAIGNS.items() if chosen.short])
 def test_a_sample_of_every_campaign_passes(bench: campaign.Bench, name: str) -> None:
     chosen = CAMPAIGNS[name]
     passes(campaign.conduct(chosen, bench, chosen.short), min(chosen.short, 20))
