@@ -8,6 +8,7 @@ connecting a socket, loading a library, unpickling, and writing outside its box.
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import signal
@@ -159,6 +160,9 @@ def serve() -> None:
     from gptworks.core import runtime
     from gptworks.train import setup
 
+    for optional in ("pyarrow.parquet", "backports.zstd"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(optional)
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # loads what every optimizer loads when it is made
     runtime.matmul_rate = lambda *arguments: 1e10  # half a second a command, which decides nothing here

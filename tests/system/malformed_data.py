@@ -4,7 +4,9 @@
 with what must come of it. Random damage comes on top. A format that is added needs a row.
 """
 
+import contextlib
 import gzip
+import io
 import json
 import random
 import shutil
@@ -24,6 +26,8 @@ from gptworks.data.shards import open_shards
 
 DOCUMENTS = [f"the king number {n} and the queen walked over old stones; nobody answered." for n in range(12)]
 
+MOST = 300_000_000  # bytes of memory that reading a small file may take, libraries included
+
 # -- text --------------------------------------------------------------------------------------------------------
 
 Rows = list[bytes]
@@ -31,10 +35,11 @@ Rows = list[bytes]
 
 @dataclass(frozen=True)
 class Format:
-    """`spell` writes documents; `good` and `bad` turn the spelled rows into what must be read, or refused."""
+    """`spell` writes documents and `join` makes a file of them; `good` and `bad` make what must be read, or refused."""
 
     suffix: str
     spell: Callable[[list[str]], Rows]
+    join: Callable[[Rows], bytes]
     good: dict[str, Callable[[Rows], bytes]] = field(default_factory=dict)
     bad: dict[str, Callable[[Rows], bytes]] = field(default_factory=dict)
 
@@ -101,6 +106,7 @@ FORMATS: dict[str, Format] = {
     "jsonl": Format(
         ".jsonl",
         json_rows,
+        lines,
         WHOLE_FILES | {name: row(5, content) for name, content in GOOD_ROWS.items()},
         NOTHING
         | {name: row(5, content) for name, content in BAD_ROWS.items()}
@@ -109,12 +115,14 @@ FORMATS: dict[str, Format] = {
     "txt": Format(
         ".txt",
         lambda documents: [text.encode() for text in documents],
+        lines,
         {**WHOLE_FILES, "invalid UTF-8": lambda rows: b"\xff".join(rows), "one letter": lambda rows: b"a" * 5000},
         NOTHING,
     ),
     "gz": Format(
         ".jsonl.gz",
         json_rows,
+        lambda rows: gzip.compress(lines(rows), mtime=0),
         {"two members": lambda rows: gzip.compress(lines(rows[:3])) + gzip.compress(lines(rows[3:])),
          "whole": lambda rows: gzip.compress(lines(rows))},
         {"not gzip": lines, "empty": lambda rows: b"", "a member's head": lambda rows: b"\x1f\x8b",
@@ -124,6 +132,105 @@ FORMATS: dict[str, Format] = {
          "garbage behind": lambda rows: gzip.compress(lines(rows)) + b"garbage"},
     ),
 }  # fmt: skip
+
+
+def csv_rows(documents: list[str]) -> Rows:
+    return [b"n,text", *(f'{n},"{text}"'.encode() for n, text in enumerate(documents))]
+
+
+def tsv_rows(documents: list[str]) -> Rows:
+    return [row.replace(b",", b"\t", 1) for row in csv_rows(documents)]
+
+
+def in_list(rows: Rows) -> bytes:
+    return b"[" + b",\n".join(rows) + b"]"
+
+
+FORMATS["csv"] = Format(
+    ".csv",
+    csv_rows,
+    lines,
+    {**{name: make for name, make in WHOLE_FILES.items() if name != "blank lines"},
+     "a line break in quotes": row(5, b'5,"the king\nand the queen"'),
+     "quotes in quotes": row(5, b'5,"the ""king"""'),
+     "no quotes": row(5, b"5,the king"),
+     "an empty text": row(5, b"5,"),
+     "invalid UTF-8": row(5, b"5,a \xff king")},
+    {"a header alone": lambda rows: lines(rows[:1]),
+     "a quote that never ends": row(5, b'5,"the king'),
+     "more after a quote": row(5, b'5,"the king" and'),
+     "a field too many": row(5, b"5,the king,more"),
+     "a field too few": row(5, b"5"),
+     "no such column": row(0, b"n,5"),
+     "columns of one name": row(0, b"text,text")} | NOTHING,
+)  # fmt: skip
+FORMATS["tsv"] = Format(".tsv", tsv_rows, lines, {"whole": lines}, {"a field too few": row(5, b"5")} | NOTHING)
+FORMATS["json"] = Format(
+    ".json",
+    json_rows,
+    in_list,
+    {"a list": in_list,
+     "an object with a list": lambda rows: b'{"version": 1, "data": ' + in_list(rows) + b"}",
+     "brackets in text": lambda rows: in_list([b'{"text": "a ]} king \\" ["}', *rows]),
+     "space": lambda rows: b"\n\n " + in_list(rows) + b"\n \n",
+     **{name: lambda rows, content=content: in_list([*rows, content]) for name, content in GOOD_ROWS.items()
+        if name != "blank"}},
+    {"cut": lambda rows: in_list(rows)[:-40],
+     "not closed": lambda rows: in_list(rows)[:-1],
+     "rows without a list": lines,
+     "two lists": lambda rows: in_list(rows) + in_list(rows),
+     "an object with two lists": lambda rows: b'{"a": ' + in_list(rows) + b', "b": ' + in_list(rows) + b"}",
+     "a number": lambda rows: b"5",
+     "closed by the wrong bracket": lambda rows: in_list(rows)[:-1] + b"}",
+     "nested": lambda rows: b"[" * 100_000,
+     "empty list": lambda rows: b"[]",
+     **{name: lambda rows, bad=bad: in_list([*rows[:5], bad, *rows[5:]]) for name, bad in BAD_ROWS.items()
+        if name != "two objects"}} | NOTHING,
+)  # fmt: skip
+with contextlib.suppress(ImportError):  # as gptworks[data] has it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def parquet_file(columns: dict[str, list[Any]], **options: Any) -> bytes:
+        made = io.BytesIO()
+        pq.write_table(pa.table(columns), made, **options)
+        return made.getvalue()
+
+    def parquet(rows: Rows, **options: Any) -> bytes:
+        return parquet_file({"n": list(range(len(rows))), "text": [row.decode() for row in rows]}, **options)
+
+    FORMATS["parquet"] = Format(
+        ".parquet",
+        lambda documents: [text.encode() for text in documents],
+        parquet,
+        {"whole": parquet, "row groups": lambda rows: parquet(rows, row_group_size=2),
+         "zstd": lambda rows: parquet(rows, compression="zstd")},
+        {"no rows": lambda rows: parquet([]), "cut": lambda rows: parquet(rows)[:-1],
+         "head gone": lambda rows: parquet(rows)[4:],
+         "footer of 2^31": lambda rows: parquet(rows)[:-8] + b"\xff\xff\xff\x7fPAR1",
+         "footer of 2^32-1": lambda rows: parquet(rows)[:-8] + b"\xff\xff\xff\xffPAR1",
+         "encrypted": lambda rows: parquet(rows)[:-4] + b"PARE",
+         "text a number": lambda rows: parquet_file({"text": [1, 2]}),
+         "text a list": lambda rows: parquet_file({"text": [["a"], ["b"]]}),
+         "no column": lambda rows: parquet_file({}),
+         "two texts": lambda rows: parquet_file({"a": ["x"], "b": ["y"]}),
+         "nulls": lambda rows: parquet_file({"text": ["a", None]})} | NOTHING,
+    )  # fmt: skip
+with contextlib.suppress(ImportError):
+    from backports import zstd
+
+    FORMATS["zst"] = Format(
+        ".jsonl.zst",
+        json_rows,
+        lambda rows: zstd.compress(lines(rows)),
+        {"whole": lambda rows: zstd.compress(lines(rows)),
+         "two frames": lambda rows: zstd.compress(lines(rows[:3])) + zstd.compress(lines(rows[3:]))},
+        {"not zstd": lines, "empty": lambda rows: b"", "cut": lambda rows: zstd.compress(lines(rows))[:-9],
+         "head alone": lambda rows: zstd.compress(lines(rows))[:6],
+         "garbage behind": lambda rows: zstd.compress(lines(rows)) + b"x",
+         "a bad row inside": lambda rows: zstd.compress(row(5, BAD_ROWS["cut"])(rows)),
+         "a window of 2^41": lambda rows: b"\x28\xb5\x2f\xfd\x00\xff" + zstd.compress(lines(rows))[6:]},
+    )  # fmt: skip
 
 
 def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
@@ -157,7 +264,7 @@ def read_text(bench: Bench, cases: list[tuple[str, str, bytes, tuple[int, ...]]]
         commands = [["evaluate", model, "--data", file, "--context", "16", "--quiet", "--json"] for file in files]
         outcomes = bench.commands.many(commands, box, timeout=120)
         for (kind, name, content, codes), file, outcome in zip(part, files, outcomes, strict=False):
-            problem = mistake(outcome, *codes) or unnamed(outcome, file)
+            problem = mistake(outcome, *codes, peak=MOST) or unnamed(outcome, file)
             yield Trial(kind, problem and f"{name} {content[:300]!r}: {problem}")
         position += len(outcomes)
         shutil.rmtree(box)
@@ -168,7 +275,7 @@ def unnamed(outcome: Outcome, file: Path) -> str | None:
     return f"the file is not named: {outcome.err}" if outcome.code and file.name not in outcome.err else None
 
 
-@campaign("D1-5", "malformed text: read or refused with file and line", 100, 2000)
+@campaign("D1-5", "malformed text: read or refused with file and line", 100, 3000)
 def malformed_text(bench: Bench, count: int) -> Iterator[Trial]:
     draw = bench.draw("D1")
     cases = []
@@ -185,10 +292,33 @@ def malformed_text(bench: Bench, count: int) -> Iterator[Trial]:
     for number in range(max(count - len(cases), 0)):
         name = names[number % len(names)]
         form = FORMATS[name]
-        content = lines(form.spell(draw.sample(DOCUMENTS, 6)))
-        content = gzip.compress(content, mtime=0) if form.suffix.endswith(".gz") else content
+        content = form.join(form.spell(draw.sample(DOCUMENTS, 6)))
         cases.append((f"{name}, random damage", f"r{form.suffix}", damaged(draw, content), (0, 65)))
     yield from read_text(bench, cases)
+
+
+@campaign("D4", "a line or a text of 512 MB without an end: bounded memory and time", 2, 5)
+def huge_lines(bench: Bench, count: int) -> Iterator[Trial]:
+    """Rows of more than 64 million characters are refused; a text may be of any length."""
+    box, size = bench.box(), 512_000_000 if count >= 5 else 80_000_000
+    cases: list[tuple[str, bytes, bytes, bytes, tuple[int, ...]]] = [
+        ("a.jsonl", b'{"text": "', b"a king a", b'"}\n', (65,)),
+        ("b.jsonl", b'{"text": "', b"aaaaaaaa", b"", (65,)),
+        ("c.jsonl", b"[", b"[[[[[[[[", b"", (65,)),
+        ("d.json", b'[{"text": "', b"a king a", b'"}]', (65,)),
+        ("e.csv", b"text\n", b"a king a", b"\n", (65,)),
+    ]
+    for name, head, unit, tail, codes in cases[:count]:
+        file = box / name
+        with open(file, "wb") as opened:
+            opened.write(head)
+            for _ in range(size // 1_000_000):
+                opened.write(unit * 125_000)
+            opened.write(tail)
+        outcome = bench.commands("evaluate", bench.run / "model", "--data", file, "--quiet", box=box, timeout=300)
+        problem = mistake(outcome, *codes, peak=MOST)
+        file.unlink()
+        yield Trial(file.suffix, problem and f"{name}: {problem}")
 
 
 @campaign("D1", "10,000 rows, 1 % damaged: each damaged row is the one named", 5, 100)
