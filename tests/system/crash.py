@@ -437,7 +437,7 @@ def defects(bench: Bench, count: int) -> Iterator[Trial]:
     yield from mutants(site(bench, STEPS), spread_over(list(MUTANTS), count)).trials(bench, "mutant")
 
 
-@campaign("P4", "resume from the checkpoint of every step", 1, STEPS)
+@campaign("P4", "resume from the checkpoint of every step", 0, STEPS)
 def every_step(bench: Bench, count: int) -> Iterator[Trial]:
     made = site(bench, 40 if count < 50 else STEPS)
     yield from resume_points(made, spread_over(list(range(1, made.steps + 1)), count)).trials(bench, "resume")
@@ -458,13 +458,13 @@ def broken_disk(bench: Bench, count: int) -> Iterator[Trial]:
     yield from failing_writes(site(bench, 10), "eio", count).trials(bench, "EIO")
 
 
-@campaign("P14", "SIGTERM in every phase", 1, 50)
+@campaign("P14", "SIGTERM in every phase", 0, 50)
 def stops(bench: Bench, count: int) -> Iterator[Trial]:
     cases = [(place, hit) for place in PLACES for hit in (1, 2, 7)]
     yield from signals(site(bench, 40), spread_over(cases, count)).trials(bench, "SIGTERM")
 
 
-@campaign("P15", "NaN and infinity in loss, gradient, weight", 1, 30)
+@campaign("P15", "NaN and infinity in loss, gradient, weight", 0, 30)
 def poison(bench: Bench, count: int) -> Iterator[Trial]:
     cases = [(place, value, hit) for place in sorted(TENSORS) for value in ("nan", "inf") for hit in (1, 5, 6, 11, 35)]
     yield from bad_numbers(site(bench, 40), spread_over(cases, count)).trials(bench, "bad number")
