@@ -149,11 +149,12 @@ def _change(run: setup.Run, asked: Config, different: list[tuple[str, Any, Any]]
     if change:
         console.say(f"changed  from step {change.step}: {change.why}")
         run.state.stopped = None
+    now = {key: new for key, _, new in different if key in ("train.target_loss", "train.patience")}
+    config = configuration.with_values(run.config, {"train.changes": [c.model_dump() for c in changes]} | now)
     (out / "result.json").unlink(missing_ok=True)  # no longer finished
     text = (out / "config.yaml").read_text(encoding="utf-8")
-    folder.write_text(out / "config.yaml", configuration.amend(text, changes, asked))
-    now = {key: new for key, _, new in different if key in ("train.target_loss", "train.patience")}
-    return configuration.with_values(run.config, {"train.changes": [c.model_dump() for c in changes]} | now)
+    folder.write_text(out / "config.yaml", configuration.amend(text, config.train, asked))
+    return config
 
 
 def _restore(run: setup.Run, checkpoint: Path) -> None:
@@ -203,7 +204,7 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         console.say(f"data     {line}")
     metrics = _metrics(run, out) if ranks.main else None
     evaluator = Evaluator(metrics, shards, config, course, run.eval_rows)
-    budget = Budget(config, course, run.most_steps, state, lambda change: _record(course, out))
+    budget = Budget(config, course, run.most_steps, state, lambda: _record(config, course, out))
     checkpointer = Checkpointer(out / "checkpoints", config.train.checkpoint_every, course, facts)
     hooks: list[loop.Hook] = [evaluator, budget, checkpointer]
     if metrics:
@@ -218,6 +219,7 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         with using(state.model, state.best or state.average):
             if not metrics:
                 return {}
+            run.config = configuration.with_values(config, {"train.changes": [c.model_dump() for c in course.changes]})
             return _finish(run, out, recipe, final, metrics.last_loss, rate)
     finally:
         if checkpointer.saving:
@@ -236,13 +238,14 @@ def _metrics(run: setup.Run, out: Path) -> Metrics:
     return made
 
 
-def _record(course: Course, out: Path) -> None:
-    """Writes the changes of a run into its config.yaml."""
+def _record(config: Config, course: Course, out: Path) -> None:
+    """Writes what was decided on the way into the run's config.yaml."""
     if ranks.main:
         text = (out / "config.yaml").read_text(encoding="utf-8")
         _, asked = configuration.read_resolved(out / "config.yaml")
         asked_config = configuration.build(asked, "the run's config.yaml")
-        folder.write_text(out / "config.yaml", configuration.amend(text, course.changes, asked_config))
+        train = config.train.model_copy(update={"changes": course.changes})
+        folder.write_text(out / "config.yaml", configuration.amend(text, train, asked_config))
 
 
 def _finish(

@@ -482,10 +482,12 @@ def dump(config: Config, asked: Config, reasons: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def amend(text: str, added: list[Change], asked: Config) -> str:
-    """The text of a config.yaml with all the changes of a run so far, and with what was asked last."""
-    changes = [change.model_dump(mode="json", exclude_defaults=True) for change in added]
-    text = re.sub(r"^  changes: .*$", lambda _: f"  changes: {_scalar(changes)}", text, count=1, flags=re.MULTILINE)
+def amend(text: str, train: Train, asked: Config) -> str:
+    """The text of a config.yaml with what may change on the way as it is in `train`, and with what was asked last."""
+    changes = [change.model_dump(mode="json", exclude_defaults=True) for change in train.changes]
+    for name, value in {"changes": changes, "target_loss": train.target_loss, "patience": train.patience}.items():
+        line = f"  {name}: {_scalar(value)}"
+        text = re.sub(rf"^  {name}: .*$", lambda _, line=line: line, text, count=1, flags=re.MULTILINE)  # type: ignore[misc]
     head = text.split("\nasked:\n")[0]
     lines = ["asked:"] + [f"  {line}" for line in _lines(asked.model_dump(mode="json", exclude_unset=True), {}, "")]
     return "\n".join([head, *lines]) + "\n"

@@ -36,10 +36,9 @@ class Ranks:
     """This process among all of a run. `world` is 1 and `rank` 0 without torchrun."""
 
     def __init__(self) -> None:
-        self.rank, self.world, self.local, self.per_machine = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-        )
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.started = False
         self._device: Any = None
         self._store: Any = None

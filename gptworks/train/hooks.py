@@ -271,9 +271,7 @@ class Budget:
     from where a resume or a replay reads it; a run that was interrupted keeps its plan.
     """
 
-    def __init__(
-        self, config: Config, course: Course, most: int, state: State, record: Callable[[Change], None]
-    ) -> None:
+    def __init__(self, config: Config, course: Course, most: int, state: State, record: Callable[[], None]) -> None:
         assert config.train.checkpoint_every
         self.train, self.course, self.most, self.every = config.train, course, most, config.train.checkpoint_every
         self.record, self.from_step, self.started = record, state.step, time.perf_counter()
@@ -290,7 +288,7 @@ class Budget:
             return
         if change := ranks.agree(self._decide(state, flat)):
             self.course.changes.append(change)
-            self.record(change)
+            self.record()
 
     def _decide(self, state: State, flat: float) -> Change | None:
         train, length = self.train, self.course.length

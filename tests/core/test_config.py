@@ -335,10 +335,12 @@ def test_an_amended_config_keeps_values_and_reasons_and_gains_changes(tmp_path: 
     changes = [config.Change(step=3, lr=0.5), config.Change(step=10, length=20, why='train.max_steps=20, was: "10"')]
     asked = config.load(None, ["train.max_steps=20", "train.lr=0.5"])
     for _ in range(2):  # amending again changes nothing
-        text = config.amend(text, changes, asked)
+        values = {"train.changes": [c.model_dump() for c in changes], "train.patience": 4}
+        now = config.with_values(made, values)
+        text = config.amend(text, now.train, asked)
         path.write_text(text, encoding="utf-8")
         resolved, then = config.read_resolved(path)
-        assert resolved == config.with_values(made, {"train.changes": [c.model_dump() for c in changes]})
+        assert resolved == now
         assert config.build(then, "asked") == asked and "# because" in text
 
 

@@ -120,6 +120,14 @@ def test_patience_may_be_raised_after_it_has_ended_a_run(train):
     assert train(**still, **{"train.patience": 3})["steps"] == 8
 
 
+def test_a_patience_asked_for_on_the_way_outlives_the_next_stop(train, tmp_path):
+    still = {"train.lr": 0, "train.adam_lr": 0, "train.eval_every": 2}
+    train(stop=3, **still)
+    train(stop=5, **still, **{"train.patience": 3})
+    assert train(**still, **{"train.patience": 3})["steps"] == 8  # best at 2, then 4, 6, 8
+    assert lifecycle.verify(tmp_path / "run")["identical"]
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
