@@ -3,8 +3,8 @@
     python examples/nano.py [STEPS]
 
 It trains the character-level model that gptworks trains with train.optimizer=adamw, in float32 and without compiling,
-and prints the same losses to the last bit (tests/examples/test_nano.py). The package is this file, grown up: each
-part says where it lives there.
+and prints the same losses (tests/examples/test_nano.py; to the last bit, where gptworks/model/kernels.py is plain). The
+package is this file, grown up: each part says where it lives there.
 """
 
 import math

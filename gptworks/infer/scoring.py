@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ranks
 from gptworks.data.loader import Batch, blocks
 from gptworks.data.shards import Stream
+from gptworks.model.kernels import cross_entropy
 from gptworks.model.transformer import Transformer
 
 XZ_LIMIT = 64_000_000  # bytes; beyond it compressing would take longer than evaluating
@@ -35,8 +35,8 @@ class Score:
 
 def token_losses(model: Transformer, batch: Batch) -> Tensor:
     """-log p(target) for every place of the batch, [B, T] in float32."""
-    logits = model.logits(model(batch.tokens, batch.segments)).float()
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    hidden = model(batch.tokens, batch.segments).flatten(0, 1)
+    return cross_entropy(hidden, model.lm_head.weight, batch.targets.flatten()).view_as(batch.targets)
 
 
 def batched(rows: Iterable[Batch], size: int) -> Iterator[Batch]:

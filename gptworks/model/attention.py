@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptworks.model.config import ModelConfig
+from gptworks.model.kernels import rms_norm, rotate
 
 
 class Linear(nn.Linear):
@@ -24,7 +25,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight over the last axis, computed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -81,18 +82,10 @@ def _grown(old: Tensor | None, like: Tensor, room: int) -> Tensor:
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., T, C] of the rotary angles (Su et al. 2021), halves laid out as Hugging Face does."""
+    """Cosines and sines [..., T, 1, C/2] of the rotary angles of positions [..., T]."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions.float()[..., None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = positions.float()[..., None, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair of channels of x [B, H, T, C] by its position's angles [B or 1, T, C]."""
-    cos, sin = (t[:, None].to(x.dtype) for t in table)
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -122,11 +115,12 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)  # [B, H, T, C]
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)  # [B, K, T, C]
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim))
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, C]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, C]
         y = F.scaled_dot_product_attention(

@@ -2,11 +2,11 @@
 
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptworks.core.config import Train
 from gptworks.data.loader import Batch
+from gptworks.model.kernels import cross_entropy_sum
 from gptworks.model.transformer import Transformer
 
 
@@ -19,8 +19,7 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of each next token, weighted by `batch.weights`; in training only, as `train` asks, with smoothed
-    targets (Szegedy et al. 2016, section 7) and a z-loss (Chowdhery et al. 2022, section 5)."""
+    """Cross-entropy of each next token, weighted by `batch.weights`, with the smoothing and z-loss of `train`."""
 
     def __init__(self, train: Train) -> None:
         self.label_smoothing, self.z_loss = train.label_smoothing, train.z_loss
@@ -29,10 +28,6 @@ class NextToken:
         return float(batch.weights.sum())
 
     def loss_sum(self, model: Transformer, batch: Batch) -> Tensor:
-        logits = model.logits(model(batch.tokens, batch.segments)).float().flatten(0, 1)  # [B T, V]
-        losses = F.cross_entropy(
-            logits, batch.targets.flatten(), reduction="none", label_smoothing=self.label_smoothing
-        )
-        if self.z_loss:
-            losses = losses + self.z_loss * logits.logsumexp(-1).square()
-        return (losses * batch.weights.flatten()).sum()
+        hidden = model(batch.tokens, batch.segments).flatten(0, 1)  # [B T, D]
+        targets, weights = batch.targets.flatten(), batch.weights.flatten()
+        return cross_entropy_sum(hidden, model.lm_head.weight, targets, weights, self.label_smoothing, self.z_loss)

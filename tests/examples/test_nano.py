@@ -1,4 +1,5 @@
-"""examples/nano.py is the loop in one file: their losses are equal to the last bit."""
+"""examples/nano.py is the loop in one file: their losses are equal to the last bit where the loop takes the plain forms
+of its kernels (tests/model/test_kernels.py compares these with its own)."""
 
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from gptworks import lifecycle
 from gptworks.core import config as configuration
+from gptworks.model import kernels
 from gptworks.train import loop
 
 NANO = Path(__file__).parents[2] / "examples" / "nano.py"
@@ -31,6 +33,7 @@ def test_nano_gives_the_losses_of_the_loop_exactly(tmp_path, monkeypatch):
         return losses[-1]
 
     monkeypatch.setattr(loop, "accumulate", recorded)
+    monkeypatch.setattr(kernels, "FUSED", False)
     overrides = {
         "data.train": "shakespeare", "tokenizer.kind": "char", "model.family": "qwen3", "model.hidden_size": 64,
         "model.num_hidden_layers": 2, "model.num_attention_heads": 2, "model.intermediate_size": 192,

@@ -260,5 +260,6 @@ def test_a_better_model_is_found_better(text: Path) -> None:
     stream, _ = encode_documents(documents, sharp.tokenizer)
     counts = torch.from_numpy(np.bincount(stream.tokens.astype(np.int64), minlength=len(sharp.tokenizer)) + 1.0)
     for each, strength in ((sharp, 1.0), (blunt, 0.9)):
-        each.model.logits = lambda hidden, s=strength: (s * counts.log()).float().expand(*hidden.shape[:2], -1)  # type: ignore[method-assign]
+        each.model.forward = lambda tokens, segments=None: torch.ones(*tokens.shape, 1)  # type: ignore[method-assign]
+        each.model.lm_head.weight = torch.nn.Parameter((strength * counts.log()).float()[:, None])
     assert lifecycle.evaluate(blunt, str(text), against=sharp)["against"]["better"] == "sharp"

@@ -100,12 +100,10 @@ def test_a_stride_gives_later_tokens_more_context():
 
         def __init__(self) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.lm_head = torch.nn.Linear(8, 8, bias=False)
+            torch.nn.init.eye_(self.lm_head.weight)
 
         def forward(self, tokens: torch.Tensor, segments: object = None) -> torch.Tensor:
-            return tokens
-
-        def logits(self, tokens: torch.Tensor) -> torch.Tensor:
             made = torch.zeros(*tokens.shape, 8)
             made[:, 7:].scatter_(2, tokens[:, :-7, None], 100.0)
             return made
@@ -143,13 +141,11 @@ def test_a_model_that_knows_the_frequencies_scores_the_unigram_entropy():
     class Frequencies(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.lm_head = torch.nn.Linear(31, 31, bias=False)
+            torch.nn.init.eye_(self.lm_head.weight)
 
         def forward(self, tokens, segments=None):
-            return tokens
-
-        def logits(self, hidden):
-            return counts.double().log().float().expand(*hidden.shape, 31)
+            return counts.double().log().float().clamp_min(-100.0).expand(*tokens.shape, 31)
 
     assert score(Frequencies(), STREAM, 32).loss == pytest.approx(unigram(STREAM)["loss"], abs=1e-5)
     assert score(model, STREAM, 32).loss != pytest.approx(unigram(STREAM)["loss"], abs=1e-2)

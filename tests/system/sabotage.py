@@ -42,9 +42,9 @@ def after_restore(change: Callable[[Any], None]) -> None:
         change(made)
         return facts
 
-    import gptworks.lifecycle as lifecycle
+    from gptworks.train import session
 
-    state.restore = lifecycle.restore = restore  # type: ignore[attr-defined]
+    state.restore = session.restore = restore  # type: ignore[attr-defined]
 
 
 # -- mutants -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""Forward and backward passes written by hand where eager torch makes many passes over memory.
+
+Each has its plain form beside it, which is what the compiler gets (it fuses by itself) and what the tests compare with;
+`FUSED = False` makes every one plain. Sums and statistics are in float32 whatever the precision of the input. None can
+be differentiated twice. Shapes: B batch, T time, H heads, C channels a head, D width, V vocabulary, N targets.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+FUSED = True
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}  # of float32 logits at a time: what stays in cache; what fills a GPU
+
+
+def _fused() -> bool:
+    return FUSED and not torch.compiler.is_compiling()
+
+
+# -- RMSNorm -----------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+    if _fused():
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+class _RMSNorm(Function):
+    """Keeps x and one number a row, where autograd would keep three tensors of x's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit, wide = x.float() * scale, grad.float()
+        both = wide * unit
+        along = torch.mv(both.flatten(0, -2), weight).view_as(scale).div_(x.shape[-1])
+        grad_x = (wide * weight).addcmul_(unit, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), both.flatten(0, -2).sum(0), None
+
+
+# -- rotary positions --------------------------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns channels i and i + C/2 of x [B, T, H, C] together (Su et al. 2021, laid out as Hugging Face does), by the
+    angles whose cosines and sines, each [B or 1, T, 1, C/2], the table has."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    if _fused():
+        return _Rotate.apply(x, cos, sin)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+class _Rotate(Function):
+    """The backward pass is the rotation the other way; nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    y = torch.empty_like(x)
+    (low, high), (left, right) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(low, cos, out=left).addcmul_(high, sin, value=-sign)
+    torch.mul(high, cos, out=right).addcmul_(low, sin, value=sign)
+    return y
+
+
+# -- the head and its loss ---------------------------------------------------------------------------------------
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, in nats, [N] float32: of hidden states [N, D], the head [V, D] and targets [N] int64. No
+    gradient; logits are made a chunk at a time."""
+    with torch.no_grad():
+        head = head.to(hidden.dtype)
+        chunks = _chunks(len(hidden), head) if FUSED else [slice(None)]
+        logits = (F.linear(hidden[rows], head).float() for rows in chunks)
+        losses = [F.cross_entropy(l, targets[rows], reduction="none") for l, rows in zip(logits, chunks, strict=True)]
+        return torch.cat(losses)
+
+
+def cross_entropy_sum(
+    hidden: Tensor,  # [N, D]
+    head: Tensor,  # [V, D]
+    targets: Tensor,  # [N] int64
+    weights: Tensor,  # [N] float32, of each target
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Weighted sum of losses in nats: cross-entropy, as asked with smoothed targets (Szegedy et al. 2016, section 7)
+    and z_loss * logsumexp^2 (Chowdhery et al. 2022, section 5).
+
+    The logits [N, V] are never whole in memory: their gradient is taken chunk by chunk, in the forward pass.
+    """
+    if FUSED:
+        return _CrossEntropy.apply(hidden, head, targets, weights, label_smoothing, z_loss)
+    logits = F.linear(hidden, head.to(hidden.dtype)).float()
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(-1).square()
+    return (losses * weights).sum()
+
+
+def _chunks(rows: int, head: Tensor) -> list[slice]:
+    size = max(16, CHUNK_BYTES.get(head.device.type, 1 << 30) // (4 * len(head)))
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, smoothing: float, z_loss: float
+    ) -> Tensor:
+        head = weight.to(hidden.dtype)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(weight)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows in _chunks(len(hidden), head):
+            h, target, w = hidden[rows], targets[rows, None], weights[rows, None]
+            logits = F.linear(h, head).float()  # [n, V]
+            logs = torch.log_softmax(logits, -1)
+            hit = logs.gather(1, target)
+            losses = -(1 - smoothing) * hit
+            if smoothing:
+                losses -= smoothing * logs.mean(-1, keepdim=True)
+            scale = w
+            if z_loss:
+                log_sum = logits.gather(1, target) - hit
+                losses += z_loss * log_sum.square()
+                scale = w * (1 + 2 * z_loss * log_sum)
+            total += (losses * w).sum()
+            grad = logs.exp_().mul_(scale)  # of the logits: softmax * scale, less each target's share of the weight
+            if smoothing:
+                grad -= smoothing / len(head) * w
+            grad = grad.scatter_add_(1, target, -(1 - smoothing) * w).to(h.dtype)
+            torch.mm(grad, head, out=grad_hidden[rows])
+            if head.dtype == weight.dtype:
+                grad_head.addmm_(grad.T, h)
+            else:
+                grad_head += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_head)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grad, grad_head * grad, None, None, None, None

@@ -1,0 +1,320 @@
+"""A training run in its folder: begun or continued, changed, finished, replayed.
+
+On several processes the main one prepares and writes (`lead`), the others wait and then train with it (`follow`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptworks.core import config as configuration
+from gptworks.core import folder, runtime
+from gptworks.core.config import Config
+from gptworks.core.errors import DataError, RunMismatch, UsageError
+from gptworks.core.failpoint import failpoint
+from gptworks.core.log import console, count, duration
+from gptworks.core.ranks import ranks
+from gptworks.data import shards as shard_folder
+from gptworks.data.shards import Shards
+from gptworks.infer.scoring import Score
+from gptworks.model import build
+from gptworks.model.build import Loaded
+from gptworks.model.config import parameter_count
+from gptworks.plan.cost import flops_per_token
+from gptworks.train import loop, setup
+from gptworks.train.hooks import Budget, Checkpointer, Evaluator, Logger, Metrics, Sampler
+from gptworks.train.objectives import NextToken
+from gptworks.train.range_test import range_test
+from gptworks.train.schedule import Course
+from gptworks.train.state import listing, newest_good, restore, using
+
+
+def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
+    """What the main process does: everything."""
+    if config.train.find_lr:
+        return find_lr(config, out)
+    resolved, different = _continued(config, out)
+    finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
+    if finished and not different:
+        console.say(f"run      {out} is finished; --fresh starts it over")
+        ranks.tell("plan", json.dumps({"finished": True}))
+        return folder.read_json(out / "result.json")
+    source = (resolved or config).model
+    base = build.load(source.path, source.dropout) if source.path else None
+    shards = _shards(resolved or config, base, out)
+    run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
+    newest = newest_good(out / "checkpoints")
+    if resolved is None:
+        for key, reason in sorted(run.reasons.items()):
+            console.say(f"chosen   {key}={configuration.get(run.config, key)}: {reason}")
+        folder.write_text(out / "config.yaml", configuration.dump(run.config, config, run.reasons))
+    if newest:
+        _restore(run, newest)
+    if different:
+        run.config = _change(run, config, different, out)
+    failpoint("run.configured")
+    where = str(newest) if newest else None
+    plan = {"config": run.config.model_dump(mode="json"), "asked": _asked(config), "restore": where}
+    ranks.tell("plan", json.dumps(plan))
+    ranks.start(run.layout.device, run.config.train.timeout_s)
+    return _train(run, out, recipe)
+
+
+def follow(config: Config, out: Path) -> dict[str, Any]:
+    """What every other process does: waits until all is prepared, then trains with the main one."""
+    console.muted = True
+    plan = json.loads(ranks.hear("plan"))
+    if plan.get("finished"):
+        return {}
+    if plan["asked"] != _asked(config):
+        raise RunMismatch(f"rank {ranks.rank} was started with another configuration than rank 0; start all with one")
+    resolved = configuration.build(plan["config"], "the main process's configuration")
+    source = resolved.model
+    base = build.load(source.path, source.dropout) if source.path else None
+    shards = shard_folder.open_shards(Path(resolved.data.shards or out / "data"))
+    run = setup.decide(resolved, shards, base, resolved=True)
+    if plan["restore"]:
+        folder.verify(Path(plan["restore"]))
+        _restore(run, Path(plan["restore"]))
+    ranks.start(run.layout.device, resolved.train.timeout_s)
+    return _train(run, out, "")
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def _continued(config: Config, out: Path) -> tuple[Config | None, list[tuple[str, Any, Any]]]:
+    """The resolved configuration of the run in `out`, with today's `free` keys, and the `flexible` keys that are asked
+    otherwise now; None and nothing if there is no run yet.
+
+    Raises RunMismatch if what is asked now differs in a `fixed` key.
+    """
+    path = out / "config.yaml"
+    if not path.is_file():
+        return None, []
+    resolved, asked = configuration.read_resolved(path)
+    if different := configuration.changes(asked, config, "fixed"):
+        key, old, new = different[0]
+        more = f" (and {len(different) - 1} more keys)" if different[1:] else ""
+        raise RunMismatch(
+            f"{out} was started with {key}={old}, now {key}={new}{more}; "
+            "use the old value, another --out, or --fresh to set the old run aside"
+        )
+    today = {
+        key: configuration.get(config, key)
+        for key in sorted(configuration.keys())
+        if configuration.on_resume(key) == "free" and configuration.get(config, key) is not None
+    }
+    return configuration.with_values(resolved, today), configuration.changes(asked, config, "flexible")
+
+
+def _change(run: setup.Run, asked: Config, different: list[tuple[str, Any, Any]], out: Path) -> Config:
+    """Writes down what the run does otherwise from now on; gives its configuration with that."""
+    change = setup.change(run, asked, different)
+    changes = [*run.config.train.changes, *([change] if change else [])]
+    if change:
+        console.say(f"changed  from step {change.step}: {change.why}")
+        run.state.stopped = None
+    now = {key: new for key, _, new in different if key in ("train.target_loss", "train.patience")}
+    config = configuration.with_values(run.config, {"train.changes": [c.model_dump() for c in changes]} | now)
+    (out / "result.json").unlink(missing_ok=True)  # no longer finished
+    text = (out / "config.yaml").read_text(encoding="utf-8")
+    folder.write_text(out / "config.yaml", configuration.amend(text, config.train, asked))
+    return config
+
+
+def _restore(run: setup.Run, checkpoint: Path) -> None:
+    facts = restore(run.state, checkpoint)
+    shard_folder.same_data(run.shards, facts.get("data"))
+    if any(change.step >= run.state.step for change in run.config.train.changes):
+        run.state.stopped = None  # the run was told to go on
+    console.say(f"run      continues from step {run.state.step}, {checkpoint}")
+
+
+def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
+    """A run that has checkpoints keeps the ids it began with, wherever the text is now; else they are made."""
+    path = Path(config.data.shards or out / "data")
+    if listing(out / "checkpoints") and path.is_dir():
+        try:
+            return shard_folder.open_shards(path)
+        except DataError as error:
+            console.warn(f"{error}; making the shards again from the text")
+    own = path.resolve() == (out / "data").resolve()
+    return shard_folder.prepare(config.data, config.tokenizer, path, base.tokenizer if base else None, own)
+
+
+def set_aside(out: Path) -> None:
+    """Moves an old run out of the way, to `out.1`, `out.2`, ..."""
+    if out.exists():
+        number = 1
+        while out.with_name(f"{out.name}.{number}").exists():
+            number += 1
+        with folder.storage_errors(out):
+            out.rename(out.with_name(f"{out.name}.{number}"))
+        console.say(f"run      the old one is now {out.with_name(f'{out.name}.{number}')}")
+
+
+def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
+    config, shards, state, layout = run.config, run.shards, run.state, run.layout
+    assert config.train.context and config.train.checkpoint_every
+    course = Course(config.train)
+    facts = {"data": shards.identity, "threads": config.train.threads, "versions": runtime.versions()}
+    rate = ranks.total(runtime.matmul_rate(layout.device, layout.dtype))[0]
+    flops = flops_per_token(state.model.config, config.train.context)
+    console.say(
+        f"model    {state.model.config.family}, {count(parameter_count(state.model.config))} parameters, width "
+        f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {_where(layout)} "
+        f"{str(layout.dtype).removeprefix('torch.')}, {rate / 1e9:.0f} GFLOP/s in a matmul"
+    )
+    for line in (run.loader.report(), *run.loader.mixture_report(), run.loader.look(shards.tokenizer)):
+        console.say(f"data     {line}")
+    metrics = _metrics(run, out) if ranks.main else None
+    evaluator = Evaluator(metrics, shards, config, course, run.eval_rows)
+    budget = Budget(config, course, run.most_steps, state, lambda: _record(config, course, out))
+    checkpointer = Checkpointer(out / "checkpoints", config.train.checkpoint_every, course, facts)
+    hooks: list[loop.Hook] = [evaluator, budget, checkpointer]
+    if metrics:
+        bytes_per_token, rows = shards.train.bytes_per_token, len(run.loader.plan(0))
+        hooks.insert(0, Logger(metrics, config.train.log_every, course, bytes_per_token, flops, rate, rows))
+        hooks.insert(2, Sampler(metrics, shards.tokenizer, run.stop_ids, config, course))
+    try:
+        loop.run(state, run.loader, NextToken(config.train), config.train, layout, course, hooks)
+        checkpointer.finish()
+        final = evaluator.final(state)
+        ranks.end()
+        with using(state.model, state.best or state.average):
+            if not metrics:
+                return {}
+            run.config = configuration.with_values(config, {"train.changes": [c.model_dump() for c in course.changes]})
+            return _finish(run, out, recipe, final, metrics.last_loss, rate)
+    finally:
+        if checkpointer.saving:
+            checkpointer.saving.join()  # what was begun is ended, whatever stopped the run
+        if metrics:
+            metrics.close()
+
+
+def _where(layout: loop.Layout) -> str:
+    return f"{ranks.world} x {layout.device.type}" if ranks.world > 1 else layout.device.type
+
+
+def _metrics(run: setup.Run, out: Path) -> Metrics:
+    made = Metrics(out, run.state.step, run.config.train.tensorboard, run.config.train.wandb)
+    made.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), run.config)
+    return made
+
+
+def _record(config: Config, course: Course, out: Path) -> None:
+    """Writes what was decided on the way into the run's config.yaml."""
+    if ranks.main:
+        text = (out / "config.yaml").read_text(encoding="utf-8")
+        _, asked = configuration.read_resolved(out / "config.yaml")
+        asked_config = configuration.build(asked, "the run's config.yaml")
+        train = config.train.model_copy(update={"changes": course.changes})
+        folder.write_text(out / "config.yaml", configuration.amend(text, train, asked_config))
+
+
+def _finish(
+    run: setup.Run, out: Path, recipe: str, final: Score, train_loss: float | None, rate: float
+) -> dict[str, Any]:
+    """The model folder and result.json, of the weights that `final` was measured on."""
+    config, state = run.config, run.state
+    assert config.train.context
+    speed = state.tokens / max(state.seconds, 1e-9)
+    result = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(runtime.process_seconds(), 2),
+        "train_seconds": round(state.seconds, 2),
+        "tokens_per_second": round(speed, 1),
+        "mfu": round(speed * flops_per_token(state.model.config, config.train.context) / rate, 4),
+        "matmul_gflops": round(rate / 1e9, 1),
+        "peak_memory_bytes": runtime.peak_memory(),
+        "processes": ranks.world,
+        "parameters": parameter_count(state.model.config),
+        "stopped": state.stopped or f"reached step {state.step}",
+        "weights": "of the best evaluation" if state.best else "averaged" if state.average else "last",
+        "skipped_steps": state.skipped,
+        "changes": [change.why for change in config.train.changes],
+        "train": {"loss": train_loss},
+        "sources": run.loader.shares(state.cursor),
+        "eval": final.as_dict(),
+        "model": str(out / "model"),
+        "recipe": recipe,
+    }
+    lineage = _lineage(config, run.shards, run.base, recipe, result)
+    failpoint("model.save")
+    build.save(out / "model", state.model, run.shards.tokenizer, lineage)
+    result["seconds"] = round(runtime.process_seconds(), 2)
+    folder.write_json(out / "result.json", result)
+    console.say(
+        f"trained  {state.step} steps in {duration(state.seconds)}: eval loss {final.loss:.4f}, "
+        f"{final.bits_per_byte:.3f} bits/byte -> {out / 'model'}"
+    )
+    return result
+
+
+def _lineage(
+    config: Config, shards: Shards, base: Loaded | None, recipe: str, result: dict[str, Any]
+) -> dict[str, Any]:
+    versions = runtime.versions()
+    return {
+        "gptworks": versions["gptworks"],
+        "torch": versions["torch"],
+        "recipe": recipe,
+        "data": config.data.model_dump(mode="json")["train"],
+        "data_sha256": shards.manifest["source_sha256"],
+        "split": shards.manifest["split"],
+        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],
+        "config": config.model_dump(mode="json"),
+        "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
+        | {"steps": result["steps"], "training_tokens": result["tokens"]},
+    }
+
+
+def find_lr(config: Config, out: Path) -> dict[str, Any]:
+    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; a run in `out` stays."""
+    from gptworks.report.page import write_range_test
+
+    if ranks.world > 1:
+        raise UsageError("train.find_lr=true is for one process")
+    base = build.load(config.model.path, config.model.dropout) if config.model.path else None
+    found = range_test(setup.decide(config, _shards(config, base, out), base))
+    folder.write_json(out / "find_lr.json", found.as_dict())
+    page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
+    also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
+    console.say(f"found    train.lr={found.lr:g}{also}: {found.reason}")
+    console.say(f"found    the curve is in {page}; nothing was trained")
+    return {"lr": found.lr, "adam_lr": found.adam_lr, "reason": found.reason, "report": str(page)}
+
+
+def replay(out: Path) -> dict[str, Any]:
+    """Trains again from the older checkpoint to the newer and compares the two in every bit; changes nothing."""
+    resolved, _ = configuration.read_resolved(out / "config.yaml")
+    checkpoints = listing(out / "checkpoints")
+    if len(checkpoints) < 2:
+        raise DataError(f"{out}: a replay needs two checkpoints, there are {len(checkpoints)}")
+    older, newer = checkpoints[-2:]
+    folder.verify(older)
+    folder.verify(newer)
+    base = build.load(resolved.model.path, resolved.model.dropout) if resolved.model.path else None
+    shards = shard_folder.open_shards(Path(resolved.data.shards or out / "data"))
+    run = setup.decide(resolved, shards, base, True)
+    facts = restore(run.state, older)
+    shard_folder.same_data(shards, facts.get("data"))
+    target = setup.decide(resolved, shards, base, True).state
+    restore(target, newer)
+    first, course = run.state.step, Course(resolved.train)
+    evaluator = Evaluator(None, shards, resolved, course, run.eval_rows)
+    run.state.stopped = None
+    objective = NextToken(resolved.train)
+    loop.run(run.state, run.loader, objective, resolved.train, run.layout, course, [evaluator], until=target.step)
+    difference = run.state.difference(target)
+    return {
+        "verdict": "identical to the bit" if difference is None else difference,
+        "identical": difference is None,
+        "from_step": first,
+        "to_step": target.step,
+        "fingerprint": run.state.fingerprint(),
+    }

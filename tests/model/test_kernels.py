@@ -1,0 +1,127 @@
+"""Each hand-written pass against its plain form: values, every gradient, other precisions, chunks, the compiler."""
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from gptworks.core.config import Train
+from gptworks.data.loader import Batch
+from gptworks.model import kernels
+from gptworks.train.objectives import NextToken
+
+Made = tuple[Tensor, list[Tensor | None]]
+precisions = pytest.mark.parametrize("dtype, near", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str)
+
+
+def both(monkeypatch: pytest.MonkeyPatch, made: Callable[..., Tensor], *inputs: Tensor) -> tuple[Made, Made]:
+    """The value and the gradients of `made(*inputs)`, by our passes and by autograd's over the plain form."""
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(kernels, "FUSED", fused)
+        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        value = made(*leaves)
+        torch.manual_seed(5)
+        value.backward(torch.randn_like(value))
+        found.append((value.detach(), [leaf.grad for leaf in leaves]))
+    return found[0], found[1]
+
+
+def assert_near(one: Made, other: Made, near: float) -> None:
+    for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.dtype == b.dtype and a.shape == b.shape
+            a, b = a.double(), b.double()
+            assert (a - b).abs().max() <= near * b.abs().max(), (a - b).abs().max() / b.abs().max()
+
+
+@precisions
+def test_rms_norm_and_its_gradients_are_the_plain_ones(monkeypatch, dtype, near):
+    torch.manual_seed(1)
+    x, weight = torch.randn(3, 7, 2, 32).to(dtype), torch.rand(32) + 0.5
+    assert_near(*both(monkeypatch, lambda x, w: kernels.rms_norm(x, w, 1e-6), x, weight), near)
+    assert kernels.rms_norm(torch.zeros(2, 32), weight, 1e-6).abs().max() == 0
+
+
+@precisions
+def test_rotation_and_its_gradient_are_the_plain_ones(monkeypatch, dtype, near):
+    torch.manual_seed(1)
+    angles = torch.randn(1, 7, 1, 16)
+    table = (angles.cos(), angles.sin())
+    assert_near(*both(monkeypatch, lambda x: kernels.rotate(x, table), torch.randn(3, 7, 2, 32).to(dtype)), near)
+
+
+@precisions
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.2, "z_loss": 0.1}]
+)
+@pytest.mark.parametrize("chunk", [1, 4096, 10**9])
+def test_the_loss_of_the_head_and_its_gradients_are_the_plain_ones(monkeypatch, dtype, near, options, chunk):
+    monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", chunk)
+    torch.manual_seed(1)
+    N, D, V = 53, 16, 97
+    hidden, head = torch.randn(N, D).to(dtype), torch.randn(V, D)
+    targets, weights = torch.randint(V, (N,)), torch.rand(N)
+    weights[:5] = 0
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        return kernels.cross_entropy_sum(hidden, head, targets, weights, **options)
+
+    one, other = both(monkeypatch, loss, hidden, head)
+    assert_near(one, other, near)
+    assert one[1][0][:5].abs().max() == 0  # what weighs nothing pulls nowhere
+    if not options:
+        monkeypatch.setattr(kernels, "FUSED", True)
+        each = kernels.cross_entropy(hidden, head, targets)
+        assert float((each * weights).sum()) == pytest.approx(other[0].item(), rel=near)
+
+
+def test_a_confident_head_has_a_finite_loss_and_gradient():
+    hidden = torch.full((2, 4), 100.0, requires_grad=True)
+    head = torch.tensor([[100.0] * 4, [-100.0] * 4], requires_grad=True)
+    loss = kernels.cross_entropy_sum(hidden, head, torch.tensor([0, 1]), torch.ones(2))
+    loss.backward()
+    assert loss.item() == pytest.approx(80_000) and hidden.grad.isfinite().all() and head.grad.isfinite().all()
+
+
+def test_the_logits_are_never_whole_in_memory():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            made = function(*arguments, **(options or {}))
+            for tensor in made if isinstance(made, tuple) else [made]:
+                self.size = max(self.size, tensor.numel() if isinstance(tensor, Tensor) else 0)
+            return made
+
+    N, D, V = 4096, 8, 2048
+    with Largest() as largest:
+        hidden, head = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+        kernels.cross_entropy_sum(hidden, head, torch.zeros(N, dtype=torch.long), torch.ones(N)).backward()
+    assert N * V / 32 < largest.size <= kernels.CHUNK_BYTES["cpu"] / 4 < N * V / 4
+
+
+@pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str)
+def test_a_models_gradients_are_those_of_the_plain_one_in_float32(monkeypatch, parts, dtype, near):
+    ids = tiny.tokens(4, tiny.CONTEXT + 1)
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, tiny.CONTEXT))
+    found = []
+    for fused, precision in ((True, dtype), (False, torch.float32)):
+        monkeypatch.setattr(kernels, "FUSED", fused)
+        model = tiny.model(**parts).train()
+        model.dtype = precision
+        loss = NextToken(Train()).loss_sum(model, batch)
+        loss.backward()
+        found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (expected, plain) = found
+    assert loss == pytest.approx(expected, rel=near)
+    largest = max(gradient.norm() for gradient in plain.values())
+    for name, gradient in gradients.items():  # keys' biases have none but rounding: attention does not see them
+        difference = (gradient - plain[name]).norm() / max(plain[name].norm(), largest / 100)
+        assert difference < near, (name, difference)
