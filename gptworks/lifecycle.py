@@ -44,13 +44,26 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
                     with runtime.hold(out):
                         session.set_aside(out)
                 with runtime.hold(out):
-                    result = session.lead(config, out, recipe)
+                    result = _find_lr(config, out) if config.train.find_lr else session.lead(config, out, recipe)
             else:
                 result = session.follow(config, out)
             ranks.part()
             return result
         finally:
             ranks.end()
+
+
+def _find_lr(config: Config, out: Path) -> dict[str, Any]:
+    """The range test's proposal, and its curve in `out/find_lr.html`."""
+    from gptworks.report.page import write_range_test
+
+    found = session.find_lr(config, out)
+    folder.write_json(out / "find_lr.json", found.as_dict())
+    page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
+    also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
+    console.say(f"found    train.lr={found.lr:g}{also}: {found.reason}")
+    console.say(f"found    the curve is in {page}; nothing was trained")
+    return {"lr": found.lr, "adam_lr": found.adam_lr, "reason": found.reason, "report": str(page)}
 
 
 # -- after training ----------------------------------------------------------------------------------------------

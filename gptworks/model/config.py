@@ -6,6 +6,9 @@ from typing import Any
 from gptworks.core.config import Model
 from gptworks.core.errors import UsageError
 
+# Of float32 scores over the vocabulary that are made at a time: what stays in a processor's cache; what fills a GPU.
+LOGITS_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+
 
 @dataclass(frozen=True)
 class ModelConfig:

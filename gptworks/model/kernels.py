@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from gptworks.model.config import LOGITS_BYTES
+
 FUSED = True
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}  # of float32 logits at a time: what stays in cache; what fills a GPU
 
 
 def _fused() -> bool:
@@ -126,7 +127,7 @@ def cross_entropy_sum(
 
 
 def _chunks(rows: int, head: Tensor) -> list[slice]:
-    size = max(16, CHUNK_BYTES.get(head.device.type, 1 << 30) // (4 * len(head)))
+    size = max(16, LOGITS_BYTES.get(head.device.type, 1 << 30) // (4 * len(head)))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

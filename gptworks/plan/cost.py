@@ -1,6 +1,6 @@
 """What a model and a step cost: floating-point operations and memory, from the shape alone."""
 
-from gptworks.model.config import ModelConfig, block_parameters, parameter_count
+from gptworks.model.config import LOGITS_BYTES, ModelConfig, block_parameters, parameter_count
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
@@ -14,26 +14,30 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
 
 def state_bytes(config: ModelConfig, optimizer: str) -> int:
     """Weights, gradients and optimizer state in float32, and the copies an update or a checkpoint makes: Muon turns all
-    matrices of one shape at once, in about four copies of, at most, two thirds of the weights."""
+    matrices of one shape at once, in about four copies of, at most, two thirds of the weights. Then what the loss of
+    the head needs whatever the rows: its gradient once more, and a chunk of logits with their exponentials."""
     slots = {"sgd": 1, "muon": 1}.get(optimizer, 2)
-    return int(parameter_count(config) * 4 * (2 + slots + (3 if optimizer == "muon" else 1)))
+    head = 2 * config.vocab_size * config.hidden_size * 4 + 3 * LOGITS_BYTES["cpu"]
+    return int(parameter_count(config) * 4 * (2 + slots + (3 if optimizer == "muon" else 1))) + head
 
 
 def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> int:
     """Activations kept for the backward pass of one row of `context` tokens; `element` is bytes per value.
 
-    Per token and block: the residual stream and norms in float32, projections, attention output, MLP; at the top the
-    logits in float32, their gradient and log-softmax. The gradients on their way back take about one block more.
+    Per token and block: the residual stream and the outputs of norms, projections, attention and MLP; layer norms keep
+    their input in float32. The gradients on their way back take about one block more.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     mlp = 4 * f if config.activation == "swiglu" else 3 * f
     dropped = 2 * d if config.residual_dropout else 0
-    block = (6 * d + 5 * q + 5 * kv + mlp + dropped) * element + 4 * d * 4
+    turned = config.positions == "rotary" or config.qk_norm
+    block = (6 * d + (2 + turned) * (q + kv) + mlp + dropped) * element
+    if config.norm == "layernorm" and element < 4:
+        block += 2 * d * 4
     if config.attention_dropout or masked:  # the attention matrix is written out
         block += 4 * config.num_attention_heads * context * element
-    head = config.vocab_size * (4 * 3 + element)
-    return context * ((config.num_hidden_layers + 1) * block + head + 4 * d * 4)
+    return context * ((config.num_hidden_layers + 1) * block + 4 * d * 4)
 
 
 def step_bytes(config: ModelConfig, context: int, rows: int, optimizer: str, element: int, masked: bool = False) -> int:

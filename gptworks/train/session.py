@@ -24,15 +24,13 @@ from gptworks.plan.cost import flops_per_token
 from gptworks.train import loop, setup
 from gptworks.train.hooks import Budget, Checkpointer, Evaluator, Logger, Metrics, Sampler
 from gptworks.train.objectives import NextToken
-from gptworks.train.range_test import range_test
+from gptworks.train.range_test import RangeTest, range_test
 from gptworks.train.schedule import Course
 from gptworks.train.state import listing, newest_good, restore, using
 
 
 def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     """What the main process does: everything."""
-    if config.train.find_lr:
-        return find_lr(config, out)
     resolved, different = _continued(config, out)
     finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
@@ -273,20 +271,12 @@ def _lineage(
     }
 
 
-def find_lr(config: Config, out: Path) -> dict[str, Any]:
-    """A learning-rate range test in place of training: `out/find_lr.html` has the curve; a run in `out` stays."""
-    from gptworks.report.page import write_range_test
-
+def find_lr(config: Config, out: Path) -> RangeTest:
+    """A learning-rate range test in place of training; a run in `out` stays as it is."""
     if ranks.world > 1:
         raise UsageError("train.find_lr=true is for one process")
     base = build.load(config.model.path, config.model.dropout) if config.model.path else None
-    found = range_test(setup.decide(config, _shards(config, base, out), base))
-    folder.write_json(out / "find_lr.json", found.as_dict())
-    page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
-    also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
-    console.say(f"found    train.lr={found.lr:g}{also}: {found.reason}")
-    console.say(f"found    the curve is in {page}; nothing was trained")
-    return {"lr": found.lr, "adam_lr": found.adam_lr, "reason": found.reason, "report": str(page)}
+    return range_test(setup.decide(config, _shards(config, base, out), base))
 
 
 def replay(out: Path) -> dict[str, Any]:

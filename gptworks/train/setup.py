@@ -201,6 +201,8 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     torch.set_deterministic_debug_mode(("default", "warn", "error")[(1 + (device.type == "cpu")) if on else 0])
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)
+    if device.type == "cpu":
+        runtime.reuse_memory()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return with_values(config, derived.values), device, dtype, derived.reasons
 

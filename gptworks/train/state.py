@@ -28,6 +28,7 @@ from gptworks.core.log import console
 from gptworks.data.loader import Cursor
 from gptworks.model import weights as weight_files
 from gptworks.model.transformer import Transformer
+from gptworks.train.optim import Optimizer
 
 KEPT = 2
 NAME = re.compile(r"^step-(\d{8})$")
@@ -44,7 +45,7 @@ class State:
     """Everything the next step depends on."""
 
     model: Transformer
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[Optimizer]
     step: int = 0  # optimizer steps done
     tokens: int = 0  # targets trained on
     cursor: Cursor = field(default_factory=Cursor)

@@ -60,7 +60,7 @@ def test_rotation_and_its_gradient_are_the_plain_ones(monkeypatch, dtype, near):
 )
 @pytest.mark.parametrize("chunk", [1, 4096, 10**9])
 def test_the_loss_of_the_head_and_its_gradients_are_the_plain_ones(monkeypatch, dtype, near, options, chunk):
-    monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setitem(kernels.LOGITS_BYTES, "cpu", chunk)
     torch.manual_seed(1)
     N, D, V = 53, 16, 97
     hidden, head = torch.randn(N, D).to(dtype), torch.randn(V, D)
@@ -103,7 +103,7 @@ def test_the_logits_are_never_whole_in_memory():
     with Largest() as largest:
         hidden, head = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         kernels.cross_entropy_sum(hidden, head, torch.zeros(N, dtype=torch.long), torch.ones(N)).backward()
-    assert N * V / 32 < largest.size <= kernels.CHUNK_BYTES["cpu"] / 4 < N * V / 4
+    assert N * V / 32 < largest.size <= kernels.LOGITS_BYTES["cpu"] / 4 < N * V / 4
 
 
 @pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)

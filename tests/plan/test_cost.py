@@ -69,6 +69,7 @@ LARGE = {"family": "gpt2", "hidden_size": 512, "num_hidden_layers": 6, "num_atte
     ("optimizer", "rows", "shape"),
     [
         ("adamw", 8, {"family": "qwen3", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}),
+        ("adamw", 8, {"family": "gpt2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}),
         ("muon", 1, {"family": "gpt2", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}),
         pytest.param("muon", 1, LARGE, marks=pytest.mark.slow),
     ],

@@ -67,7 +67,9 @@ class Site:
         self.host: Child | None = None
         draw = random.Random(1)
         rows = [" ".join(draw.choice(WORDS) for _ in range(draw.randint(3, 30))) for _ in range(40)]
-        (path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        # The held-out text is spelled backwards: learning helps it at first, so that the best weights are not the last.
+        for name, each in (("text.jsonl", rows), ("held-out.jsonl", [row[::-1] for row in rows[:12]])):
+            (path / name).write_text("".join(json.dumps({"text": row}) + "\n" for row in each))
         (path / "empty.yaml").write_text("{}\n")
         self.straight = path / "straight"
         code = self.zygote.run(self.command(self.straight), path / "straight.log", [f"samples={path}/straight.samples"])
@@ -76,7 +78,8 @@ class Site:
         self.samples = samples(path / "straight.samples")
 
     def command(self, out: Path, **settings: Any) -> list[str]:
-        values = SETTINGS | {"data.train": str(self.path / "text.jsonl"), "train.max_steps": self.steps} | settings
+        texts = {"data.train": str(self.path / "text.jsonl"), "data.eval": str(self.path / "held-out.jsonl")}
+        values = SETTINGS | texts | {"train.max_steps": self.steps} | settings
         pairs = [f"{key}={value}" for key, value in values.items()]
         return ["train", str(self.path / "empty.yaml"), *pairs, "--out", str(out)]
 
@@ -355,7 +358,9 @@ def order_of_calls(site: Site, sabotage: tuple[str, ...] = ()) -> Found:
             found.check(not missing, f"{new}: {sorted(missing)} were not made durable")
         after = [r[1] for r in rows[place + 1 : place + 3] if r[0] == "fsync"]
         found.check(str(Path(new).parent) in after, f"the folder that holds {new} was not made durable")
-    found.check(found.tried > 0, "no rename was seen")
+    renamed = {row[2] for row in rows if row[0] == "rename"}
+    for manifest in out.rglob(folder.MANIFEST):
+        found.check(str(manifest.parent) in renamed, f"{manifest.parent} was not put in place by a rename")
     return found
 
 

@@ -164,7 +164,6 @@ def serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(optional)
     torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1)])  # loads what every optimizer loads when it is made
     runtime.matmul_rate = lambda *arguments: 1e10  # half a second a command, which decides nothing here
 
     def reached(*arguments: Any) -> dict[str, Any]:

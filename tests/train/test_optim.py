@@ -33,17 +33,17 @@ def names_of(model: torch.nn.Module, group: dict) -> set[str]:
 # -- Muon --------------------------------------------------------------------------------------------------------
 
 
-def textbook_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """One matrix, float64, the quintic spelled out."""
+def textbook_chain(matrix: torch.Tensor) -> torch.Tensor:
+    """One matrix, float64, the quintics spelled out."""
     x = matrix.double()
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+    x = x / (1.01 * x.norm() + 1e-7)
+    for a, b, c in optim.QUINTICS:
+        x = a * x + b * (x @ x.T @ x) + c * (x @ x.T @ x @ x.T @ x)
     return x
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_equals_textbook_newton_schulz_per_matrix(nesterov):
+def test_muon_equals_the_textbook_per_matrix(nesterov):
     ours, theirs = matrices(), [w.detach().double() for w in matrices()]
     velocity = [torch.zeros_like(w) for w in theirs]
     optimizer = Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.2}], momentum=0.9, nesterov=nesterov)
@@ -55,16 +55,18 @@ def test_muon_equals_textbook_newton_schulz_per_matrix(nesterov):
             update = 0.1 * g + 0.9 * velocity[i] if nesterov else velocity[i]
             rows, columns = w.shape
             theirs[i] = theirs[i] * (1 - 0.1 * 0.2)
-            theirs[i] = theirs[i] - 0.1 * max(1, rows / columns) ** 0.5 * textbook_newton_schulz(update)
+            theirs[i] = theirs[i] - 0.1 * max(1, rows / columns) ** 0.5 * textbook_chain(update)
         optimizer.step()
     for w, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(w.detach().double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_follows_torch_muon_to_its_bf16_accuracy(nesterov):
+def test_muon_follows_torch_muon_to_its_bf16_accuracy(nesterov, monkeypatch):
+    """With the coefficients that torch takes for every iteration."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
+    monkeypatch.setattr(optim, "QUINTICS", [(3.4445, -4.7750, 2.0315)] * 5)
     ours, theirs = matrices(), matrices()
     mine = Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.2}], momentum=0.9, nesterov=nesterov)
     reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.9, nesterov=nesterov)
@@ -85,10 +87,10 @@ def test_orthogonalise_drives_singular_values_near_one(shape):
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     turned = orthogonalise(x)
     values = torch.linalg.svdvals(turned)
-    kept = s > 0.02 * s.norm(dim=-1, keepdim=True)  # five steps lift what is not almost zero
-    assert values.max() < 1.25
+    kept = s > 0.004 * s.norm(dim=-1, keepdim=True)
+    assert values.max() < 1.22
     aligned = torch.diagonal(u.mT @ turned @ v.mT, dim1=-2, dim2=-1)  # the same singular vectors, in order
-    assert (aligned[kept] > 0.65).all() and (aligned[kept] < 1.25).all()
+    assert (aligned[kept] > 0.78).all() and (aligned[kept] < 1.22).all()
 
 
 # -- SGD and AdamW -----------------------------------------------------------------------------------------------

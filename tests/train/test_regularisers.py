@@ -31,7 +31,7 @@ def test_label_smoothing_is_cross_entropy_with_a_share_of_the_uniform_distributi
     wanted = torch.full_like(scores, 0.1 / scores.shape[1])
     wanted[torch.arange(len(targets)), targets] += 0.9
     textbook = float((-(wanted * scores.log_softmax(-1)).sum(-1) * weights).sum().detach())
-    assert float(NextToken(tiny.settings(label_smoothing=0.1)).loss_sum(model, rows)) == pytest.approx(
+    assert NextToken(tiny.settings(label_smoothing=0.1)).loss_sum(model, rows).item() == pytest.approx(
         textbook, rel=1e-6
     )
 

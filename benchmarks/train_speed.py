@@ -1,0 +1,156 @@
+"""Training speed and memory of our loop, `transformers` with fused AdamW, and a tutorial's loop, on GPT-2 shapes.
+
+Each measurement is a process of its own: warm-up steps, then timed ones on random tokens. Utilisation is of the best
+matmul rate found in that process; FLOPs a token are 6 for each parameter but the input tables', plus causal attention.
+
+python benchmarks/train_speed.py --sizes 1M 10M --contexts 256 1024 --runs 3
+python benchmarks/train_speed.py --sizes 124M --precision bf16 --json speed.json
+"""
+
+import json
+import statistics
+import sys
+import time
+from itertools import product
+from typing import Any
+
+from common import child, parser, spread, write
+
+SIZES: dict[str, dict[str, int]] = {
+    "1M": {"width": 128, "layers": 4, "heads": 4, "vocabulary": 1024},
+    "10M": {"width": 384, "layers": 6, "heads": 6, "vocabulary": 1024},
+    "124M": {"width": 768, "layers": 12, "heads": 12, "vocabulary": 50257},
+    "1.5B": {"width": 1600, "layers": 48, "heads": 25, "vocabulary": 50257},
+}
+ROW = "{:>5} {:>7} {:<18} {:>24} {:>20} {:>8} {:>8}"
+WHO = {"ours": "gptworks", "transformers": "transformers", "textbook": "a tutorial's loop"}
+
+
+def measure(job: dict[str, Any]) -> dict[str, float]:
+    """Steps of one of the three in this process."""
+    import torch
+
+    from gptworks.core import runtime
+    from gptworks.core.config import Model
+    from gptworks.model.config import build_config
+    from gptworks.plan.cost import flops_per_token
+
+    device = runtime.device()
+    dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    if device.type == "cpu":
+        torch.set_num_threads(runtime.cores())
+    shape = SIZES[job["size"]] | {"context": job["context"]}
+    sizes = {"hidden_size": shape["width"], "num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"]}
+    config = build_config(Model(family="gpt2", **sizes), shape["vocabulary"], shape["context"])
+    seconds, tokens, losses = (
+        ours(job, config, device, dtype) if job["who"] == "ours" else peer(job, shape, device, dtype)
+    )
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else runtime.peak_memory()
+    rate = runtime.matmul_rate(device, dtype, 1.0)
+    speed = tokens / statistics.median(seconds)
+    return {
+        "tokens_per_second": speed, "utilisation": speed * flops_per_token(config, shape["context"]) / rate,
+        "peak_bytes": peak, "matmul_gflops": rate / 1e9, "rows": tokens // shape["context"],
+    }  # fmt: skip
+
+
+def rows_of(job: dict[str, Any]) -> int:
+    return max(1, job["tokens"] // job["context"])
+
+
+def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[list[float], int, list[float]]:
+    """The loop of the package, as `gptworks train` runs it."""
+    import numpy as np
+
+    from gptworks.core import runtime
+    from gptworks.core.config import Train
+    from gptworks.data.loader import Loader
+    from gptworks.data.shards import Stream
+    from gptworks.model import build
+    from gptworks.train.loop import Layout, run
+    from gptworks.train.objectives import NextToken
+    from gptworks.train.optim import make_optimizers
+    from gptworks.train.schedule import Course
+    from gptworks.train.state import State
+
+    runtime.reuse_memory()
+    rates = {"lr": 1e-4, "adam_lr": 1e-4, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.1}
+    train = Train(optimizer=job["optimizer"], max_steps=10**6, **rates)
+    rows = rows_of(job)
+    steps = job["warmup"] + job["steps"]
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (steps + 2) * rows * job["context"] + 2)
+    loader = Loader(Stream(ids, np.zeros(1, dtype=np.int64), len(ids)), job["context"], rows, 1)
+    model = build.fresh(config, 1).to(device)
+    layout = Layout(device, dtype, job["micro_batch"] or rows, job["compile"])
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    def watch(state: State, m: Any) -> None:
+        seconds.append(m.seconds)
+        losses.append(m.loss)
+
+    state = State(model, make_optimizers(model, train))
+    run(state, loader, NextToken(train), train, layout, Course(train), [watch], until=steps)
+    return seconds[job["warmup"] :], rows * job["context"], losses
+
+
+def peer(job: dict[str, Any], shape: dict[str, int], device: Any, dtype: Any) -> tuple[list[float], int, list[float]]:
+    import torch
+    from baselines import textbook_loop, transformers_loop
+
+    made = {"transformers": transformers_loop, "textbook": textbook_loop}[job["who"]].step(shape, device, dtype)
+    rows, seconds = rows_of(job), []
+    for _ in range(job["warmup"] + job["steps"]):
+        ids = torch.randint(shape["vocabulary"], (rows, shape["context"] + 1), device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        made(ids[:, :-1], ids[:, 1:])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[job["warmup"] :], rows * shape["context"], []
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    arguments.set_defaults(runs=1)
+    arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=["1M", "10M", "124M"])
+    arguments.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096])
+    arguments.add_argument("--who", nargs="+", choices=WHO, default=list(WHO))
+    arguments.add_argument("--tokens", type=int, default=4096, help="of a step; at least one row")
+    arguments.add_argument("--micro-batch", type=int, help="rows of our forward passes (default: the whole step)")
+    arguments.add_argument("--steps", type=int, default=5, help="timed, after --warmup")
+    arguments.add_argument("--warmup", type=int, default=2)
+    arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    arguments.add_argument("--optimizer", default="adamw", help="ours; the others take AdamW")
+    arguments.add_argument("--compile", action="store_true", help="ours")
+    options = arguments.parse_args()
+    print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "of ours"))
+    rows = []
+    common = {k: getattr(options, k) for k in ("tokens", "steps", "warmup", "precision", "optimizer", "compile")}
+    for size, context in product(options.sizes, options.contexts):
+        found: dict[str, list[dict[str, float]]] = {who: [] for who in options.who}
+        for _ in range(options.runs):  # in turns, so that all meet the same machine
+            for who in options.who:
+                job = {**common, "who": who, "size": size, "context": context, "micro_batch": options.micro_batch}
+                done = child([sys.executable, __file__, json.dumps(job)])
+                found[who].append(json.loads(done["stdout"].splitlines()[-1]))
+        for who, each in found.items():
+            speeds = [one["tokens_per_second"] for one in each]
+            pairs = zip(speeds, (one["tokens_per_second"] for one in found.get("ours", each)), strict=True)
+            ratio = statistics.median(speed / ours for speed, ours in pairs)
+            peak = statistics.median(one["peak_bytes"] for one in each) / 1e9
+            used = spread([100 * one["utilisation"] for one in each], 0)
+            print(
+                ROW.format(size, context, WHO[who], spread(speeds, 0), used, f"{peak:.2f}", f"{ratio:.2f}"), flush=True
+            )
+            rows.append({"size": size, "context": context, "who": who, "runs": each})
+    write(options.json, {"options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": rows})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
+    else:
+        main()
