@@ -103,6 +103,7 @@ class Ranks:
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1") and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the group has no password: stay on this machine
         with _peers(), _heard():
+            interrupts.check()  # a signal that came just before
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=dist.PrefixStore("group", self._rendezvous()),

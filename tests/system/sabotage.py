@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ class Counted:
 
     def __init__(self, kind: str, number: int, below: str) -> None:
         self.number, self.below, self.calls = number, os.path.abspath(below), 0
-        self.error = getattr(errno, kind.upper())
+        self.error, self.lock = getattr(errno, kind.upper()), threading.Lock()
 
     def __call__(self, path: Any) -> None:
         try:
@@ -224,9 +225,11 @@ class Counted:
         except TypeError:
             return
         if inside:
-            self.calls += 1
-            if self.calls == self.number:
-                raise OSError(self.error, os.strerror(self.error), str(path))
+            with self.lock:  # a checkpoint is written by a thread of its own
+                self.calls += 1
+                strike = self.calls == self.number
+            if strike:
+                raise OSError(self.error, os.strerror(self.error), f"{path} (call {self.number} of the campaign)")
 
 
 class File:
