@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +144,9 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@cache
 def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.25) -> float:
-    """FLOP/s of the best of two square matmuls here, the yardstick for model FLOPs utilisation."""
+    """FLOP/s of the best of two square matmuls here, the yardstick for model FLOPs utilisation; measured once."""
     import torch
 
     def wait() -> None:

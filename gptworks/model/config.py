@@ -7,7 +7,9 @@ from gptworks.core.config import Model
 from gptworks.core.errors import UsageError
 
 # Of float32 scores over the vocabulary that are made at a time: what stays in a processor's cache; what fills a GPU.
-LOGITS_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+# Fewer rows than these, and reading the head once for each chunk would cost more than it saves.
+LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+LOGITS_ROWS = 512
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from gptworks.model.config import LOGITS_BYTES
+from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS
 
 FUSED = True
 
@@ -28,8 +28,16 @@ def _fused() -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
     if _fused():
-        return _RMSNorm.apply(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Also gives what x is multiplied with, [..., 1]."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
 
 
 class _RMSNorm(Function):
@@ -37,11 +45,9 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        y, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -62,7 +68,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     angles whose cosines and sines, each [B or 1, T, 1, C/2], the table has."""
     cos, sin = (t.to(x.dtype) for t in table)
     if _fused():
-        return _Rotate.apply(x, cos, sin)
+        return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1)
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
@@ -127,7 +133,7 @@ def cross_entropy_sum(
 
 
 def _chunks(rows: int, head: Tensor) -> list[slice]:
-    size = max(16, LOGITS_BYTES.get(head.device.type, 1 << 30) // (4 * len(head)))
+    size = max(LOGITS_ROWS, LOGITS_BYTES.get(head.device.type, 1 << 30) // (4 * len(head)))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

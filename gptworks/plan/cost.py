@@ -1,6 +1,6 @@
 """What a model and a step cost: floating-point operations and memory, from the shape alone."""
 
-from gptworks.model.config import LOGITS_BYTES, ModelConfig, block_parameters, parameter_count
+from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS, ModelConfig, block_parameters, parameter_count
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
@@ -17,7 +17,8 @@ def state_bytes(config: ModelConfig, optimizer: str) -> int:
     matrices of one shape at once, in about four copies of, at most, two thirds of the weights. Then what the loss of
     the head needs whatever the rows: its gradient once more, and a chunk of logits with their exponentials."""
     slots = {"sgd": 1, "muon": 1}.get(optimizer, 2)
-    head = 2 * config.vocab_size * config.hidden_size * 4 + 3 * LOGITS_BYTES["cpu"]
+    chunk = max(LOGITS_BYTES["cpu"], LOGITS_ROWS * config.vocab_size * 4)
+    head = 2 * config.vocab_size * config.hidden_size * 4 + 3 * chunk
     return int(parameter_count(config) * 4 * (2 + slots + (3 if optimizer == "muon" else 1))) + head
 
 

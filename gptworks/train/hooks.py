@@ -248,14 +248,14 @@ class Sampler:
         self.course = course
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        steps = {max(round(self.course.length * share), 1) for share in (0.1, 0.25, 0.5, 1.0)}
+        steps = {max(round(self.course.length * share), 1) for share in (0.1, 0.3, 1.0)}
         if state.step not in steps or not self.options.prompts:
             return
         engine = Engine(state.model, self.tokenizer, self.stop_ids)
         how = sampling(self.options, self.seed)
         prompt = self.options.prompts[0]
         with using(state.model, state.average):
-            result = engine.generate(prompt, how, min(100, self.options.max_new_tokens))
+            result = engine.generate(prompt, how, min(60, self.options.max_new_tokens))
         self.metrics.text(state.step, "sample", prompt + result.text)
 
 

@@ -37,7 +37,8 @@ from gptworks.train.state import State
 
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
 COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
-COMPILE_GAIN = 0.15  # of the step's time
+COMPILE_GAIN = 0.08  # of the step's time, measured beside the hand-written kernels (docs/log.md)
+CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
 CALIBRATION_SECONDS = 6.0
 MARGIN = 0.95  # of what is left of a time budget is planned for
 
@@ -97,7 +98,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
 
     config, device, dtype, more = _machine(config)
     reasons |= more
-    usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype, 0.1)
+    usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype)
     config, more = derive_training(config, architecture, len(shards.train.tokens) - 1, usual)
     reasons |= more
     config, layout, more = _layout(config, architecture, device, dtype)
@@ -337,17 +338,20 @@ def _rhythm(
 ) -> tuple[Config, Layout, dict[str, str]]:
     """How often to evaluate and save, and whether compiling pays, now that the length is known."""
     derived, train = Derived(), config.train
+    assert train.context
+    tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
+    rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype)
+    expected = tokens * flops_per_token(architecture, train.context) / rate  # seconds
     if train.eval_every is None:
         times = 5 if train.time_budget_s else 10
         derived.choose("train.eval_every", max(1, math.ceil(total / times)), f"{times} evaluations")
     if train.checkpoint_every is None:
-        derived.choose("train.checkpoint_every", max(1, math.ceil(total / 10)), "ten checkpoints, two kept")
+        apart, why = total / 10, "ten checkpoints, two kept; at each a time budget is planned anew"
+        if not train.time_budget_s and train.batch_tokens != "full":
+            apart, why = max(apart, total * CHECKPOINT_SECONDS / expected), "at most ten, not too often; two are kept"
+        derived.choose("train.checkpoint_every", min(math.ceil(apart), total), why)
     compile = train.compile
     if compile == "auto":
-        assert train.context
-        tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
-        rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype, 0.1)
-        expected = tokens * flops_per_token(architecture, train.context) / rate
         pays = expected * COMPILE_GAIN > COMPILE_SECONDS and train.batch_tokens != "full" and _can_compile(layout)
         cost = f"compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
         why = f"about {duration(expected)} of training; {cost}"

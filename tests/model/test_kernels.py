@@ -61,6 +61,7 @@ def test_rotation_and_its_gradient_are_the_plain_ones(monkeypatch, dtype, near):
 @pytest.mark.parametrize("chunk", [1, 4096, 10**9])
 def test_the_loss_of_the_head_and_its_gradients_are_the_plain_ones(monkeypatch, dtype, near, options, chunk):
     monkeypatch.setitem(kernels.LOGITS_BYTES, "cpu", chunk)
+    monkeypatch.setattr(kernels, "LOGITS_ROWS", 7)
     torch.manual_seed(1)
     N, D, V = 53, 16, 97
     hidden, head = torch.randn(N, D).to(dtype), torch.randn(V, D)
@@ -99,11 +100,11 @@ def test_the_logits_are_never_whole_in_memory():
                 self.size = max(self.size, tensor.numel() if isinstance(tensor, Tensor) else 0)
             return made
 
-    N, D, V = 4096, 8, 2048
+    N, D, V = 8192, 8, 2048
     with Largest() as largest:
         hidden, head = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         kernels.cross_entropy_sum(hidden, head, torch.zeros(N, dtype=torch.long), torch.ones(N)).backward()
-    assert N * V / 32 < largest.size <= kernels.LOGITS_BYTES["cpu"] / 4 < N * V / 4
+    assert N * V / 16 < largest.size <= kernels.LOGITS_BYTES["cpu"] / 4 < N * V / 4
 
 
 @pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)

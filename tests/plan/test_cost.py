@@ -50,7 +50,8 @@ def step(model, optimizers, rows, context):
     ids = torch.randint(1024, (rows, context))
     NextToken(Train()).loss_sum(model, Batch(ids, ids, torch.ones(rows, context))).div(ids.numel()).backward()
     for optimizer in optimizers:
-        optimizer.step(); optimizer.zero_grad()
+        optimizer.step()
+    model.zero_grad()
 small = build.fresh(tiny.shape(vocab_size=1024), 1)
 step(small, make_optimizers(small, tiny.settings(optimizer=options["optimizer"])), 1, 8)  # libraries are loaded
 before = peak_memory()
