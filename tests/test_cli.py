@@ -522,6 +522,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         typist.wait_for("> ")
         typist.type("the qu")
         typist.wait_for("the qu")
+        time.sleep(0.5)  # Python's readline misses a signal that comes while it shows a letter, until the next key
         typist.type("\x03")
         typist.wait_for("Ctrl-D or /exit leaves")
         typist.type("/nope\n")
