@@ -528,7 +528,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         typist.type("/nope\n")
         typist.wait_for("warning: no command /nope")
         typist.type(f"/save {tmp_path / 'said.jsonl'}\n")
-        typist.wait_for("[2 messages")
+        typist.wait_for("said.jsonl]")  # whose arrow is not the prompt
         typist.wait_for("> ")
         typist.type("\x04")
         assert typist.command.wait(60) == 0
