@@ -42,9 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     shape = SIZES[job["size"]] | {"context": job["context"]}
     sizes = {"hidden_size": shape["width"], "num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"]}
     config = build_config(Model(family="gpt2", **sizes), shape["vocabulary"], shape["context"])
-    seconds, tokens, losses = (
-        ours(job, config, device, dtype) if job["who"] == "ours" else peer(job, shape, device, dtype)
-    )
+    seconds, tokens = ours(job, config, device, dtype) if job["who"] == "ours" else peer(job, shape, device, dtype)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else runtime.peak_memory()
     rate = runtime.matmul_rate(device, dtype, 1.0)
     speed = tokens / statistics.median(seconds)
@@ -58,7 +56,7 @@ def rows_of(job: dict[str, Any]) -> int:
     return max(1, job["tokens"] // job["context"])
 
 
-def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[list[float], int, list[float]]:
+def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[list[float], int]:
     """The loop of the package, as `gptworks train` runs it."""
     import numpy as np
 
@@ -83,18 +81,16 @@ def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[lis
     model = build.fresh(config, 1).to(device)
     layout = Layout(device, dtype, job["micro_batch"] or rows, job["compile"])
     seconds: list[float] = []
-    losses: list[float] = []
 
     def watch(state: State, m: Any) -> None:
         seconds.append(m.seconds)
-        losses.append(m.loss)
 
     state = State(model, make_optimizers(model, train))
     run(state, loader, NextToken(train), train, layout, Course(train), [watch], until=steps)
-    return seconds[job["warmup"] :], rows * job["context"], losses
+    return seconds[job["warmup"] :], rows * job["context"]
 
 
-def peer(job: dict[str, Any], shape: dict[str, int], device: Any, dtype: Any) -> tuple[list[float], int, list[float]]:
+def peer(job: dict[str, Any], shape: dict[str, int], device: Any, dtype: Any) -> tuple[list[float], int]:
     import torch
     from baselines import textbook_loop, transformers_loop
 
@@ -105,11 +101,11 @@ def peer(job: dict[str, Any], shape: dict[str, int], device: Any, dtype: Any) ->
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        made(ids[:, :-1], ids[:, 1:])
+        made(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return seconds[job["warmup"] :], rows * shape["context"], []
+    return seconds[job["warmup"] :], rows * shape["context"]
 
 
 def main() -> None:

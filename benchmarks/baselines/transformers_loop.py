@@ -13,6 +13,7 @@ def step(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Cal
     config = GPT2Config(
         n_embd=shape["width"], n_layer=shape["layers"], n_head=shape["heads"], vocab_size=shape["vocabulary"],
         n_positions=shape["context"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
