@@ -318,7 +318,8 @@ def failing_writes(site: Site, kind: str, most: int | None = None) -> Found:
         site.remove(out)
         (code,) = site.finish(out, sabotage=(f"io={kind}:{number}:{out}",))
         found.tried += 1
-        found.check(code == 74, f"{kind} at call {number}: exit code {code}: {tail(site.log(out))}")
+        struck = Path(f"{out}.calls").read_text()
+        found.check(code == 74, f"{kind} at call {number}: exit code {code}: {tail(site.log(out))}; calls {struck}")
         found.check("Traceback" not in site.log(out).read_text(), f"{kind} at call {number}: a traceback")
         found.check(newest_valid(out) >= acknowledged(site.log(out)), f"{kind} at call {number}: a saved step is gone")
         compare(site, out, found, f"after {kind} at call {number}", site.finish(out))
@@ -330,7 +331,7 @@ def count_writes(site: Site, kind: str, out: Path) -> int:
     site.remove(out)
     (code,) = site.finish(out, sabotage=(f"io={kind}:0:{out}",))
     assert code == 0, tail(site.log(out))
-    return int(Path(f"{out}.calls").read_text())
+    return int(Path(f"{out}.calls").read_text().splitlines()[0])
 
 
 def order_of_calls(site: Site, sabotage: tuple[str, ...] = ()) -> Found:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ class Counted:
 
     def __init__(self, kind: str, number: int, below: str) -> None:
         self.number, self.below, self.calls = number, os.path.abspath(below), 0
+        self.struck = ""  # what was being done when the call failed
         self.error, self.lock = getattr(errno, kind.upper()), threading.Lock()
 
     def __call__(self, path: Any) -> None:
@@ -229,6 +231,7 @@ class Counted:
                 self.calls += 1
                 strike = self.calls == self.number
             if strike:
+                self.struck = "".join(traceback.format_stack(limit=8))
                 raise OSError(self.error, os.strerror(self.error), f"{path} (call {self.number} of the campaign)")
 
 
@@ -272,8 +275,9 @@ def failing_io(text: str) -> None:
     for name in ("rename", "replace", "mkdir"):
         usual = getattr(os, name)
 
-        def counted(path: Any, *rest: Any, _usual: Any = usual, **more: Any) -> Any:
-            check(path)
+        def counted(path: Any, *rest: Any, _usual: Any = usual, _name: str = name, **more: Any) -> Any:
+            if not (_name == "mkdir" and os.path.isdir(path)):  # which needs no room and answers that it exists
+                check(path)
             return _usual(path, *rest, **more)
 
         setattr(os, name, counted)
@@ -288,7 +292,7 @@ def failing_io(text: str) -> None:
 
     def leave(code: int) -> None:
         with usual_open(f"{below}.calls", "w") as file:
-            file.write(str(check.calls))
+            file.write(f"{check.calls}\n{check.struck}")
         usual_exit(code)
 
     os._exit = leave  # type: ignore[assignment]
