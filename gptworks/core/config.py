@@ -239,6 +239,7 @@ class Train(Section):
     compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
     deterministic: Literal["auto"] | bool = fixed("auto", "bit-for-bit repeatable kernels; auto: on the CPU")
     threads: Count | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
+    workers: Count | None = fixed(None, "of these, how many compute micro-batches of their own, side by side")
     reduce: Literal["sum", "canonical"] = fixed(
         "sum", "how gradients are added up; canonical: the same bits on 1, 2, 4, ... processes"
     )

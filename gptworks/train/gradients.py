@@ -1,12 +1,14 @@
-"""The gradient of a step out of micro-batches and processes.
+"""The gradient of a step out of micro-batches, threads and processes.
 
-`sum` adds up as things come. `canonical` adds in one fixed tree over the micro-batches of the whole step, halves and
-halves of halves, of which each process computes a subtree: 1, 2 or 4 processes then agree in every bit, at the price of
-one more copy of the gradient for each level of the tree.
+`sum` adds up as things come, thread by thread. `canonical` adds in one fixed tree over the micro-batches of the whole
+step, halves and halves of halves, of which each process computes a subtree: 1, 2 or 4 processes then agree in every
+bit, at the price of one more copy of the gradient for each level of the tree.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,24 +23,69 @@ from gptworks.model.transformer import Transformer
 LossSum = Callable[[Transformer, Batch], Tensor]
 
 
+@contextmanager
+def side_by_side(workers: int) -> Iterator[Executor | None]:
+    """Threads that compute micro-batches at the same time and share the processors; None for one worker.
+
+    The operations of a small model are too short to be cut in two: they wait for each other longer than they compute.
+    """
+    each = max(torch.get_num_threads() // workers, 1)
+
+    def begin() -> None:  # both hold for a thread
+        torch.set_num_threads(each)
+        torch.set_flush_denormal(True)
+
+    if workers == 1:
+        yield None
+        return
+    with ThreadPoolExecutor(workers, "worker", begin) as threads:
+        yield threads
+
+
 def accumulate(
-    model: Transformer, batch: Batch, loss_sum: LossSum, weight: float, train: Train, micro_batch: int, step: int
+    model: Transformer,
+    batch: Batch,
+    loss_sum: LossSum,
+    weight: float,
+    train: Train,
+    micro_batch: int,
+    step: int,
+    threads: Executor | None = None,
 ) -> float:
     """Leaves the gradient of `loss / weight`, summed over all processes, in `.grad`; returns that loss.
 
-    `batch` is this process's share of the step's rows; `weight` is of all of them.
+    `batch` is this process's share of the step's rows; `weight` is of all of them. `threads` are as many as
+    `train.workers` says (see `side_by_side`); they must not draw random numbers, whose generator they share.
     """
     device = next(model.parameters()).device
     losses: list[Tensor] = []
 
+    def forward(rows: Batch) -> Tensor:
+        part = loss_sum(model, rows.to(device))
+        failpoint("step.loss", part)
+        ranks.beat()
+        return part
+
     def backward(rows: Batch) -> None:
         # Random draws are a function of the step and the rows, wherever they are computed.
         seed_everything(train.seed, step, rows.first)
-        part = loss_sum(model, rows.to(device))
-        failpoint("step.loss", part)
+        part = forward(rows)
         (part / weight).backward()
         losses.append(part.detach().double())
-        ranks.beat()
+
+    def share(several: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+        """The losses of some micro-batches and the gradient of their sum, kept apart from `.grad`."""
+        parts: list[Tensor] = []
+        total: list[Tensor] = []
+        for rows in several:
+            part = forward(rows)
+            gradients = list(torch.autograd.grad(part / weight, parameters))
+            parts.append(part.detach().double())
+            if total:
+                torch._foreach_add_(total, gradients)
+            else:
+                total = gradients
+        return parts, total
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if train.reduce == "canonical":
@@ -49,8 +96,16 @@ def accumulate(
             parameter.grad = gradient
         sums = [float(loss) for loss in losses]
         return math.fsum(value for part in ranks.gather(sums) for value in part) / weight
-    for rows in batch.rows(micro_batch):
-        backward(rows)
+    micro_batches = list(batch.rows(micro_batch))
+    if threads is None:
+        for rows in micro_batches:
+            backward(rows)
+    else:
+        workers = min(train.workers or 1, len(micro_batches))
+        for parts, gradients in threads.map(share, [micro_batches[w::workers] for w in range(workers)]):
+            losses += parts
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     total = float(torch.stack(losses).sum()) if losses else 0.0
     if ranks.started:
         for parameter in parameters:

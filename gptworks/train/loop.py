@@ -11,7 +11,7 @@ from gptworks.core.errors import DataError, NotFinite, OutOfMemory
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
 from gptworks.data.loader import Loader
-from gptworks.train.gradients import accumulate
+from gptworks.train.gradients import accumulate, side_by_side
 from gptworks.train.objectives import Objective
 from gptworks.train.optim import add_penalties, set_rates
 from gptworks.train.schedule import Course
@@ -62,39 +62,40 @@ def run(
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
     loss_sum = torch.compile(objective.loss_sum, dynamic=False) if layout.compile else objective.loss_sum
-    while state.step < (until or course.length) and not state.stopped:
-        start = time.perf_counter()
-        batch, cursor = loader.take(state.cursor)
-        data_seconds = time.perf_counter() - start
-        weight = ranks.total(objective.weight(batch))[0]
-        if weight == 0:
-            raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
-        try:
-            loss = accumulate(model, batch, loss_sum, weight, train, layout.micro_batch, state.step)
-            norm = _clipped(state, loss, train)
-            skipped = train.skip_spikes is not None and is_spike(state.norms, norm, train.skip_spikes)
-            lr = set_rates(state.optimizers, course.factor(state.step), course.peaks(state.step))
-            state.settle()
-            failpoint("step.update")
-            if not skipped:
-                _update(state, train)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            raise _explained(error, layout.micro_batch) from error
-        failpoint("step.count")
-        model.zero_grad(set_to_none=True)
-        if train.skip_spikes is not None:
-            state.norms = [*state.norms, norm][-WINDOW:]
-        state.skipped += skipped
-        state.step += 1
-        state.tokens += round(weight)
-        state.cursor = cursor
-        seconds = time.perf_counter() - start
-        state.seconds += seconds
-        metrics = StepMetrics(loss, norm, lr, weight, skipped, seconds, data_seconds)
-        failpoint("step.hooks")
-        for hook in hooks:
-            state.stopped = hook(state, metrics) or state.stopped
-        ranks.beat()
+    with side_by_side(train.workers or 1) as threads:
+        while state.step < (until or course.length) and not state.stopped:
+            start = time.perf_counter()
+            batch, cursor = loader.take(state.cursor)
+            data_seconds = time.perf_counter() - start
+            weight = ranks.total(objective.weight(batch))[0]
+            if weight == 0:
+                raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
+            try:
+                loss = accumulate(model, batch, loss_sum, weight, train, layout.micro_batch, state.step, threads)
+                norm = _clipped(state, loss, train)
+                skipped = train.skip_spikes is not None and is_spike(state.norms, norm, train.skip_spikes)
+                lr = set_rates(state.optimizers, course.factor(state.step), course.peaks(state.step))
+                state.settle()
+                failpoint("step.update")
+                if not skipped:
+                    _update(state, train)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                raise _explained(error, layout.micro_batch) from error
+            failpoint("step.count")
+            model.zero_grad(set_to_none=True)
+            if train.skip_spikes is not None:
+                state.norms = [*state.norms, norm][-WINDOW:]
+            state.skipped += skipped
+            state.step += 1
+            state.tokens += round(weight)
+            state.cursor = cursor
+            seconds = time.perf_counter() - start
+            state.seconds += seconds
+            metrics = StepMetrics(loss, norm, lr, weight, skipped, seconds, data_seconds)
+            failpoint("step.hooks")
+            for hook in hooks:
+                state.stopped = hook(state, metrics) or state.stopped
+            ranks.beat()
     return state
 
 

@@ -25,7 +25,7 @@ from gptworks.data.shards import Shards, check_ids
 from gptworks.infer.scoring import score
 from gptworks.model import build
 from gptworks.model.build import Loaded
-from gptworks.model.config import ModelConfig
+from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
 from gptworks.plan.dial import Derived, derive_shape, derive_training
 from gptworks.train.hooks import check_wandb
@@ -39,6 +39,7 @@ USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecast
 COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
 COMPILE_GAIN = 0.08  # of the step's time, measured beside the hand-written kernels (docs/log.md)
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
+WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
 CALIBRATION_SECONDS = 6.0
 MARGIN = 0.95  # of what is left of a time budget is planned for
 
@@ -211,13 +212,25 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
 def _layout(
     config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Config, Layout, dict[str, str]]:
-    """Rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would fit."""
+    """Workers, and rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would
+    fit."""
     derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
+    wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
     masked = config.data.mask_documents
     free = int(runtime.available_memory(device) * 0.9) // (ranks.per_machine if device.type == "cpu" else 1)
     a_row = row_bytes(architecture, train.context, element, masked)
-    fits = (free - state_bytes(architecture, train.optimizer)) // a_row
+
+    def rows_of_each(workers: int) -> int:
+        gradients = (workers - 1) * 4 * parameter_count(architecture)
+        return (free - state_bytes(architecture, train.optimizer) - gradients) // a_row // workers
+
+    workers, why = _workers(config, architecture, device, wanted)
+    if train.workers is None:
+        if rows_of_each(workers) < 1:
+            workers, why = 1, "memory is too small for more"
+        derived.choose("train.workers", workers, why)
+    fits = rows_of_each(workers)
     if fits < 1:
         need = step_bytes(architecture, train.context, 1, train.optimizer, element, masked)
         short = next(
@@ -225,7 +238,6 @@ def _layout(
              and step_bytes(architecture, c, 1, train.optimizer, element, masked) <= free), None)  # fmt: skip
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
         raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
-    wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
     if train.micro_batch is not None:
         whole = train.micro_batch * ranks.world
         if train.reduce == "canonical" and batch_rows(config) % whole:
@@ -239,9 +251,9 @@ def _layout(
                 f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
                 f"are free; train.micro_batch={fits} fits"
             )
-        return config, Layout(device, dtype, train.micro_batch), {}
+        return with_values(config, derived.values), Layout(device, dtype, train.micro_batch), derived.reasons
     cap = max(1, (16384 if device.type == "cpu" else 2**20) // train.context)  # larger gains nothing
-    micro = max(1, min(wanted, fits, cap))
+    micro = max(1, min(-(-wanted // workers), fits, cap))
     if train.reduce == "canonical":
         rows = batch_rows(config)
         shares = max(ranks.world, math.gcd(rows, 8))  # so that a run may move to as many as eight processes
@@ -251,10 +263,36 @@ def _layout(
                 f"train.reduce=canonical: the {rows} rows of a step (train.batch_tokens) do not divide among "
                 f"{ranks.world} processes"
             )
-    elif wanted > micro and train.batch_tokens != "full":  # equal micro-batches
-        micro = -(-wanted // -(-wanted // micro))
+    elif wanted > micro and train.batch_tokens != "full":  # equal micro-batches, as many for each worker
+        micro = -(-wanted // (workers * -(-wanted // (workers * micro))))
     derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
     return with_values(config, derived.values), Layout(device, dtype, int(micro)), derived.reasons
+
+
+def _workers(config: Config, architecture: ModelConfig, device: torch.device, rows: int) -> tuple[int, str]:
+    """Threads that compute micro-batches side by side (`gradients.side_by_side`), as asked or as many as there are.
+    Raises UsageError for what keeps a step whole."""
+    train = config.train
+    assert train.threads and train.context
+    dropped = architecture.embed_dropout or architecture.attention_dropout or architecture.residual_dropout
+    obstacles = {
+        f"runs on {device.type}": device.type != "cpu",
+        "draws dropout from one generator": bool(dropped),
+        "adds up in one order (train.reduce=canonical)": train.reduce == "canonical",
+        "is compiled": train.compile is True,
+    }
+    obstacle = next((name for name, holds in obstacles.items() if holds), None)
+    if train.workers is not None:
+        if train.workers > 1 and obstacle:
+            raise UsageError(f"train.workers={train.workers}: a step that {obstacle} has one; leave the key out")
+        if train.workers > train.threads:
+            raise UsageError(f"train.workers={train.workers} are more than train.threads={train.threads}")
+        return train.workers, ""
+    if obstacle:
+        return 1, f"a step that {obstacle} has one"
+    batches = rows // train.micro_batch if train.micro_batch else rows * train.context // WORKER_TOKENS
+    workers = max(min(train.threads, rows, batches), 1)
+    return workers, f"{train.threads} threads, {rows * train.context} tokens a step"
 
 
 def _length(
@@ -352,9 +390,10 @@ def _rhythm(
         derived.choose("train.checkpoint_every", min(math.ceil(apart), total), why)
     compile = train.compile
     if compile == "auto":
-        pays = expected * COMPILE_GAIN > COMPILE_SECONDS and train.batch_tokens != "full" and _can_compile(layout)
+        alone = train.workers == 1 and train.batch_tokens != "full"
+        pays = expected * COMPILE_GAIN > COMPILE_SECONDS and alone and _can_compile(layout)
         cost = f"compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
-        why = f"about {duration(expected)} of training; {cost}"
+        why = f"about {duration(expected)} of training; {cost}" if alone else "for a step of one worker"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
         raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")

@@ -105,7 +105,7 @@ def test_an_impossible_step_names_what_fits(monkeypatch):
     from gptworks.core.errors import OutOfMemory
     from gptworks.train import setup
 
-    config = Config.model_validate({"train": {"context": 32, "batch_tokens": 1024, "micro_batch": 32}})
+    config = Config.model_validate({"train": {"context": 32, "batch_tokens": 1024, "micro_batch": 32, "threads": 1}})
     architecture = tiny.shape()
     room = state_bytes(architecture, "muon") + 5.5 * row_bytes(architecture, 32, 4, False)
     monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))

@@ -14,6 +14,7 @@ from gptworks.core import runtime
 from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.data.loader import Batch, Cursor
 from gptworks.data.shards import open_shards
+from gptworks.train import gradients as gradients_module
 from gptworks.train import hooks, loop
 from gptworks.train.gradients import accumulate
 from gptworks.train.objectives import NextToken
@@ -28,12 +29,13 @@ def ragged(rows=8):
     return Batch(tiny.tokens(rows, tiny.CONTEXT), tiny.tokens(rows, tiny.CONTEXT, seed=1), weights)
 
 
-def gradients(batch, micro_batch=8, dtype=torch.float32, **settings):
+def gradients(batch, micro_batch=8, dtype=torch.float32, threads=None, **settings):
     train = tiny.settings(clip=0, **settings)
     state = tiny.state(train)
     state.model.dtype = dtype
     objective = NextToken(train)
-    loss = accumulate(state.model, batch, objective.loss_sum, objective.weight(batch), train, micro_batch, step=0)
+    weight = objective.weight(batch)
+    loss = accumulate(state.model, batch, objective.loss_sum, weight, train, micro_batch, 0, threads)
     norm = loop._clipped(state, loss, train)
     return loss, norm, {name: p.grad for name, p in state.model.named_parameters()}
 
@@ -46,6 +48,46 @@ def test_accumulation_changes_neither_loss_nor_gradient(micro_batch):
     assert norm_in_parts == pytest.approx(norm, rel=1e-5)
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("workers", "micro_batch"), [(2, 4), (2, 2), (3, 2), (4, 4)])
+def test_workers_change_neither_loss_nor_gradient_and_repeat_to_the_bit(workers, micro_batch):
+    def side_by_side():
+        with gradients_module.side_by_side(workers) as threads:
+            return gradients(ragged(), micro_batch, threads=threads, workers=workers)
+
+    loss, norm, whole = gradients(ragged())
+    shared, again = side_by_side(), side_by_side()
+    assert shared[:2] == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-5))
+    assert shared[:2] == again[:2]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(shared[2][name], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(shared[2][name], again[2][name])
+
+
+def test_an_error_of_a_worker_ends_the_step():
+    def broken(model, batch):
+        raise RuntimeError("broken" if batch.first else "the first rows")
+
+    with gradients_module.side_by_side(2) as threads, pytest.raises(RuntimeError, match="the first rows"):
+        train = tiny.settings(workers=2)
+        accumulate(tiny.state(train).model, ragged(), broken, 1.0, train, 4, 0, threads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model.dropout": 0.1}, "draws dropout"),
+        ({"train.reduce": "canonical"}, "adds up in one order"),
+        ({"train.compile": True}, "is compiled"),
+        ({"train.workers": 3}, "more than train.threads=2"),
+    ],
+    ids=str,
+)
+def test_what_keeps_a_step_whole_refuses_workers(tiny_config, tmp_path, settings, reason):
+    config = tiny_config(**{"train.threads": 2, "train.workers": 2, "model.dropout": 0} | settings)
+    with pytest.raises(UsageError, match=reason):
+        lifecycle.train(config, tmp_path / "run")
 
 
 def test_the_loss_is_the_mean_over_targets_and_not_over_rows():
