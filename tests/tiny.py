@@ -98,7 +98,7 @@ def loader(rows: int | None = 8, **options: Any) -> Loader:
 
 
 def run(started: State, train: Train, until: int, total: int = 12, micro_batch: int = 8, **options: Any) -> State:
-    layout = loop.Layout(torch.device("cpu"), torch.float32, micro_batch)
+    layout = loop.Layout(torch.device("cpu"), options.pop("dtype", torch.float32), micro_batch)
     course = Course(train.model_copy(update={"max_steps": total}))
     objective = options.pop("objective", None) or NextToken(train)
     rows = options.pop("loader", None) or loader()

@@ -58,6 +58,13 @@ def has_bf16(device: "torch.device") -> bool:
     return False
 
 
+def has_float8(device: "torch.device") -> bool:
+    """Whether the processor multiplies float8 matrices in hardware."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def cpu_flags() -> set[str]:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptworks.model.config import ModelConfig
-from gptworks.model.kernels import rms_norm, rotate
+from gptworks.model.kernels import linear_float8, rms_norm, rotate
 
 
 class Linear(nn.Linear):
@@ -22,6 +22,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Float8Linear(Linear):
+    """Multiplies in float8 while it is trained, and as a plain one otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y = linear_float8(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class RMSNorm(nn.Module):

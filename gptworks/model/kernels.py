@@ -177,3 +177,44 @@ class _CrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grad, grad_head * grad, None, None, None, None
+
+
+# -- products in float8 ------------------------------------------------------------------------------------------
+
+
+def linear_float8(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of x [..., K] and weight [N, K], multiplied in float8: e4m3 for both, e5m2 for the gradient, each
+    tensor scaled by its own largest value (Micikevicius et al. 2022). Sums are in float32, the output in x's precision.
+
+    All three products want sizes that are multiples of 16.
+    """
+    return _LinearFloat8.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], len(weight))
+
+
+def _to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Also gives what the result is to be multiplied with."""
+    scale = x.abs().max().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+
+def _by_column(x: Tensor) -> Tensor:
+    """The same matrix, its columns side by side in memory, as the second factor has to be."""
+    return x.T.contiguous().T
+
+
+class _LinearFloat8(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        (x8, x_scale), (weight8, weight_scale) = (_to_float8(t, torch.float8_e4m3fn) for t in (x, weight))
+        ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
+        ctx.dtype = weight.dtype
+        return torch._scaled_mm(x8, weight8.T, x_scale, weight_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x8, x_scale, weight8, weight_scale = ctx.saved_tensors
+        grad8, scale = _to_float8(grad, torch.float8_e5m2)
+        grad_x = torch._scaled_mm(grad8, _by_column(weight8), scale, weight_scale, out_dtype=grad.dtype)
+        grad_weight = torch._scaled_mm(grad8.T.contiguous(), _by_column(x8), scale, x_scale, out_dtype=grad.dtype)
+        return grad_x, grad_weight.to(ctx.dtype)

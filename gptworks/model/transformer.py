@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptworks.model.attention import Attention, KeyValueCache, Linear, make_norm, rotary_table
+from gptworks.model.attention import Attention, Float8Linear, KeyValueCache, Linear, make_norm, rotary_table
 from gptworks.model.config import ModelConfig
 from gptworks.model.mlp import MLP
 
@@ -111,6 +111,12 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [..., V] of hidden states [..., D]."""
         return self.lm_head(hidden)
+
+    def use_float8(self) -> None:
+        """Has the linear layers of the blocks train in float8, those whose sizes allow it. Weights stay as they are."""
+        for layer in self.model.layers.modules():
+            if type(layer) is Linear and not (layer.in_features % 16 or layer.out_features % 16):
+                layer.__class__ = Float8Linear
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

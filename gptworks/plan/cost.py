@@ -12,12 +12,12 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
     return 6.0 * multiplied + attention
 
 
-def state_bytes(config: ModelConfig, optimizer: str) -> int:
+def state_bytes(config: ModelConfig, optimizer: str, device: str = "cpu") -> int:
     """Weights, gradients and optimizer state in float32, and the copies an update or a checkpoint makes: Muon turns all
     matrices of one shape at once, in about four copies of, at most, two thirds of the weights. Then what the loss of
     the head needs whatever the rows: its gradient once more, and a chunk of logits with their exponentials."""
     slots = {"sgd": 1, "muon": 1}.get(optimizer, 2)
-    chunk = max(LOGITS_BYTES["cpu"], LOGITS_ROWS * config.vocab_size * 4)
+    chunk = max(LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]), LOGITS_ROWS * config.vocab_size * 4)
     head = 2 * config.vocab_size * config.hidden_size * 4 + 3 * chunk
     return int(parameter_count(config) * 4 * (2 + slots + (3 if optimizer == "muon" else 1))) + head
 
@@ -41,6 +41,14 @@ def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> 
     return context * ((config.num_hidden_layers + 1) * block + 4 * d * 4)
 
 
-def step_bytes(config: ModelConfig, context: int, rows: int, optimizer: str, element: int, masked: bool = False) -> int:
+def step_bytes(
+    config: ModelConfig,
+    context: int,
+    rows: int,
+    optimizer: str,
+    element: int,
+    masked: bool = False,
+    device: str = "cpu",
+) -> int:
     """Peak memory of a training step with `rows` rows in each forward pass."""
-    return state_bytes(config, optimizer) + rows * row_bytes(config, context, element, masked)
+    return state_bytes(config, optimizer, device) + rows * row_bytes(config, context, element, masked)

@@ -119,6 +119,8 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         ranks.world,
     )
     state = State(model.to(layout.device), [])
+    if train.precision == "fp8":
+        state.model.use_float8()
     state.optimizers = make_optimizers(state.model, train)
     eval_rows = max(1, min(64, 16384 // train.context))
     most_steps = 10**15
@@ -195,6 +197,12 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
         precision = derived.choose("train.precision", "bf16" if fast else "fp32", why)
     elif precision == "bf16" and not runtime.has_bf16(device):
         console.warn(f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32")
+    elif precision == "fp8":
+        if not runtime.has_float8(device):
+            raise UsageError(f"train.precision=fp8: this {device.type} has no float8 units; use auto")
+        assert train.context
+        if train.context % 16:
+            raise UsageError(f"train.precision=fp8 wants rows of a multiple of 16 tokens, not {train.context}")
     if train.deterministic == "auto":
         on = derived.choose("train.deterministic", device.type == "cpu", "free on a CPU, costs speed on a GPU")
     else:
@@ -205,7 +213,7 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     torch.set_flush_denormal(True)
     if device.type == "cpu":
         runtime.reuse_memory()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return with_values(config, derived.values), device, dtype, derived.reasons
 
 
@@ -223,7 +231,7 @@ def _layout(
 
     def rows_of_each(workers: int) -> int:
         gradients = (workers - 1) * 4 * parameter_count(architecture)
-        return (free - state_bytes(architecture, train.optimizer) - gradients) // a_row // workers
+        return (free - state_bytes(architecture, train.optimizer, device.type) - gradients) // a_row // workers
 
     workers, why = _workers(config, architecture, device, wanted)
     if train.workers is None:
@@ -232,10 +240,10 @@ def _layout(
         derived.choose("train.workers", workers, why)
     fits = rows_of_each(workers)
     if fits < 1:
-        need = step_bytes(architecture, train.context, 1, train.optimizer, element, masked)
+        need = step_bytes(architecture, train.context, 1, train.optimizer, element, masked, device.type)
         short = next(
             (c for c in (2**e for e in range(20, 3, -1)) if c < train.context
-             and step_bytes(architecture, c, 1, train.optimizer, element, masked) <= free), None)  # fmt: skip
+             and step_bytes(architecture, c, 1, train.optimizer, element, masked, device.type) <= free), None)  # fmt: skip
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
         raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
     if train.micro_batch is not None:
@@ -246,7 +254,9 @@ def _layout(
                 f"divide into micro-batches of {train.micro_batch} on {ranks.world} process{'es' * (ranks.world > 1)}"
             )
         if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
-            need = step_bytes(architecture, train.context, train.micro_batch, train.optimizer, element, masked)
+            need = step_bytes(
+                architecture, train.context, train.micro_batch, train.optimizer, element, masked, device.type
+            )
             raise OutOfMemory(
                 f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
                 f"are free; train.micro_batch={fits} fits"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gptworks.core.config import Train
 from gptworks.data.loader import Batch
-from gptworks.model import kernels
+from gptworks.model import build, kernels
+from gptworks.model.attention import Float8Linear
 from gptworks.train.objectives import NextToken
 
 Made = tuple[Tensor, list[Tensor | None]]
@@ -126,3 +127,37 @@ def test_a_models_gradients_are_those_of_the_plain_one_in_float32(monkeypatch, p
     for name, gradient in gradients.items():  # keys' biases have none but rounding: attention does not see them
         difference = (gradient - plain[name]).norm() / max(plain[name].norm(), largest / 100)
         assert difference < near, (name, difference)
+
+
+def test_float8_products_are_near_the_exact_ones_and_not_equal_to_them():
+    torch.manual_seed(1)
+    x, weight, grad = torch.randn(2, 32, 48), torch.randn(64, 48) / 7, torch.randn(2, 32, 64)
+    x[0, 0, 0] = 100.0  # the scale is a tensor's own, so one large value costs the others precision
+    leaves = [x.bfloat16().requires_grad_(), weight.clone().requires_grad_()]
+    y = kernels.linear_float8(*leaves)
+    y.backward(grad.bfloat16())
+    assert (y.dtype, leaves[0].grad.dtype, leaves[1].grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    exact = [x @ weight.T, grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)]
+    for ours, theirs, near in zip([y, leaves[0].grad, leaves[1].grad], exact, (0.05, 0.08, 0.08), strict=True):
+        assert 0.005 < float((ours.detach().float() - theirs).norm() / theirs.norm()) < near
+    assert not kernels.linear_float8(torch.zeros(16, 48), weight).any()
+
+
+def test_a_model_learns_in_float8_about_as_in_bf16_and_is_evaluated_in_bf16():
+    losses = {}
+    for float8 in (False, True):
+        train = tiny.settings()
+        started = tiny.state(train)
+        started.model.dtype = torch.bfloat16
+        if float8:
+            started.model.use_float8()
+        assert sum(type(m) is Float8Linear for m in started.model.modules()) == 14 * float8
+        made = tiny.run(started, train, 30, total=30, dtype=torch.bfloat16)
+        rows = Batch(tiny.tokens(2, tiny.CONTEXT), tiny.tokens(2, tiny.CONTEXT, seed=1), torch.ones(2, tiny.CONTEXT))
+        batch, _ = tiny.loader().take(made.cursor)
+        losses[float8] = float(NextToken(train).loss_sum(made.model.eval(), batch).detach() / batch.weights.sum())
+        plain = build.fresh(made.model.config, 1).eval()
+        plain.load_state_dict(made.model.state_dict())
+        plain.dtype = torch.bfloat16
+        assert torch.equal(made.model(rows.tokens), plain(rows.tokens))
+    assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.02)

@@ -109,6 +109,13 @@ def test_bf16_compute_gives_gradients_near_fp32_into_fp32_weights():
         assert float((near[name] - gradient).norm() / gradient.norm()) < 0.05, name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have float8 units")
+def test_float8_is_refused_where_nothing_multiplies_it(tiny_config, tmp_path):
+    with pytest.raises(UsageError, match="train.precision=fp8: this cpu has no float8 units") as refused:
+        lifecycle.train(tiny_config(**{"train.precision": "fp8"}), tmp_path / "run")
+    assert refused.value.code == 64
+
+
 def test_clipping_bounds_the_norm_and_keeps_the_direction():
     train = tiny.settings(optimizer="sgd", lr=1.0, momentum=0, weight_decay=0, warmup=0, schedule="constant", clip=0.01)
     state = tiny.state(train)
