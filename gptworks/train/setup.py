@@ -239,13 +239,15 @@ def _layout(
             workers, why = 1, "memory is too small for more"
         derived.choose("train.workers", workers, why)
     fits = rows_of_each(workers)
+
+    def need(context: int, rows: int) -> float:
+        return step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type) / 1e9
+
     if fits < 1:
-        need = step_bytes(architecture, train.context, 1, train.optimizer, element, masked, device.type)
-        short = next(
-            (c for c in (2**e for e in range(20, 3, -1)) if c < train.context
-             and step_bytes(architecture, c, 1, train.optimizer, element, masked, device.type) <= free), None)  # fmt: skip
+        context = train.context
+        short = next((c for c in (2**e for e in range(20, 3, -1)) if c < context and need(c, 1) <= free / 1e9), None)
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
-        raise OutOfMemory(f"one row needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
+        raise OutOfMemory(f"one row needs about {need(context, 1):.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
     if train.micro_batch is not None:
         whole = train.micro_batch * ranks.world
         if train.reduce == "canonical" and batch_rows(config) % whole:
@@ -254,12 +256,9 @@ def _layout(
                 f"divide into micro-batches of {train.micro_batch} on {ranks.world} process{'es' * (ranks.world > 1)}"
             )
         if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
-            need = step_bytes(
-                architecture, train.context, train.micro_batch, train.optimizer, element, masked, device.type
-            )
             raise OutOfMemory(
-                f"train.micro_batch={train.micro_batch} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-                f"are free; train.micro_batch={fits} fits"
+                f"train.micro_batch={train.micro_batch} needs about {need(train.context, train.micro_batch):.1f} GB "
+                f"and {free / 1e9:.1f} GB are free; train.micro_batch={fits} fits"
             )
         return with_values(config, derived.values), Layout(device, dtype, train.micro_batch), derived.reasons
     cap = max(1, (16384 if device.type == "cpu" else 2**20) // train.context)  # larger gains nothing
