@@ -1,7 +1,8 @@
 """Training speed and memory of our loop, `transformers` with fused AdamW, and a tutorial's loop, on GPT-2 shapes.
 
-Each measurement is a process of its own: warm-up steps, then timed ones on random tokens. Utilisation is of the best
-matmul rate found in that process; FLOPs a token are 6 for each parameter but the input tables', plus causal attention.
+Each measurement is a process of its own: warm-up steps, then timed ones on random tokens. Each also measures its matmul
+rate over several sizes; utilisation is of the best found so far by any. FLOPs a token are 6 for each parameter but the
+input tables', plus causal attention.
 
 python benchmarks/train_speed.py --sizes 1M 10M --contexts 256 1024 --runs 3
 python benchmarks/train_speed.py --sizes 124M --precision bf16 --json speed.json
@@ -47,8 +48,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     rate = runtime.matmul_rate(device, dtype, 1.0)
     speed = tokens / statistics.median(seconds)
     return {
-        "tokens_per_second": speed, "utilisation": speed * flops_per_token(config, shape["context"]) / rate,
-        "peak_bytes": peak, "matmul_gflops": rate / 1e9, "rows": tokens // shape["context"],
+        "tokens_per_second": speed, "flops": speed * flops_per_token(config, shape["context"]),
+        "peak_bytes": peak, "matmul_flops": rate, "rows": tokens // shape["context"],
     }  # fmt: skip
 
 
@@ -122,8 +123,8 @@ def main() -> None:
     arguments.add_argument("--optimizer", default="adamw", help="ours; the others take AdamW")
     arguments.add_argument("--compile", action="store_true", help="ours")
     options = arguments.parse_args()
-    print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "of ours"))
-    rows = []
+    print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "to ours"))
+    rows, rate = [], 0.0
     common = {k: getattr(options, k) for k in ("tokens", "steps", "warmup", "precision", "optimizer", "compile")}
     for size, context in product(options.sizes, options.contexts):
         found: dict[str, list[dict[str, float]]] = {who: [] for who in options.who}
@@ -132,16 +133,18 @@ def main() -> None:
                 job = {**common, "who": who, "size": size, "context": context, "micro_batch": options.micro_batch}
                 done = child([sys.executable, __file__, json.dumps(job)])
                 found[who].append(json.loads(done["stdout"].splitlines()[-1]))
+        rate = max([rate, *(one["matmul_flops"] for each in found.values() for one in each)])
         for who, each in found.items():
             speeds = [one["tokens_per_second"] for one in each]
             pairs = zip(speeds, (one["tokens_per_second"] for one in found.get("ours", each)), strict=True)
             ratio = statistics.median(speed / ours for speed, ours in pairs)
             peak = statistics.median(one["peak_bytes"] for one in each) / 1e9
-            used = spread([100 * one["utilisation"] for one in each], 0)
+            used = spread([100 * one["flops"] / rate for one in each], 0)
             print(
                 ROW.format(size, context, WHO[who], spread(speeds, 0), used, f"{peak:.2f}", f"{ratio:.2f}"), flush=True
             )
             rows.append({"size": size, "context": context, "who": who, "runs": each})
+    print(f"best matmul rate: {rate / 1e9:.0f} GFLOP/s")
     write(options.json, {"options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": rows})
 
 
