@@ -194,7 +194,7 @@ def linear_float8(x: Tensor, weight: Tensor) -> Tensor:
 def _to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Also gives what the result is to be multiplied with."""
     scale = x.abs().max().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
+    return (x.float() / scale).to(dtype).contiguous(), scale
 
 
 def _by_column(x: Tensor) -> Tensor:
