@@ -73,7 +73,7 @@ class Family:
         act = raw.get(self.act) or next(iter(self.acts))
         if act not in self.acts:
             raise DataError(
-                f"config.json has {self.act} {act!r}; {raw['model_type']} is read with {_listed(self.acts)}"
+                f"config.json has {self.act} {act!r}; {raw['model_type']} is read with {', '.join(self.acts)}"
             )
         values["activation"] = self.acts[act]
         width, heads = values["hidden_size"], values["num_attention_heads"]
@@ -114,22 +114,23 @@ class Family:
         layers, window, listed = values["num_hidden_layers"], values.get("sliding_window"), raw.get("layer_types")
         if self.sliding == "upper" and not raw.get("use_sliding_window"):
             window = None
-        first, each = layers, 0
-        if self.sliding == "all" or (self.sliding == "upper" and window is not None):
+        if self.sliding == "most":
+            each = self._said(raw, "sliding_window_pattern")
+            slide = [(n + 1) % each != 0 for n in range(layers)]
+        elif self.sliding == "none" or window is None:
+            slide = [False] * layers
+        else:
             first = 0 if self.sliding == "all" else self._said(raw, "max_window_layers")
-        elif self.sliding == "most":
-            first, each = 0, self._said(raw, "sliding_window_pattern")
-        types = [SLIDING if n >= first and not (each and (n + 1) % each == 0) else FULL for n in range(layers)]
-        if self.sliding == "all" and window is None:
-            types = [FULL] * layers
-        if listed is not None and self.sliding in ("upper", "most"):
+            slide = [n >= first for n in range(layers)]
+        types = [SLIDING if slides else FULL for slides in slide]
+        if listed is not None and listed != types:
+            if self.sliding not in ("upper", "most"):
+                raise ValueError(f"layer_types is not what a {raw['model_type']} model does")
+            if not isinstance(listed, list) or len(listed) != layers or not {FULL, SLIDING}.issuperset(listed):
+                raise ValueError(f"layer_types does not name {FULL} or {SLIDING} for each of {layers} layers")
             types = listed
-        elif listed is not None and listed != types:
-            raise ValueError(f"layer_types is not what a {raw['model_type']} model does")
-        if not isinstance(types, list) or len(types) != layers or not {FULL, SLIDING}.issuperset(types):
-            raise ValueError(f"layer_types does not name {FULL} or {SLIDING} for each of {layers} layers")
         if SLIDING not in types:
-            return {"sliding_window": window, "layer_types": ()}
+            return {"sliding_window": window}
         if window is None:
             raise ValueError("layers are to see a window, and no sliding_window says how wide")
         return {"sliding_window": window, "layer_types": tuple(types)}
@@ -241,10 +242,6 @@ def _number(inner: Raw, name: str, raw: Raw, key: str, default: float) -> float:
     return float(value)
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(names)
-
-
 # -- checks of a config.json before it is read -----------------------------------------------------------------------
 
 
@@ -257,7 +254,7 @@ def from_hf_config(raw: Raw) -> ModelConfig:
     if raw.get("quantization_config"):
         raise DataError("config.json describes quantised weights, which this version does not read")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise DataError(f"config.json has model_type {kind!r}; this version reads {_listed(FAMILIES)}")
+        raise DataError(f"config.json has model_type {kind!r}; this version reads {', '.join(FAMILIES)}")
     try:
         return FAMILIES[kind].read_config(raw)
     except KeyError as error:
