@@ -78,6 +78,8 @@ class Family:
         values["activation"] = self.acts[act]
         width, heads = values["hidden_size"], values["num_attention_heads"]
         usual = {"num_key_value_heads": heads, "head_dim": width // heads, "intermediate_size": 4 * width}
+        if values.get("head_dim") is None and width % heads:
+            raise ValueError(f"{width} channels do not divide among {heads} heads")
         values |= {name: value for name, value in usual.items() if values.get(name) is None}
         values |= self._read_layer_types(raw, values)
         if values.get("positions", "rotary") == "rotary":
@@ -271,10 +273,8 @@ _SIZES = {
     "n_embd": MOST, "n_layer": MOST_LAYERS, "n_head": MOST, "n_inner": MOST, "n_positions": MOST,
     "sliding_window": MOST, "sliding_window_pattern": MOST,
 }  # fmt: skip
-_NUMBERS = (
-    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "attention_dropout", "hidden_dropout", "embd_pdrop",
-    "attn_pdrop", "resid_pdrop", "max_window_layers",
-)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "max_window_layers")
+_SHARES = ("attention_dropout", "hidden_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop")
 _ABOVE_ZERO = (
     "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor",
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
@@ -288,12 +288,14 @@ def _check_values(raw: Raw) -> None:
         value = raw.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise DataError(f"config.json has {key} {str(value)[:80]}; it must be a whole number from 1 to {most:,}")
-    for key in (*_NUMBERS, *_ABOVE_ZERO):
+    for key in (*_NUMBERS, *_SHARES, *_ABOVE_ZERO):
         value = raw.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 <= value < float("inf")):
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
             raise DataError(f"config.json has {key} {value!r}; it must be a number of at least 0")
-        if value == 0 and key in _ABOVE_ZERO:
-            raise DataError(f"config.json has {key} {value!r}; it must be above 0")
+        if (value == 0 and key in _ABOVE_ZERO) or (value >= 1 and key in _SHARES):
+            raise DataError(f"config.json has {key} {value!r}; it must be {'below 1' if value else 'above 0'}")
     for key in _FLAGS:
         if not isinstance(raw.get(key), (bool, type(None))):
             raise DataError(f"config.json has {key} {raw[key]!r}; it must be true or false")

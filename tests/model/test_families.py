@@ -13,6 +13,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+import gptworks
+from gptworks import lifecycle
+from gptworks.core import config as configuration
 from gptworks.core.config import Train
 from gptworks.core.errors import DataError
 from gptworks.data.loader import Batch
@@ -264,6 +267,25 @@ def test_a_sliding_layer_sees_its_window_and_no_further(tokenizer, tmp_path):
     assert moved[:3].max() == 0 and moved[last] > 1e-6 and moved[last + 1 :].max() == 0
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "mistral"])
+def test_an_opened_model_is_trained_further_and_opens_there_again(name, tokenizer, tiny_text, tmp_path):
+    theirs_of(name, tokenizer).save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs")
+    settings = {
+        "data.train": str(tiny_text), "data.mask_documents": True, "model.path": str(tmp_path / "theirs"),
+        "train.optimizer": "adamw", "train.lr": 1e-2, "train.context": 48, "train.batch_tokens": 480,
+        "train.max_steps": 8, "train.threads": 1, "train.precision": "fp32", "train.tensorboard": False,
+    }  # fmt: skip
+    lifecycle.train(configuration.load(None, settings), tmp_path / "run", name)
+    text = tiny_text.read_text()[:80]
+    before, after = gptworks.load(tmp_path / "theirs"), gptworks.load(tmp_path / "run" / "model")
+    assert after.loss(text).loss < before.loss(text).loss - 0.5
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", attn_implementation="eager")
+    ids = torch.tensor([[tokenizer.start_id, *tokenizer.encode(text)]])
+    assert ids.shape[1] <= CONTEXT
+    assert again(ids, labels=ids).loss.item() == pytest.approx(after.loss(text).loss, abs=1e-4)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +352,29 @@ def test_a_config_we_would_compute_otherwise_is_refused(kind, values, says):
     with pytest.raises(DataError, match=says) as refused:
         from_hf_config(raw_of(kind, **values))
     assert refused.value.code == 65 and "\n" not in str(refused.value)
+
+
+ODD = [
+    None, True, False, 0, 1, -1, 2**63, 0.5, 1e-300, 1e300, "x", "", [], [1], ["sliding_attention"], {}, {"x": 1},
+    {"full_attention": 1}, {"rope_type": "yarn"}, {"rope_theta": "x"}, {"sliding_attention": {"factor": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_odd_value_of_any_key_is_read_or_refused(kind):
+    raw = raw_of(kind) | dict.fromkeys(("rope_scaling", "rope_theta", "rotary_pct", "sliding_window_pattern"))
+    seen: list[ModelConfig] = []
+    for key in raw:
+        for value in ODD:
+            try:
+                config = from_hf_config(raw | {key: value})
+            except DataError as error:
+                assert "\n" not in str(error)
+                continue
+            if config not in seen and parameter_count(config) < 10**6:
+                seen.append(config)
+                ids = torch.zeros(1, min(9, config.max_position_embeddings), dtype=torch.int64)
+                assert build.fresh(config, 1)(ids).shape == (*ids.shape, config.hidden_size)
 
 
 @pytest.mark.parametrize(
