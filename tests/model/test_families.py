@@ -5,7 +5,8 @@ first contexts are far shorter than the sequences.
 """
 
 import json
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,13 +123,18 @@ def theirs_of(name: str, tokenizer: Tokenizer) -> Any:
     return model
 
 
+def opened(name: str, tokenizer: Tokenizer, folder: Path) -> tuple[Any, build.Loaded]:
+    """Their model, and what we make of its folder."""
+    theirs = theirs_of(name, tokenizer)
+    theirs.save_pretrained(folder)
+    tokenizer.save(folder)
+    return theirs, build.load(folder)
+
+
 @pytest.fixture(params=CASES)
 def pair(request, tmp_path, tokenizer):
-    """Their model, its folder, and what we make of the folder."""
-    theirs = theirs_of(request.param, tokenizer)
-    theirs.save_pretrained(tmp_path / "theirs")
-    tokenizer.save(tmp_path / "theirs")
-    return theirs, tmp_path / "theirs", build.load(tmp_path / "theirs")
+    theirs, loaded = opened(request.param, tokenizer, tmp_path / "theirs")
+    return theirs, tmp_path / "theirs", loaded
 
 
 def test_logits_loss_gradients_and_greedy_text_are_those_of_transformers(pair):
@@ -196,45 +202,37 @@ def test_the_parameters_are_counted(pair):
     assert fresh(ids).isfinite().all()
 
 
-IDLE = ("family", "norm", "norm_placement", "activation", "qk_norm_per_head", "rope_theta", "norm_eps", "mlp_bias",
-        "tie_word_embeddings", "attention_bias", "output_bias", "qk_norm", "partial_rotary_factor")  # fmt: skip
+PARTS = (
+    "use_parallel_residual", "scale_embedding", "partial_rotary_factor", "rope_scaling", "rope_local_theta",
+    "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
-def test_what_a_configuration_says_is_not_idle_here(name, tokenizer, tmp_path):
-    """Were a part left out, the comparisons above would see it: windows, caps, scales and scalings move the logits."""
-    theirs_of(name, tokenizer).save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    model = build.load(tmp_path).model
-    config, ids = model.config, tiny.tokens(2, 41, VOCAB)
-    for part in fields(ModelConfig)[9:]:
-        value, usual = getattr(config, part.name), ModelConfig("llama", *[2] * 8).__getattribute__(part.name)
-        wide = config.sliding_window or 0
-        if value == usual or part.name in IDLE or (part.name in ("sliding_window", "layer_types") and wide > 41):
+def test_what_a_configuration_says_moves_the_logits(name, tokenizer, tmp_path):
+    """Were a part left out, here and there, the comparisons above would not see it."""
+    model, ids = opened(name, tokenizer, tmp_path)[1].model, tiny.tokens(2, 41, VOCAB)
+    config, known = model.config, {part.name: part for part in fields(ModelConfig)}
+    for name in PARTS:
+        part = known[name]
+        usual = part.default if part.default is not MISSING else part.default_factory()
+        longer = name == "layer_types" and (config.sliding_window or 0) > 41  # than the text
+        later = name == "rope_scaling" and config.rope_scaling.get("rope_type") == "dynamic"  # than the text
+        if getattr(config, name) == usual or longer or later:
             continue
-        if config.rope_scaling.get("rope_type") == "dynamic" and part.name == "rope_scaling":
-            continue  # which begins where our sequences end
-        if part.name in ("sliding_window", "layer_types") and not config.layer_types:
-            continue
-        other = Transformer(replace(config, **{part.name: usual})).eval()
+        other = Transformer(replace(config, **{name: usual})).eval()
         other.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            assert (other.logits(other(ids)) - model.logits(model(ids))).abs().max() > 10 * TOLERANCE, part.name
+        assert (other.logits(other(ids)) - model.logits(model(ids))).abs().max() > 10 * TOLERANCE, name
 
 
 WINDOWED = ["mistral", "qwen2-upper-layers", "gemma2", "gemma3", "phi3"]
 
 
-def windowed(name: str, tokenizer: Tokenizer, tmp_path: Any) -> Transformer:
-    theirs_of(name, tokenizer).save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    return build.load(tmp_path).model
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_reaches_into_the_cache_however_the_tokens_come(name, tokenizer, tmp_path):
-    model, ids = windowed(name, tokenizer, tmp_path), tiny.tokens(2, 32, VOCAB)
+    model, ids = opened(name, tokenizer, tmp_path)[1].model, tiny.tokens(2, 32, VOCAB)
     whole = model.logits(model(ids))
     for cuts in ([1] * 32, [WINDOW] * 6 + [2], [WINDOW - 1, 1, 1, 9, 17], [31, 1]):
         cache = KeyValueCache(3, CONTEXT)
@@ -245,7 +243,7 @@ def test_a_window_reaches_into_the_cache_however_the_tokens_come(name, tokenizer
 @torch.no_grad()
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_ends_where_its_document_begins(name, tokenizer, tmp_path):
-    model, ids = windowed(name, tokenizer, tmp_path), tiny.tokens(2, 32, VOCAB)
+    model, ids = opened(name, tokenizer, tmp_path)[1].model, tiny.tokens(2, 32, VOCAB)
     segments = torch.tensor([[0] * 3 + [1] * 17 + [2] * 12, [0] * 20 + [1] * 2 + [2] * 10])
     packed = model.logits(model(ids, segments=segments))
     for row in range(2):
@@ -257,9 +255,7 @@ def test_a_window_ends_where_its_document_begins(name, tokenizer, tmp_path):
 
 @torch.no_grad()
 def test_a_sliding_layer_sees_its_window_and_no_further(tokenizer, tmp_path):
-    theirs_of("mistral", tokenizer).save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    model, ids = build.load(tmp_path).model, tiny.tokens(1, 32, VOCAB)
+    model, ids = opened("mistral", tokenizer, tmp_path)[1].model, tiny.tokens(1, 32, VOCAB)
     other = ids.clone()
     other[0, 3] = (other[0, 3] + 1) % VOCAB
     moved = (model(ids) - model(other)).abs().amax(-1)[0]
@@ -269,8 +265,7 @@ def test_a_sliding_layer_sees_its_window_and_no_further(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "mistral"])
 def test_an_opened_model_is_trained_further_and_opens_there_again(name, tokenizer, tiny_text, tmp_path):
-    theirs_of(name, tokenizer).save_pretrained(tmp_path / "theirs")
-    tokenizer.save(tmp_path / "theirs")
+    opened(name, tokenizer, tmp_path / "theirs")
     settings = {
         "data.train": str(tiny_text), "data.mask_documents": True, "model.path": str(tmp_path / "theirs"),
         "train.optimizer": "adamw", "train.lr": 1e-2, "train.context": 48, "train.batch_tokens": 480,
