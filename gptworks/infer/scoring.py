@@ -36,7 +36,8 @@ class Score:
 def token_losses(model: Transformer, batch: Batch) -> Tensor:
     """-log p(target) for every place of the batch, [B, T] in float32."""
     hidden = model(batch.tokens, batch.segments).flatten(0, 1)
-    return cross_entropy(hidden, model.lm_head.weight, batch.targets.flatten()).view_as(batch.targets)
+    cap = model.config.final_logit_softcapping
+    return cross_entropy(hidden, model.lm_head.weight, batch.targets.flatten(), cap).view_as(batch.targets)
 
 
 def batched(rows: Iterable[Batch], size: int) -> Iterator[Batch]:

@@ -35,15 +35,22 @@ class Float8Linear(Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32."""
+    """x / rms(x) * weight over the last axis, computed in float32; with `one_plus` times 1 + weight (Gemma)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, one_plus: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.one_plus = eps, one_plus
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, 1 + self.weight if self.one_plus else self.weight, self.eps)
+
+
+class JointRMSNorm(RMSNorm):
+    """Over the heads of [..., H, C] together (OLMo 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,7 +63,16 @@ class LayerNorm(nn.LayerNorm):
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layernorm":
         return LayerNorm(config.hidden_size, eps=config.norm_eps)
-    return RMSNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps, config.norm == "rmsnorm_1p")
+
+
+def make_head_norm(config: ModelConfig, heads: int) -> nn.Module:
+    """Of queries or keys [B, T, H, C]."""
+    if not config.qk_norm:
+        return nn.Identity()
+    if config.qk_norm_per_head:
+        return RMSNorm(config.head_dim, config.norm_eps, config.norm == "rmsnorm_1p")
+    return JointRMSNorm(heads * config.head_dim, config.norm_eps)
 
 
 class KeyValueCache:
@@ -91,11 +107,21 @@ def _grown(old: Tensor | None, like: Tensor, room: int) -> Tensor:
     return new
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., T, 1, C/2] of the rotary angles of positions [..., T]."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions.float()[..., None, None] * frequencies
-    return angles.cos(), angles.sin()
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float, dropout: float
+) -> Tensor:
+    """softmax(cap * tanh(Q K^T * scale / cap)) V (Gemma Team 2024, section 2), which torch's own attention has not.
+
+    q and the result [B, H, T, C], k and v [B, K, S, C], mask as in `Attention.forward`; the scores [B, H, T, S] are
+    written out, in float32.
+    """
+    groups, (T, S) = k.shape[1], (q.shape[2], k.shape[2])
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)[None, None]
+    q = q.unflatten(1, (groups, -1))  # [B, K, H/K, T, C]
+    scores = cap * torch.tanh((q @ k[:, :, None].transpose(-1, -2)).float() * (scale / cap))
+    shares = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
+    return (F.dropout(shares, dropout).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -114,8 +140,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(d, self.kv_heads * c, bias=config.attention_bias)
         self.v_proj = Linear(d, self.kv_heads * c, bias=config.attention_bias)
         self.o_proj = Linear(self.heads * c, d, bias=config.output_bias)
-        self.q_norm = RMSNorm(c, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = make_head_norm(config, self.heads), make_head_norm(config, self.kv_heads)
+        self.softcap, scalar = config.attn_logit_softcapping, config.query_pre_attn_scalar
+        self.scale = None if scalar is None else scalar**-0.5  # None: 1 / sqrt(C)
 
     def forward(
         self,
@@ -133,13 +160,18 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, C]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, C]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        dropout = self.dropout if self.training else 0.0
+        if self.softcap is not None:
+            y = capped_attention(q, k, v, mask, self.scale or self.head_dim**-0.5, self.softcap, dropout)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and T > 1,
+                enable_gqa=self.kv_heads != self.heads,
+                scale=self.scale,
+            )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))

@@ -181,8 +181,9 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str
         **family.write_config(config),
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
         "eos_token_id": tokenizer.eos_id,
+        # transformers gives that row of the embedding no gradient, and ours ends texts. Some classes have a default.
+        "pad_token_id": None,
     }
-    # No pad_token_id in config.json: transformers gives that row of the embedding no gradient, and ours ends texts.
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": tokenizer.eos_id}
     weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
     with folder.commit(path) as aside:

@@ -25,20 +25,31 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_position_embeddings: int
-    norm: str = "rmsnorm"  # layernorm | rmsnorm
+    norm: str = "rmsnorm"  # layernorm | rmsnorm | rmsnorm_1p (times 1 + weight)
+    norm_placement: str = "pre"  # pre | post | both: of what attention and MLP read, of what they give, of either
+    use_parallel_residual: bool = False  # the MLP reads what attention reads
     positions: str = "rotary"  # learned | sinusoidal | rotary
-    activation: str = "swiglu"  # gelu | gelu_tanh | relu | swiglu
+    activation: str = "swiglu"  # gelu | gelu_tanh | relu | swiglu | geglu_tanh
     qk_norm: bool = False
+    qk_norm_per_head: bool = True  # else over all heads together
     attention_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
     norm_eps: float = 1e-6
+    scale_embedding: bool = False  # by sqrt(hidden_size)
     rope_theta: float = 10_000.0
+    rope_local_theta: float | None = None  # of sliding layers, which are then not scaled; None: as the others
+    rope_scaling: dict[str, Any] = field(default_factory=dict)  # see `rope.checked`; {}: none
+    partial_rotary_factor: float = 1.0  # of the channels of a head, from the first, those that turn
+    sliding_window: int | None = None  # tokens that a sliding layer attends to, its own included
+    layer_types: tuple[str, ...] = ()  # full_attention | sliding_attention, for each layer; (): all full
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by head_dim's
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     embed_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)  # config.json keys that we keep and do not read
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -46,10 +57,26 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UsageError(f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs")
+        if self.positions == "rotary" and (self.rotary_dim % 2 or not self.rotary_dim):
+            of = "" if self.partial_rotary_factor == 1 else f", of which {self.rotary_dim} turn,"
+            raise UsageError(f"model.head_dim={self.head_dim}{of} is odd; rotary positions turn pairs")
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             raise UsageError(f"model.hidden_size={self.hidden_size} is odd; sinusoids come in pairs of sine and cosine")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has three matrices."""
+        return self.activation in ("swiglu", "geglu_tanh")
+
+    def window(self, layer: int) -> int | None:
+        """The tokens that a layer attends to, its own included; None: all that came before."""
+        slides = bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else None
 
     def with_dropout(self, dropout: float) -> "ModelConfig":
         return replace(self, embed_dropout=dropout, attention_dropout=dropout, residual_dropout=dropout)
@@ -158,10 +185,12 @@ def block_parameters(config: ModelConfig) -> int:
     h, f = config.head_dim, config.intermediate_size
     attention = d * h * (q + 2 * kv) + q * h * d
     attention += config.attention_bias * h * (q + 2 * kv) + config.output_bias * d
-    mlp = (3 if config.activation == "swiglu" else 2) * d * f
+    mlp = (3 if config.gated else 2) * d * f
     if config.mlp_bias:
-        mlp += (2 * f if config.activation == "swiglu" else f) + d
-    norms = 2 * norm_parameters(config) + (2 * h if config.qk_norm else 0)
+        mlp += (2 * f if config.gated else f) + d
+    norms = (4 if config.norm_placement == "both" else 2) * norm_parameters(config)
+    if config.qk_norm:
+        norms += 2 * h if config.qk_norm_per_head else h * (q + kv)
     return attention + mlp + norms
 
 

@@ -1,31 +1,253 @@
-"""Model families: how a config.json and a weight file of each Hugging Face class map onto our decoder, both ways."""
+"""Model families: how a config.json and a weight file of each Hugging Face class map onto our decoder, both ways.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A family is one row of `FAMILIES`, at the end. What a row does not say is the same for all and stands above it.
+"""
+
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptworks.core.errors import DataError, UsageError
+from gptworks.model import rope
 from gptworks.model.config import ModelConfig
 from gptworks.model.transformer import sinusoids
 
+Raw = dict[str, Any]  # what config.json has
 Tensors = dict[str, Tensor]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# What the classes take where config.json lacks a key; a row may say otherwise. A key in neither is needed.
+USUAL: Raw = {
+    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
+    "attention_dropout": 0.0, "tie_word_embeddings": False, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}  # fmt: skip
+# Keys that say something with a null. Elsewhere a null is a value left out.
+NULLS = ("num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+# Keys by which some class computes something else, and the values that change nothing. Where a family does not read
+# one, any other value is refused. (What adds weights, like biases, is found where the weights are compared.)
+CHANGING: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,), "attention_multiplier": (), "attn_logit_softcapping": (), "clip_qkv": (),
+    "embedding_multiplier": (1,), "final_logit_softcapping": (), "logit_scale": (1,), "logits_scaling": (1,),
+    "query_pre_attn_scalar": (), "residual_multiplier": (1,), "rotary_pct": (1,),
+    "scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,), "sliding_window": (),
+    "use_bidirectional_attention": (False,), "use_parallel_residual": (False,), "use_sliding_window": (False,),
+}  # fmt: skip
+BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One class of models. The four functions are inverse in pairs and lose nothing."""
+    """One class of models. Reading and writing are inverse and lose nothing."""
 
     architecture: str
-    read_config: Callable[[dict[str, Any]], ModelConfig]
-    write_config: Callable[[ModelConfig], dict[str, Any]]
-    read_weights: Callable[[Tensors, ModelConfig], Tensors]
-    write_weights: Callable[[Tensors, ModelConfig], Tensors]
+    parts: Raw  # of ModelConfig: what every model of the class has
+    keys: dict[str, tuple[str, ...]]  # of config.json: the fields of ModelConfig that each sets
+    defaults: Raw = field(default_factory=dict)  # where they are not USUAL
+    act: str = "hidden_act"  # the key of the activation
+    acts: dict[str, str] = field(default_factory=lambda: {"silu": "swiglu"})  # what it may say, in our words
+    # The layers that see a window, where config.json does not list them in layer_types. none; all; upper: those from
+    # max_window_layers on; most: all but each sliding_window_pattern-th.
+    sliding: str = "none"
+    local_theta: bool = False  # sliding layers turn by a theta of their own
+    theta: str = "rope_theta"  # the key, where it is not in rope_parameters, as in files of earlier years
+    share: str | None = None  # the same for partial_rotary_factor; None: all channels turn
+    scalings: tuple[str, ...] = tuple(rope.SCALINGS)
+    root: str = "model."  # what the names of weights begin with, but the head's
+    layers: str = "layers."  # what comes before a block's number
+    names: dict[str, str] = field(default_factory=dict)  # of weights, theirs to ours, within a block or outside
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)  # their matrix that has several of ours, in order
+    by_head: bool = False  # one head of each after the other
+    transposed: bool = False  # the matrices of blocks
+
+    # -- config.json -------------------------------------------------------------------------------------------------
+
+    def read_config(self, raw: Raw) -> ModelConfig:
+        """Raises DataError and the errors that `from_hf_config` makes one of."""
+        values: Raw = {"family": raw["model_type"], **self.parts}
+        for key, names in self.keys.items():
+            values |= dict.fromkeys(names, self._said(raw, key))
+        act = raw.get(self.act) or next(iter(self.acts))
+        if act not in self.acts:
+            raise DataError(
+                f"config.json has {self.act} {act!r}; {raw['model_type']} is read with {', '.join(self.acts)}"
+            )
+        values["activation"] = self.acts[act]
+        width, heads = values["hidden_size"], values["num_attention_heads"]
+        usual = {"num_key_value_heads": heads, "head_dim": width // heads, "intermediate_size": 4 * width}
+        if values.get("head_dim") is None and width % heads:
+            raise ValueError(f"{width} channels do not divide among {heads} heads")
+        values |= {name: value for name, value in usual.items() if values.get(name) is None}
+        values |= self._read_layer_types(raw, values)
+        if values.get("positions", "rotary") == "rotary":
+            values |= self._read_rope(raw, values["max_position_embeddings"])
+        self._refuse_unread(raw, values)
+        return ModelConfig(**values)
+
+    def write_config(self, config: ModelConfig) -> Raw:
+        raw: Raw = {key: getattr(config, names[0]) for key, names in self.keys.items()}
+        raw[self.act] = next(act for act, ours in self.acts.items() if ours == config.activation)
+        if self.sliding in ("upper", "most"):
+            types = raw["layer_types"] = list(config.layer_types or [FULL] * config.num_hidden_layers)
+            if self.sliding == "upper":
+                raw["use_sliding_window"] = SLIDING in types
+                raw["max_window_layers"] = types.index(SLIDING) if SLIDING in types else len(types)
+        if config.positions == "rotary":
+            here = {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta}
+            if self.share:
+                here["partial_rotary_factor"] = config.partial_rotary_factor
+            raw |= {self.theta: config.rope_theta, "rope_parameters": here}
+            if self.local_theta:
+                raw["rope_local_base_freq"] = config.rope_local_theta
+                local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
+                raw["rope_parameters"] = {FULL: here, SLIDING: local}
+        return raw | {"use_cache": True}
+
+    def _said(self, raw: Raw, key: str) -> Any:
+        """The value of a key, or what the class takes in its place. Raises KeyError where there is none."""
+        if raw.get(key) is not None or (key in raw and key in NULLS):
+            return raw[key]
+        return self.defaults[key] if key in self.defaults else USUAL[key]
+
+    def _read_layer_types(self, raw: Raw, values: Raw) -> Raw:
+        layers, window, listed = values["num_hidden_layers"], values.get("sliding_window"), raw.get("layer_types")
+        if self.sliding == "upper" and not raw.get("use_sliding_window"):
+            window = None
+        if self.sliding == "most":
+            each = self._said(raw, "sliding_window_pattern")
+            slide = [(n + 1) % each != 0 for n in range(layers)]
+        elif self.sliding == "none" or window is None:
+            slide = [False] * layers
+        else:
+            first = 0 if self.sliding == "all" else self._said(raw, "max_window_layers")
+            slide = [n >= first for n in range(layers)]
+        types = [SLIDING if slides else FULL for slides in slide]
+        if listed is not None and listed != types:
+            if self.sliding not in ("upper", "most"):
+                raise ValueError(f"layer_types is not what a {raw['model_type']} model does")
+            if not isinstance(listed, list) or len(listed) != layers or not {FULL, SLIDING}.issuperset(listed):
+                raise ValueError(f"layer_types does not name {FULL} or {SLIDING} for each of {layers} layers")
+            types = listed
+        if SLIDING not in types:
+            return {"sliding_window": window}
+        if window is None:
+            raise ValueError("layers are to see a window, and no sliding_window says how wide")
+        return {"sliding_window": window, "layer_types": tuple(types)}
+
+    def _read_rope(self, raw: Raw, length: int) -> Raw:
+        values: Raw = {}
+        parameters: Raw = raw.get("rope_parameters") or {}
+        given: Raw = raw.get("rope_scaling") or parameters
+        if self.local_theta:
+            local: Raw = parameters.get(SLIDING) or {}
+            theta = _number(local, "rope_theta", raw, "rope_local_base_freq", 10_000.0)
+            if rope.checked(local, theta, length):
+                raise ValueError("sliding layers scale their rotary positions, which this version does not")
+            values["rope_local_theta"] = theta
+            if FULL in given or SLIDING in given:
+                given = given.get(FULL) or {}
+        theta = _number(given, "rope_theta", raw, self.theta, self.defaults.get(self.theta, 10_000.0))
+        key = self.share or "partial_rotary_factor"
+        share = _number(given, "partial_rotary_factor", raw, key, self.defaults.get(key, 1.0))
+        if share > 1 or (share != 1 and self.share is None):
+            raise ValueError(f"{key} {share:g}: a {raw['model_type']} model turns every channel")
+        scaling = rope.checked(given, theta, length)
+        if scaling and scaling["rope_type"] not in self.scalings:
+            raise ValueError(f"a {raw['model_type']} model with {scaling['rope_type']} rotary positions is not read")
+        return values | {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": share}
+
+    def _refuse_unread(self, raw: Raw, values: Raw) -> None:
+        read = {*self.keys, self.share, *(["use_sliding_window"] if self.sliding == "upper" else [])}
+        expected = CHANGING | {"head_dim": (values["head_dim"],)}
+        for key in raw.keys() & (expected.keys() - read):
+            if raw[key] is not None and raw[key] not in expected[key]:
+                raise ValueError(f"{key} {str(raw[key])[:80]} is not applied to {raw['model_type']} by this version")
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def read_weights(self, weights: Tensors, config: ModelConfig) -> Tensors:
+        """Theirs under our names. Raises ValueError, IndexError or RuntimeError for what does not come apart."""
+        ours: Tensors = {}
+        for name, value in weights.items():
+            if name.endswith(BUFFERS):
+                continue
+            number, part, leaf = _split(name.removeprefix(self.root), self.layers)
+            if number and self.transposed and value.ndim == 2:
+                value = value.t().contiguous()
+            parts = self.joined.get(part) or (self.names.get(part, part),)
+            pieces = self._apart(value, parts, config) if part in self.joined else [value]
+            for part, piece in zip(parts, pieces, strict=True):
+                place = "" if part == "lm_head" else f"model.layers.{number}." if number else "model."
+                if f"{place}{part}.{leaf}" in ours:
+                    raise ValueError(f"two tensors are {place}{part}.{leaf}"[:200])
+                ours[f"{place}{part}.{leaf}"] = piece
+        if config.tie_word_embeddings:
+            ours.pop("lm_head.weight", None)
+        if config.positions == "sinusoidal":  # the fixed table
+            ours.pop("model.embed_positions.weight", None)
+        return ours
+
+    def write_weights(self, weights: Tensors, config: ModelConfig) -> Tensors:
+        """Ours under their names."""
+        if config.positions == "sinusoidal":
+            table = sinusoids(config.max_position_embeddings, config.hidden_size)
+            weights = {**weights, "model.embed_positions.weight": table}
+        theirs: Tensors = {}
+        back = {ours: name for name, ours in self.names.items()}
+        first = {parts[0]: (name, parts) for name, parts in self.joined.items()}
+        later = {part for parts in self.joined.values() for part in parts[1:]}
+        for name, value in weights.items():
+            number, part, leaf = _split(name.removeprefix("model."), "layers.")
+            if part in later or (part == "lm_head" and config.tie_word_embeddings):
+                continue
+            if part in first:
+                part, parts = first[part]
+                value = self._together([weights[f"model.layers.{number}.{p}.{leaf}"] for p in parts], config)
+            if number and self.transposed and value.ndim == 2:
+                value = value.t().contiguous()
+            place = "" if part == "lm_head" else f"{self.root}{self.layers}{number}." if number else self.root
+            theirs[f"{place}{back.get(part, part)}.{leaf}"] = value
+        return theirs
+
+    def _apart(self, value: Tensor, parts: tuple[str, ...], config: ModelConfig) -> list[Tensor]:
+        heads, channels = config.num_attention_heads, config.head_dim
+        if self.by_head:
+            pieces = [piece.flatten(0, 1) for piece in value.unflatten(0, (heads, len(parts), channels)).unbind(1)]
+        else:
+            few = config.num_key_value_heads * channels
+            sizes = {"self_attn.q_proj": heads * channels, "self_attn.k_proj": few, "self_attn.v_proj": few}
+            pieces = list(value.split([sizes.get(part, config.intermediate_size) for part in parts]))
+        return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
+
+    def _together(self, pieces: list[Tensor], config: ModelConfig) -> Tensor:
+        if not self.by_head:
+            return torch.cat(pieces)
+        return torch.stack([p.unflatten(0, (config.num_attention_heads, -1)) for p in pieces], dim=1).flatten(0, 2)
 
 
-def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
+def _split(name: str, layers: str) -> tuple[str, str, str]:
+    """A block's number ("" outside of them), the part and the leaf: "layers.3.mlp.up_proj.weight" gives "3",
+    "mlp.up_proj", "weight"."""
+    stem, _, leaf = name.rpartition(".")
+    number, _, part = stem.removeprefix(layers).partition(".") if stem.startswith(layers) else ("", "", stem)
+    return number, part, leaf
+
+
+def _number(inner: Raw, name: str, raw: Raw, key: str, default: float) -> float:
+    """The first that is there of inner[name], raw[key] and the default."""
+    value = next((v for v in (inner.get(name), raw.get(key)) if v is not None), default)
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{name} {str(value)[:80]} is not a number above 0")
+    return float(value)
+
+
+# -- checks of a config.json before it is read -----------------------------------------------------------------------
+
+
+def from_hf_config(raw: Raw) -> ModelConfig:
     """The architecture a config.json describes. Raises DataError for what the decoder cannot express."""
     kind = raw.get("model_type")
     _check_values(raw)
@@ -43,216 +265,198 @@ def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
         raise DataError(f"config.json: {error}") from None
 
 
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
-    "n_embd", "n_layer", "n_head", "n_inner", "n_positions",
-)  # fmt: skip
 MOST = 10**12  # of anything, so that what is computed from sizes stays a number
-_NUMBERS = (
-    "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "attention_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop",
+MOST_LAYERS = 10**5  # so that a list of them may be made
+_SIZES = {
+    "vocab_size": MOST, "hidden_size": MOST, "intermediate_size": MOST, "num_hidden_layers": MOST_LAYERS,
+    "num_attention_heads": MOST, "num_key_value_heads": MOST, "head_dim": MOST, "max_position_embeddings": MOST,
+    "n_embd": MOST, "n_layer": MOST_LAYERS, "n_head": MOST, "n_inner": MOST, "n_positions": MOST,
+    "sliding_window": MOST, "sliding_window_pattern": MOST,
+}  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "max_window_layers")
+_SHARES = ("attention_dropout", "hidden_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop")
+_ABOVE_ZERO = (
+    "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_parallel_residual")
 
 
-def _check_values(raw: dict[str, Any]) -> None:
+def _check_values(raw: Raw) -> None:
     """Raises DataError for a size that is no size and a number that is none; a null is a value left out."""
-    for key in _SIZES:
+    for key, most in _SIZES.items():
         value = raw.get(key)
-        if value is not None and (type(value) is not int or not 1 <= value <= MOST):
-            raise DataError(f"config.json has {key} {str(value)[:80]}; it must be a whole number from 1 to {MOST:,}")
-    for key in _NUMBERS:
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise DataError(f"config.json has {key} {str(value)[:80]}; it must be a whole number from 1 to {most:,}")
+    for key in (*_NUMBERS, *_SHARES, *_ABOVE_ZERO):
         value = raw.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 <= value < float("inf")):
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
             raise DataError(f"config.json has {key} {value!r}; it must be a number of at least 0")
+        if (value == 0 and key in _ABOVE_ZERO) or (value >= 1 and key in _SHARES):
+            raise DataError(f"config.json has {key} {value!r}; it must be {'below 1' if value else 'above 0'}")
+    for key in _FLAGS:
+        if not isinstance(raw.get(key), (bool, type(None))):
+            raise DataError(f"config.json has {key} {raw[key]!r}; it must be true or false")
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(key), (dict, type(None))):
             raise DataError(f"config.json has {key} {raw[key]!r}; it must be an object")
 
 
-# -- Llama and Qwen3: our own names ------------------------------------------------------------------------------
+# -- the families ----------------------------------------------------------------------------------------------------
 
 
-def _read_llama(raw: dict[str, Any]) -> ModelConfig:
-    qwen = raw["model_type"] == "qwen3"
-    if raw.get("hidden_act", "silu") != "silu":
-        raise DataError(f"config.json has hidden_act {raw['hidden_act']!r}; {raw['model_type']} is read with silu")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise DataError(f"config.json scales rotary positions ({rope.get('rope_type')}), which this version does not")
-    if raw.get("use_sliding_window"):
-        raise DataError("config.json uses sliding-window attention, which this version does not")
-    heads = raw["num_attention_heads"]
-    bias = bool(raw.get("attention_bias", False))
-    return ModelConfig(
-        family=raw["model_type"],
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if qwen else raw["hidden_size"] // heads),
-        intermediate_size=raw["intermediate_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
-        qk_norm=qwen,
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-        attention_dropout=raw.get("attention_dropout", 0.0),
-    )
+def _same(*names: str) -> dict[str, tuple[str, ...]]:
+    """Keys that are spelled as our fields are."""
+    return {name: (name,) for name in names}
 
 
-def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    raw = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "attention_bias": config.attention_bias,
-        "attention_dropout": config.attention_dropout,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_cache": True,
-    }
-    if config.family == "llama":
-        raw |= {"mlp_bias": config.mlp_bias, "pretraining_tp": 1}
-    else:
-        raw |= {"use_sliding_window": False}
-    return raw
-
-
-def _drop_shared_head(weights: Tensors, config: ModelConfig) -> Tensors:
-    return {k: v for k, v in weights.items() if not (k == "lm_head.weight" and config.tie_word_embeddings)}
-
-
-def _same_names(weights: Tensors, config: ModelConfig) -> Tensors:
-    inverse_frequencies = (".rotary_emb.inv_freq",)  # a buffer that early Llama files carry
-    return _drop_shared_head({k: v for k, v in weights.items() if not k.endswith(inverse_frequencies)}, config)
-
-
-# -- GPT-2: query, key and value in one matrix, every matrix transposed ------------------------------------------
-
-_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-_GPT2_BLOCK = {
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
+SIZES = _same(
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+LLAMA = (
+    SIZES | _same("num_key_value_heads", "attention_dropout", "tie_word_embeddings") | {"rms_norm_eps": ("norm_eps",)}
+)
+HEAD = _same("head_dim")
+BIAS = {"attention_bias": ("attention_bias", "output_bias")}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GELUS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
 }
-
-
-def _read_gpt2(raw: dict[str, Any]) -> ModelConfig:
-    activation = raw.get("activation_function", "gelu_new")
-    if activation not in _GPT2_ACTIVATIONS:
-        raise DataError(f"config.json has activation_function {activation!r}; known: {', '.join(_GPT2_ACTIVATIONS)}")
-    if not raw.get("scale_attn_weights", True) or raw.get("scale_attn_by_inverse_layer_idx", False):
-        raise DataError("config.json scales attention in a way the decoder does not")
-    width, heads = raw["n_embd"], raw["n_head"]
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=raw["vocab_size"],
-        hidden_size=width,
-        num_hidden_layers=raw["n_layer"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=width // heads,
-        intermediate_size=raw.get("n_inner") or 4 * width,
-        max_position_embeddings=raw["n_positions"],
-        norm="layernorm",
-        positions="learned",
-        activation=_GPT2_ACTIVATIONS[activation],
-        attention_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-        embed_dropout=raw.get("embd_pdrop", 0.1),
-        attention_dropout=raw.get("attn_pdrop", 0.1),
-        residual_dropout=raw.get("resid_pdrop", 0.1),
-    )
-
-
-def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    activation = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[config.activation]
-    return {
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_inner": config.intermediate_size,
-        "n_positions": config.max_position_embeddings,
-        "activation_function": activation,
-        "layer_norm_epsilon": config.norm_eps,
-        "embd_pdrop": config.embed_dropout,
-        "attn_pdrop": config.attention_dropout,
-        "resid_pdrop": config.residual_dropout,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "scale_attn_weights": True,
-        "use_cache": True,
-    }
-
-
-def _read_gpt2_weights(weights: Tensors, config: ModelConfig) -> Tensors:
-    ours: Tensors = {}
-    for name, value in weights.items():
-        name = name.removeprefix("transformer.")
-        if name.startswith("h."):
-            _, layer, rest = name.split(".", 2)
-            part, _, leaf = rest.rpartition(".")
-            if part == "attn" and leaf in ("bias", "masked_bias"):  # the causal mask, stored by early files
-                continue
-            prefix = f"model.layers.{layer}."
-            transposed = value.t() if value.ndim == 2 else value
-            if part == "attn.c_attn":
-                for projection, third in zip("qkv", transposed.chunk(3, dim=0), strict=True):
-                    ours[f"{prefix}self_attn.{projection}_proj.{leaf}"] = third.contiguous()
-            else:
-                ours[f"{prefix}{_GPT2_BLOCK.get(part, part)}.{leaf}"] = transposed.contiguous()
-        elif name == "wpe.weight" and config.positions == "sinusoidal":
-            continue  # the fixed table
-        else:
-            stem = {"wte": "model.embed_tokens", "wpe": "model.embed_positions", "ln_f": "model.norm"}
-            part, _, leaf = name.rpartition(".")
-            ours[f"{stem.get(part, part)}.{leaf}"] = value
-    return _drop_shared_head(ours, config)
-
-
-def _write_gpt2_weights(weights: Tensors, config: ModelConfig) -> Tensors:
-    back = {ours: theirs for theirs, ours in _GPT2_BLOCK.items()}
-    theirs: Tensors = {
-        "transformer.wte.weight": weights["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": weights["model.norm.weight"],
-        "transformer.ln_f.bias": weights["model.norm.bias"],
-    }
-    if config.positions == "sinusoidal":
-        theirs["transformer.wpe.weight"] = sinusoids(config.max_position_embeddings, config.hidden_size)
-    else:
-        theirs["transformer.wpe.weight"] = weights["model.embed_positions.weight"]
-    for layer in range(config.num_hidden_layers):
-        ours, prefix = f"model.layers.{layer}.", f"transformer.h.{layer}."
-        for leaf in ("weight", "bias"):
-            joined = torch.cat([weights[f"{ours}self_attn.{p}_proj.{leaf}"] for p in "qkv"])
-            theirs[f"{prefix}attn.c_attn.{leaf}"] = joined.t().contiguous() if leaf == "weight" else joined
-            for part, name in back.items():
-                value = weights[f"{ours}{part}.{leaf}"]
-                theirs[f"{prefix}{name}.{leaf}"] = value.t().contiguous() if value.ndim == 2 else value
-    if not config.tie_word_embeddings:
-        theirs["lm_head.weight"] = weights["lm_head.weight"]
-    return theirs
-
+LAYERNORM = {"norm": "layernorm", "mlp_bias": True}
+GEMMA = {"norm": "rmsnorm_1p", "norm_placement": "both", "scale_embedding": True}
+GEMMA_KEYS = LLAMA | HEAD | BIAS | _same("query_pre_attn_scalar", "sliding_window", "final_logit_softcapping")
+GEMMA_DEFAULTS = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096,
+                  "query_pre_attn_scalar": 256}  # fmt: skip
+GEMMA_NAMES = {
+    "post_attention_layernorm": "attention_output_norm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "mlp_output_norm",
+}
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("GPT2LMHeadModel", _read_gpt2, _write_gpt2, _read_gpt2_weights, _write_gpt2_weights),
-    "llama": Family("LlamaForCausalLM", _read_llama, _write_llama, _same_names, _drop_shared_head),
-    "qwen3": Family("Qwen3ForCausalLM", _read_llama, _write_llama, _same_names, _drop_shared_head),
-}
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        LAYERNORM | {"positions": "learned", "attention_bias": True, "output_bias": True},
+        {
+            "vocab_size": ("vocab_size",),
+            "n_embd": ("hidden_size",),
+            "n_layer": ("num_hidden_layers",),
+            "n_head": ("num_attention_heads",),
+            "n_inner": ("intermediate_size",),
+            "n_positions": ("max_position_embeddings",),
+            "layer_norm_epsilon": ("norm_eps",),
+            "embd_pdrop": ("embed_dropout",),
+            "attn_pdrop": ("attention_dropout",),
+            "resid_pdrop": ("residual_dropout",),
+            "tie_word_embeddings": ("tie_word_embeddings",),
+        },
+        {"n_inner": None, "layer_norm_epsilon": 1e-5, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+         "tie_word_embeddings": True},
+        act="activation_function",
+        acts=GELUS,
+        root="transformer.",
+        layers="h.",
+        names={
+            "wte": "embed_tokens",
+            "wpe": "embed_positions",
+            "ln_f": "norm",
+            "ln_1": "input_layernorm",
+            "ln_2": "post_attention_layernorm",
+            "attn.c_proj": "self_attn.o_proj",
+            "mlp.c_fc": "mlp.up_proj",
+            "mlp.c_proj": "mlp.down_proj",
+        },
+        joined={"attn.c_attn": QKV},
+        transposed=True,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        LAYERNORM,
+        SIZES | BIAS | _same("attention_dropout", "tie_word_embeddings", "use_parallel_residual")
+        | {"layer_norm_eps": ("norm_eps",), "hidden_dropout": ("residual_dropout", "embed_dropout")},
+        {"layer_norm_eps": 1e-5, "hidden_dropout": 0.0, "attention_bias": True, "use_parallel_residual": True,
+         "rotary_pct": 0.25},
+        acts={"gelu": "gelu", "gelu_fast": "gelu_tanh"} | GELUS,
+        theta="rotary_emb_base",
+        share="rotary_pct",
+        root="gpt_neox.",
+        names={
+            "embed_in": "embed_tokens",
+            "final_layer_norm": "norm",
+            "embed_out": "lm_head",
+            "attention.dense": "self_attn.o_proj",
+            "mlp.dense_h_to_4h": "mlp.up_proj",
+            "mlp.dense_4h_to_h": "mlp.down_proj",
+        },
+        joined={"attention.query_key_value": QKV},
+        by_head=True,
+    ),
+    "llama": Family("LlamaForCausalLM", {}, LLAMA | HEAD | BIAS | _same("mlp_bias")),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {},
+        LLAMA | HEAD | _same("sliding_window"),
+        {"num_key_value_heads": 8, "sliding_window": 4096},
+        sliding="all",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {},
+        LLAMA | _same("sliding_window") | {"embd_pdrop": ("embed_dropout",), "resid_pdrop": ("residual_dropout",)},
+        {"rms_norm_eps": 1e-5, "sliding_window": None, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        sliding="all",
+        share="partial_rotary_factor",
+        scalings=(),
+        joined={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {"attention_bias": True},
+        LLAMA | _same("sliding_window"),
+        {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        sliding="upper",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"qk_norm": True},
+        LLAMA | HEAD | BIAS | _same("sliding_window"),
+        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        sliding="upper",
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {"norm_placement": "post", "qk_norm": True, "qk_norm_per_head": False},
+        LLAMA | BIAS,
+        {"rms_norm_eps": 1e-5},
+        names={"post_attention_layernorm": "attention_output_norm", "post_feedforward_layernorm": "mlp_output_norm"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        GEMMA,
+        GEMMA_KEYS | _same("attn_logit_softcapping"),
+        GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
+        act="hidden_activation",
+        acts={"gelu_pytorch_tanh": "geglu_tanh"},
+        sliding="most",
+        names=GEMMA_NAMES,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        GEMMA | {"qk_norm": True},
+        GEMMA_KEYS,
+        GEMMA_DEFAULTS | {"rope_theta": 1_000_000.0, "sliding_window_pattern": 6},
+        act="hidden_activation",
+        acts={"gelu_pytorch_tanh": "geglu_tanh"},
+        sliding="most",
+        local_theta=True,
+        scalings=("linear",),
+        names=GEMMA_NAMES,
+    ),
+}  # fmt: skip

@@ -66,7 +66,10 @@ class _RMSNorm(Function):
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turns channels i and i + C/2 of x [B, T, H, C] together (Su et al. 2021, laid out as Hugging Face does), by the
-    angles whose cosines and sines, each [B or 1, T, 1, C/2], the table has."""
+    angles whose cosines and sines, each [B or 1, T, 1, C/2], the table has. Channels beyond the table's stay."""
+    turned = 2 * table[0].shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], table), x[..., turned:]), dim=-1)
     cos, sin = (t.to(x.dtype) for t in table)
     if _fused():
         return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1)
@@ -100,13 +103,18 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 # -- the head and its loss ---------------------------------------------------------------------------------------
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap) (Gemma Team 2024, section 2); without a cap, the logits."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """-log p of each target, in nats, [N] float32: of hidden states [N, D], the head [V, D] and targets [N] int64. No
-    gradient; logits are made a chunk at a time."""
+    gradient; logits are made a chunk at a time. `cap` is the model's `final_logit_softcapping`."""
     with torch.no_grad():
         head = head.to(hidden.dtype)
         chunks = _chunks(len(hidden), head) if FUSED else [slice(None)]
-        logits = (F.linear(hidden[rows], head).float() for rows in chunks)
+        logits = (softcap(F.linear(hidden[rows], head).float(), cap) for rows in chunks)
         losses = [F.cross_entropy(l, targets[rows], reduction="none") for l, rows in zip(logits, chunks, strict=True)]
         return torch.cat(losses)
 
@@ -118,6 +126,7 @@ def cross_entropy_sum(
     weights: Tensor,  # [N] float32, of each target
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    cap: float | None = None,  # the model's `final_logit_softcapping`
 ) -> Tensor:
     """Weighted sum of losses in nats: cross-entropy, as asked with smoothed targets (Szegedy et al. 2016, section 7)
     and z_loss * logsumexp^2 (Chowdhery et al. 2022, section 5).
@@ -125,8 +134,8 @@ def cross_entropy_sum(
     The logits [N, V] are never whole in memory: their gradient is taken chunk by chunk, in the forward pass.
     """
     if FUSED:
-        return _CrossEntropy.apply(hidden, head, targets, weights, label_smoothing, z_loss)
-    logits = F.linear(hidden, head.to(hidden.dtype)).float()
+        return _CrossEntropy.apply(hidden, head, targets, weights, label_smoothing, z_loss, cap)
+    logits = softcap(F.linear(hidden, head.to(hidden.dtype)).float(), cap)
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
     if z_loss:
         losses = losses + z_loss * logits.logsumexp(-1).square()
@@ -141,14 +150,21 @@ def _chunks(rows: int, head: Tensor) -> list[slice]:
 class _CrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, smoothing: float, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        smoothing: float,
+        z_loss: float,
+        cap: float | None,
     ) -> Tensor:
         head = weight.to(hidden.dtype)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(weight)
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows in _chunks(len(hidden), head):
             h, target, w = hidden[rows], targets[rows, None], weights[rows, None]
-            logits = F.linear(h, head).float()  # [n, V]
+            logits = softcap(F.linear(h, head).float(), cap)  # [n, V]
             logs = torch.log_softmax(logits, -1)
             hit = logs.gather(1, target)
             losses = -(1 - smoothing) * hit
@@ -163,7 +179,10 @@ class _CrossEntropy(Function):
             grad = logs.exp_().mul_(scale)  # of the logits: softmax * scale, less each target's share of the weight
             if smoothing:
                 grad -= smoothing / len(head) * w
-            grad = grad.scatter_add_(1, target, -(1 - smoothing) * w).to(h.dtype)
+            grad.scatter_add_(1, target, -(1 - smoothing) * w)
+            if cap is not None:  # tanh' = 1 - tanh^2
+                grad.addcmul_(grad, logits.div_(cap).square_(), value=-1)
+            grad = grad.to(h.dtype)
             torch.mm(grad, head, out=grad_hidden[rows])
             if head.dtype == weight.dtype:
                 grad_head.addmm_(grad.T, h)
@@ -174,9 +193,9 @@ class _CrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None, None, None, None
+        return grad_hidden * grad, grad_head * grad, None, None, None, None, None
 
 
 # -- products in float8 ------------------------------------------------------------------------------------------

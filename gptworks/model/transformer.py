@@ -1,7 +1,7 @@
-"""The decoder: embeddings, pre-norm blocks of attention and MLP, a final norm, the head.
+"""The decoder: embeddings, blocks of attention and MLP, a final norm, the head.
 
-Parameters carry the names of Hugging Face's Llama, so that Llama and Qwen3 folders need no renaming. The model knows
-nothing of training, adapters, sharding or compilation. Shapes: B batch, T time, D width, V vocabulary.
+Parameters carry the names of Hugging Face's Llama, so that folders of Llama and its like need no renaming. The model
+knows nothing of training, adapters, sharding or compilation. Shapes: B batch, T time, D width, V vocabulary.
 """
 
 import math
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptworks.model.attention import Attention, Float8Linear, KeyValueCache, Linear, make_norm, rotary_table
+from gptworks.model.attention import Attention, Float8Linear, KeyValueCache, Linear, make_norm
 from gptworks.model.config import ModelConfig
+from gptworks.model.kernels import softcap
 from gptworks.model.mlp import MLP
+from gptworks.model.rope import rotary_table
 
 
 class Embedding(nn.Embedding):
@@ -22,20 +24,29 @@ class Embedding(nn.Embedding):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to what it read; norms before them, after them or both."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = make_norm(config)
+
+        def norm(*placements: str) -> nn.Module:
+            return make_norm(config) if config.norm_placement in placements else nn.Identity()
+
+        self.input_layernorm = norm("pre", "both")
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = make_norm(config)
+        self.attention_output_norm = norm("post", "both")
+        self.post_attention_layernorm = norm("pre", "both")
         self.mlp = MLP(config)
-        self.dropout = config.residual_dropout
+        self.mlp_output_norm = norm("post", "both")
+        self.dropout, self.parallel = config.residual_dropout, config.use_parallel_residual
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        before = x
+        y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         x = x + F.dropout(y, self.dropout, self.training)
-        y = self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp_output_norm(self.mlp(self.post_attention_layernorm(before if self.parallel else x)))
         return x + F.dropout(y, self.dropout, self.training)
 
 
@@ -93,24 +104,38 @@ class Transformer(nn.Module):
         elif seen and T > 1:
             mask = torch.ones(T, seen + T, dtype=torch.bool, device=tokens.device).tril(seen)[None, None]
 
+        local_mask = mask  # of the layers that see a window; rows of one segment are as far apart as its positions
+        if config.layer_types and config.sliding_window is not None and seen + T > config.sliding_window:
+            band = torch.ones(T, seen + T, dtype=torch.bool, device=tokens.device).tril(seen)
+            band = band.triu(seen - config.sliding_window + 1)[None, None]
+            local_mask = band if mask is None else mask & band
+
         x = decoder.embed_tokens(tokens)
-        rotary = None
+        if config.scale_embedding:
+            x = x * math.sqrt(config.hidden_size)
+        rotary = local_rotary = None
         if config.positions == "rotary":
-            rotary = rotary_table(positions, config.head_dim, config.rope_theta)
+            rotary = rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
+            local_rotary = rotary
+            if config.rope_local_theta is not None:
+                local_rotary = rotary_table(positions, config.rotary_dim, config.rope_local_theta)
         elif config.positions == "learned":
             x = x + decoder.embed_positions(positions)
         else:
             x = x + decoder.sinusoids[positions]
         x = F.dropout(x.to(self.dtype), config.embed_dropout, self.training)
-        for block in decoder.layers:
-            x = block(x, rotary, mask, cache)
+        for layer, block in enumerate(decoder.layers):
+            if config.window(layer) is None:
+                x = block(x, rotary, mask, cache)
+            else:
+                x = block(x, local_rotary, local_mask, cache)
         if cache is not None:
             cache.advance(T)
         return decoder.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [..., V] of hidden states [..., D]."""
-        return self.lm_head(hidden)
+        return softcap(self.lm_head(hidden), self.config.final_logit_softcapping)
 
     def use_float8(self) -> None:
         """Has the linear layers of the blocks train in float8, those whose sizes allow it. Weights stay as they are."""
@@ -123,14 +148,14 @@ class Transformer(nn.Module):
         """Fresh weights, a function of `seed` and the shape alone (drawn on the CPU, parameter by parameter).
 
         Matrices are normal with std 1/sqrt(fan in), those that write to the residual stream further scaled by
-        1/sqrt(2 layers) (GPT-2, section 2.3); biases 0, norms 1. Embeddings have std 0.02, and 1 beside sinusoids of
-        that size, where Vaswani et al. (section 3.4) scale them by sqrt(D); an untied head starts at 0.02.
+        1/sqrt(2 layers) (GPT-2, section 2.3); biases 0, norms multiply by 1. Embeddings have std 0.02, and 1 beside
+        sinusoids of that size, where Vaswani et al. (section 3.4) scale them by sqrt(D); an untied head starts at 0.02.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") or self.config.norm == "rmsnorm_1p" else 1.0)
                 continue
             if "embed_" in name or name.startswith("lm_head"):
                 sinusoidal = self.config.positions == "sinusoidal" and not self.config.tie_word_embeddings

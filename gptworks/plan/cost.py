@@ -6,10 +6,11 @@ from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS, ModelConfig, block_
 def flops_per_token(config: ModelConfig, context: int) -> float:
     """Training FLOPs a token: 6 for each parameter that is multiplied (the input tables are looked up, the head is
     not), plus causal attention, 6 * layers * heads * channels * context (Chowdhery et al. 2022, appendix B, halved
-    for the causal mask)."""
+    for the causal mask). A layer with a window W counts W (2 - W / context) for the context."""
     multiplied = block_parameters(config) * config.num_hidden_layers + config.vocab_size * config.hidden_size
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-    return 6.0 * multiplied + attention
+    windows = (min(config.window(layer) or context, context) for layer in range(config.num_hidden_layers))
+    seen = sum(wide * (2 - wide / context) for wide in windows)  # twice the mean of a row
+    return 6.0 * multiplied + 6 * config.num_attention_heads * config.head_dim * seen
 
 
 def state_bytes(config: ModelConfig, optimizer: str, device: str = "cpu") -> int:
@@ -26,18 +27,23 @@ def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> 
     """Activations kept for the backward pass of one row of `context` tokens; `element` is bytes per value.
 
     Per token and block: the residual stream and the outputs of norms, projections, attention and MLP; layer norms keep
-    their input in float32. The gradients on their way back take about one block more.
+    their input in float32. A mask, a window or a cap has the attention matrix written out. The gradients on their way
+    back take about one block more.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    mlp = 4 * f if config.activation == "swiglu" else 3 * f
+    mlp = 4 * f if config.gated else 3 * f
     dropped = 2 * d if config.residual_dropout else 0
     turned = config.positions == "rotary" or config.qk_norm
-    block = (6 * d + (2 + turned) * (q + kv) + mlp + dropped) * element
+    stream = (8 if config.norm_placement == "both" else 6) * d
+    block = (stream + (2 + turned) * (q + kv) + mlp + dropped) * element
     if config.norm == "layernorm" and element < 4:
         block += 2 * d * 4
-    if config.attention_dropout or masked:  # the attention matrix is written out
-        block += 4 * config.num_attention_heads * context * element
+    matrix = config.num_attention_heads * context
+    if config.attn_logit_softcapping is not None:
+        block += 4 * matrix * 4
+    elif config.attention_dropout or masked or (config.layer_types and (config.sliding_window or 0) < context):
+        block += 4 * matrix * element
     return context * ((config.num_hidden_layers + 1) * block + 4 * d * 4)
 
 

@@ -30,4 +30,5 @@ class NextToken:
     def loss_sum(self, model: Transformer, batch: Batch) -> Tensor:
         hidden = model(batch.tokens, batch.segments).flatten(0, 1)  # [B T, D]
         targets, weights = batch.targets.flatten(), batch.weights.flatten()
-        return cross_entropy_sum(hidden, model.lm_head.weight, targets, weights, self.label_smoothing, self.z_loss)
+        cap = model.config.final_logit_softcapping
+        return cross_entropy_sum(hidden, model.lm_head.weight, targets, weights, self.label_smoothing, self.z_loss, cap)

@@ -100,6 +100,7 @@ def test_a_stride_gives_later_tokens_more_context():
 
         def __init__(self) -> None:
             super().__init__()
+            self.config = tiny.shape()
             self.lm_head = torch.nn.Linear(8, 8, bias=False)
             torch.nn.init.eye_(self.lm_head.weight)
 
@@ -141,6 +142,7 @@ def test_a_model_that_knows_the_frequencies_scores_the_unigram_entropy():
     class Frequencies(torch.nn.Module):
         def __init__(self):
             super().__init__()
+            self.config = tiny.shape()
             self.lm_head = torch.nn.Linear(31, 31, bias=False)
             torch.nn.init.eye_(self.lm_head.weight)
 

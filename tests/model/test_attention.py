@@ -9,8 +9,9 @@ import torch
 
 from gptworks.data.loader import Batch, Cursor, Loader
 from gptworks.infer.scoring import token_losses
-from gptworks.model.attention import Attention, KeyValueCache, rotary_table, rotate
+from gptworks.model.attention import Attention, KeyValueCache, rotate
 from gptworks.model.config import parameter_count
+from gptworks.model.rope import rotary_table
 from gptworks.model.transformer import Transformer
 
 SHAPES: list[dict[str, Any]] = [

@@ -171,7 +171,7 @@ def edit(path, **values):
         ({"vocab_size": "31"}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"rope_parameters": "yarn"}, "rope"),
         ({"hidden_act": "relu"}, "relu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),

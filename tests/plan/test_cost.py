@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -31,8 +32,19 @@ def test_flops_follow_the_formula():
     assert flops_per_token(config, 128) == pytest.approx(6 * matrices + attention, rel=0.01)  # norms are the 1 %
 
 
+def test_a_window_costs_what_it_lets_be_seen():
+    config = tiny.shape(family="llama", num_hidden_layers=2)
+    types = ("sliding_attention", "full_attention")
+    slid = replace(config, sliding_window=5, layer_types=types)
+    saved = flops_per_token(config, 32) - flops_per_token(slid, 32)
+    seen_all, seen = sum(range(1, 33)), sum(min(place, 5) for place in range(1, 33))
+    assert saved * 32 == pytest.approx(12 * 4 * 8 * (seen_all - seen), rel=0.05)  # heads, channels
+    assert flops_per_token(replace(slid, sliding_window=32), 32) == flops_per_token(config, 32)
+
+
 PROBE = """
 import json, sys, torch
+from dataclasses import replace
 from gptworks.core.runtime import peak_memory
 from gptworks.core.config import Model
 from gptworks.model import build
@@ -45,7 +57,7 @@ from gptworks.train.objectives import NextToken
 from gptworks.train.optim import make_optimizers
 torch.set_num_threads(1)
 options = json.loads(sys.argv[2])
-config = build_config(Model(**options["shape"]), 1024, 256)
+config = replace(build_config(Model(**options["shape"]), 1024, 256), **options["parts"])
 def step(model, optimizers, rows, context):
     ids = torch.randint(1024, (rows, context))
     NextToken(Train()).loss_sum(model, Batch(ids, ids, torch.ones(rows, context))).div(ids.numel()).backward()
@@ -64,28 +76,36 @@ print(peak_memory() - before)
 
 
 LARGE = {"family": "gpt2", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
+SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+GEMMA2 = {"norm": "rmsnorm_1p", "norm_placement": "both", "activation": "geglu_tanh", "qk_norm": False,
+          "scale_embedding": True, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+          "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+NEOX = {"positions": "rotary", "partial_rotary_factor": 0.25, "use_parallel_residual": True}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rows", "shape"),
+    ("optimizer", "rows", "shape", "parts"),
     [
-        ("adamw", 8, {"family": "qwen3", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}),
-        ("adamw", 8, {"family": "gpt2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}),
-        ("muon", 1, {"family": "gpt2", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}),
-        pytest.param("muon", 1, LARGE, marks=pytest.mark.slow),
+        ("adamw", 8, {"family": "qwen3", **SMALL}, {}),
+        ("adamw", 8, {"family": "gpt2", **SMALL}, {}),
+        ("muon", 1, {"family": "gpt2", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}, {}),
+        pytest.param("muon", 1, LARGE, {}, marks=pytest.mark.slow),
+        ("adamw", 8, {"family": "qwen3", **SMALL}, GEMMA2),
+        ("adamw", 8, {"family": "gpt2", **SMALL}, NEOX),
+        ("adamw", 8, {"family": "qwen3", **SMALL}, {"norm_placement": "post", "qk_norm_per_head": False}),
     ],
 )
-def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer, rows, shape):
+def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer, rows, shape, parts):
     """At most half above it, for a step of activations mostly and for one of weights mostly."""
     from pathlib import Path
 
     from gptworks.core.config import Model
     from gptworks.model.config import build_config
 
-    asked = json.dumps({"optimizer": optimizer, "rows": rows, "shape": shape})
+    asked = json.dumps({"optimizer": optimizer, "rows": rows, "shape": shape, "parts": parts})
     tests = str(Path(tiny.__file__).parent)
     done = subprocess.run([sys.executable, "-c", PROBE, tests, asked], capture_output=True, text=True, check=True)
-    config = build_config(Model(**shape), 1024, 256)
+    config = replace(build_config(Model(**shape), 1024, 256), **parts)
     estimate = step_bytes(config, 256, rows, optimizer, 4)
     assert int(done.stdout) <= estimate < 1.5 * int(done.stdout)
 
@@ -97,6 +117,9 @@ def test_memory_grows_with_what_it_should():
     )
     assert row_bytes(config, 32, 2, False) < row_bytes(config, 32, 4, False) < row_bytes(config, 32, 4, True)
     assert row_bytes(config, 64, 4, True) > 2 * row_bytes(config, 32, 4, True)  # the attention matrix is square
+    slid = replace(config, sliding_window=16, layer_types=("sliding_attention",) * 2)  # by a mask, where it is narrow
+    assert row_bytes(slid, 32, 4, False) == row_bytes(config, 32, 4, True)
+    assert row_bytes(slid, 16, 4, False) == row_bytes(config, 16, 4, False)
     assert state_bytes(config, "sgd") < state_bytes(config, "adamw")
 
 
