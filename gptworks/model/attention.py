@@ -3,6 +3,8 @@
 Shapes: B batch, T time (new tokens), S time seen so far, D width, H query heads, K key-value heads, C channels a head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,6 +109,31 @@ def _grown(old: Tensor | None, like: Tensor, room: int) -> Tensor:
     return new
 
 
+def attention_mask(
+    T: int, seen: int, segments: Tensor | None, window: int | None, device: torch.device
+) -> Tensor | None:
+    """bool [B or 1, 1, T, S], True where a query may look: not ahead, within its segment [B, T], and at most at the
+    last `window` places, its own included. None where it may look at all that came before."""
+    assert segments is None or not seen
+    window = min(window or seen + T, seen + T)
+    if segments is None and window == seen + T and (T == 1 or not seen):
+        return None
+    mask = torch.ones(T, seen + T, dtype=torch.bool, device=device).tril(seen).triu(seen - window + 1)[None, None]
+    return mask if segments is None else mask & (segments[:, None, :, None] == segments[:, None, None, :])
+
+
+def block_mask(segments: Tensor, window: int | None) -> Any:
+    """The same, with nothing seen before, as FlexAttention takes it: blocks that nobody looks at are not computed."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def looks(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        near = (q >= k) & (segments[b, q] == segments[b, k])
+        return near if window is None else near & (q - k < window)
+
+    B, T = segments.shape
+    return create_block_mask(looks, B, None, T, T, device=segments.device)
+
+
 def capped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float, dropout: float
 ) -> Tensor:
@@ -148,7 +175,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # [B, T, D]
         rotary: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,  # bool [B, 1, T, S], True where attention is allowed; None: causal
+        mask: Any,  # from `attention_mask` or `block_mask`; None: causal
         cache: KeyValueCache | None,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -163,6 +190,11 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.softcap is not None:
             y = capped_attention(q, k, v, mask, self.scale or self.head_dim**-0.5, self.softcap, dropout)
+        elif mask is not None and not isinstance(mask, Tensor):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            assert not dropout, "FlexAttention has none"
+            y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads)
         else:
             y = F.scaled_dot_product_attention(
                 q,

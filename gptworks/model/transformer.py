@@ -5,12 +5,21 @@ knows nothing of training, adapters, sharding or compilation. Shapes: B batch, T
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptworks.model.attention import Attention, Float8Linear, KeyValueCache, Linear, make_norm
+from gptworks.model.attention import (
+    Attention,
+    Float8Linear,
+    KeyValueCache,
+    Linear,
+    attention_mask,
+    block_mask,
+    make_norm,
+)
 from gptworks.model.config import ModelConfig
 from gptworks.model.kernels import softcap
 from gptworks.model.mlp import MLP
@@ -41,7 +50,7 @@ class Block(nn.Module):
         self.dropout, self.parallel = config.residual_dropout, config.use_parallel_residual
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, cache: KeyValueCache | None
     ) -> Tensor:
         before = x
         y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
@@ -94,22 +103,18 @@ class Transformer(nn.Module):
         seen = cache.length if cache is not None else 0
         T = tokens.shape[1]
         positions = torch.arange(seen, seen + T, device=tokens.device)[None]  # [1, T]
-        mask = None
         if segments is not None:
             begins = torch.ones_like(segments, dtype=torch.bool)
             begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
             positions = positions - (positions * begins).cummax(dim=1).values  # [B, T]
-            causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-            mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]  # [B, 1, T, T]
-        elif seen and T > 1:
-            mask = torch.ones(T, seen + T, dtype=torch.bool, device=tokens.device).tril(seen)[None, None]
 
-        local_mask = mask  # of the layers that see a window; rows of one segment are as far apart as its positions
-        if config.layer_types and config.sliding_window is not None and seen + T > config.sliding_window:
-            band = torch.ones(T, seen + T, dtype=torch.bool, device=tokens.device).tril(seen)
-            band = band.triu(seen - config.sliding_window + 1)[None, None]
-            local_mask = band if mask is None else mask & band
+        def mask_of(window: int | None) -> Any:
+            if segments is not None and self.can_flex(segments):
+                return block_mask(segments, window)
+            return attention_mask(T, seen, segments, window, tokens.device)
 
+        mask = mask_of(None)
+        local_mask = mask_of(config.sliding_window) if config.layer_types else mask  # of the layers that see a window
         x = decoder.embed_tokens(tokens)
         if config.scale_embedding:
             x = x * math.sqrt(config.hidden_size)
@@ -132,6 +137,11 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         return decoder.norm(x)
+
+    def can_flex(self, segments: Tensor) -> bool:
+        """Whether attention within segments is left to FlexAttention: compiled, on a GPU, and with no part it lacks."""
+        lacking = self.config.attn_logit_softcapping or (self.training and self.config.attention_dropout)
+        return segments.is_cuda and torch.compiler.is_compiling() and not lacking
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [..., V] of hidden states [..., D]."""

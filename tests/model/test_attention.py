@@ -1,6 +1,7 @@
 """The decoder against what it is defined to compute."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from gptworks.data.loader import Batch, Cursor, Loader
 from gptworks.infer.scoring import token_losses
+from gptworks.model import build
 from gptworks.model.attention import Attention, KeyValueCache, rotate
 from gptworks.model.config import parameter_count
 from gptworks.model.rope import rotary_table
 from gptworks.model.transformer import Transformer
+from gptworks.train.objectives import NextToken
 
 SHAPES: list[dict[str, Any]] = [
     {"family": "gpt2"},
@@ -153,3 +156,42 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(logits(model, ids), logits(model, ids))
     model.train()
     assert not torch.equal(logits(model, ids), logits(model, ids))
+
+
+class Flexible(Transformer):
+    """Leaves attention to FlexAttention wherever it is."""
+
+    def can_flex(self, segments):
+        return True
+
+
+@pytest.mark.parametrize("parts", [{}, {"num_key_value_heads": 1, "layer_types": True}], ids=str)
+def test_flex_attention_sees_what_the_mask_allows(parts):
+    """On a CPU it has no backward pass, so the forward pass alone, traced as a compiled step is."""
+    config = tiny.shape(**{"num_attention_heads": 2} | {k: v for k, v in parts.items() if k != "layer_types"})
+    if parts.get("layer_types"):
+        config = replace(config, sliding_window=5, layer_types=("sliding_attention", "full_attention"))
+    model, flexible = Transformer(config), Flexible(config)
+    model.initialise(3)
+    flexible.load_state_dict(model.state_dict())
+    ids, segments = tiny.tokens(2, 32), torch.tensor([[0] * 7 + [1] * 25, [0] * 20 + [1] * 5 + [2] * 7])
+    with torch.no_grad():
+        expected = model(ids, segments)
+        assert (expected - model(ids)).abs().max() > 1e-3
+        found = torch.compile(flexible, backend="eager", dynamic=False)(ids, segments)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
+def test_flex_attention_has_the_gradients_of_the_mask():
+    config, train = tiny.shape(hidden_size=64, num_attention_heads=2), tiny.settings()
+    segments = torch.tensor([[0] * 7 + [1] * 25, [0] * 20 + [1] * 5 + [2] * 7])
+    batch = Batch(tiny.tokens(2, 32), tiny.tokens(2, 32, seed=1), torch.ones(2, 32), segments).to(torch.device("cuda"))
+    found = []
+    for compiled in (False, True):
+        model = build.fresh(config, 3).cuda().train()
+        loss_sum = NextToken(train).loss_sum
+        (torch.compile(loss_sum, dynamic=False) if compiled else loss_sum)(model, batch).backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, flex in zip(*found, strict=True):
+        assert (plain - flex).norm() <= 1e-2 * plain.norm()
