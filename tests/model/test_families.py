@@ -42,8 +42,8 @@ USUAL = {
 GROUPED = {"num_key_value_heads": 2}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+          "original_max_position_embeddings": 60}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 500}  # so that a ramp spans channels
 
 
 def rope(**numbers: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3": ("llama", GROUPED | rope(**LLAMA3) | {"tie_word_embeddings": True}),
     "llama-yarn": ("llama", rope(**YARN)),
     "llama-yarn-mscale": ("llama", rope(**YARN, mscale=0.7, mscale_all_dim=0.3, truncate=False, beta_fast=20.0)),
-    "llama-yarn-factor": ("llama", rope(**YARN, attention_factor=0.8, beta_fast=8, beta_slow=2) | {"mlp_bias": True}),
+    "llama-yarn-factor": ("llama", rope(**YARN, attention_factor=0.8, beta_fast=8, beta_slow=4) | {"mlp_bias": True}),
     "mistral": ("mistral", GROUPED | {"sliding_window": WINDOW}),
     "mistral-all-seen": ("mistral", {"num_key_value_heads": 1, "head_dim": 12, "sliding_window": None}),
     "mistral-tied": ("mistral", GROUPED | {"sliding_window": 4096, "tie_word_embeddings": True}),
