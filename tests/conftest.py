@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ def machine_timed_once() -> Iterator[None]:
     runtime.matmul_rate = lambda *arguments: timed(torch.get_num_threads(), *arguments)
     yield
     runtime.matmul_rate = real
+
+
+@pytest.fixture(autouse=True)
+def small_numbers_kept() -> Iterator[None]:
+    """A run has its process flush denormal numbers to zero; the tests that follow in this one want them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -499,13 +499,14 @@ class Typist:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def wait_for(self, text: str, characters: int = 0) -> None:
-        """Until `text` is shown, and so many characters after it."""
+    def wait_for(self, text: str, characters: int = 0, again: str = "") -> None:
+        """Until `text` is shown, and so many characters after it; `again` is typed whenever nothing comes for long."""
         end = time.monotonic() + 60
         while text not in self.seen or len(self.seen.partition(text)[2]) < characters:
-            left = end - time.monotonic()
-            shown = left > 0 and select.select([self.terminal], [], [], left)[0]
-            assert shown, f"{text!r} did not come: {self.seen[-2000:]!r}"
+            assert time.monotonic() < end, f"{text!r} did not come: {self.seen[-2000:]!r}"
+            if not select.select([self.terminal], [], [], 5)[0]:
+                self.type(again)
+                continue
             self.seen += os.read(self.terminal, 65536).decode("utf-8", "replace")
         self.seen = self.seen.partition(text)[2]
 
@@ -522,9 +523,9 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         typist.wait_for("> ")
         typist.type("the qu")
         typist.wait_for("the qu")
-        time.sleep(0.5)  # Python's readline misses a signal that comes while it shows a letter, until the next key
         typist.type("\x03")
-        typist.wait_for("Ctrl-D or /exit leaves")
+        # Python's readline misses a signal that comes while it shows a letter, until the next key.
+        typist.wait_for("Ctrl-D or /exit leaves", again="\x03")
         typist.type("/nope\n")
         typist.wait_for("warning: no command /nope")
         typist.type(f"/save {tmp_path / 'said.jsonl'}\n")

@@ -73,7 +73,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("train.betas", "0.9"),
     ("train.betas", "0.9,1.5"),
     ("train.batch_tokens", "half"),
-    ("train.precision", "fp8"),
+    ("train.precision", "fp4"),
     ("train.context", 1),
     ("model.dropout", 1),
     ("model.depth", 0),
