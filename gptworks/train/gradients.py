@@ -27,7 +27,7 @@ LossSum = Callable[[Transformer, Batch], Tensor]
 def side_by_side(workers: int) -> Iterator[Executor | None]:
     """Threads that compute micro-batches at the same time and share the processors; None for one worker.
 
-    The operations of a small model are too short to be cut in two: they wait for each other longer than they compute.
+    Threads that share each operation wait for the slowest after each, which beside other work is most of the time.
     """
     each = max(torch.get_num_threads() // workers, 1)
 
