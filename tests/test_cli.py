@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -483,10 +484,16 @@ class Typist:
         self.command = subprocess.Popen(
             [sys.executable, "-m", "gptworks", *map(str, arguments)],
             stdin=end, stdout=end, stderr=end, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            preexec_fn=self.take_terminal,
         )  # fmt: skip
         os.close(end)
         self.seen = ""
+
+    @staticmethod
+    def take_terminal() -> None:
+        """Ctrl-C is a signal, and one that counts: whoever runs the tests in the background has it ignored."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __enter__(self) -> "Typist":
         return self
