@@ -283,6 +283,34 @@ def chat(
 
 
 @app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    data: Annotated[str | None, typer.Option(help="Text to compare on; default the run's validation text.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    lossy: Annotated[bool, typer.Option("--lossy", help="Write it however much it differs.")] = False,
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Add an adapter to its base: one plain model, compared with the two before it is written."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        return lifecycle.merge(folder, out, data, dtype, lossy)
+
+    _print(_do(work, debug), json, _merged)
+
+
+def _merged(found: dict[str, Any]) -> str:
+    return (
+        f"{found['model']}\nmerged {found['bits_per_byte']:.5f} bits/byte, adapter beside its base "
+        f"{found['adapter_bits_per_byte']:.5f}, difference {found['difference_bits_per_byte']:+.2g} "
+        f"over {found['tokens']:,} tokens"
+    )
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
     json: Json = False, quiet: Quiet = False, debug: Debug = False,

@@ -5,10 +5,12 @@ again and it continues, or says that it is done.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
@@ -16,13 +18,14 @@ from gptworks.core.config import Config
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console
 from gptworks.core.ranks import ranks
+from gptworks.core.registry import nearest
 from gptworks.data import shards as shard_folder
 from gptworks.infer import comparison
 from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import stream_losses, total, unigram, xz
-from gptworks.model import build
+from gptworks.model import adapters, build
 from gptworks.model.build import Loaded
 from gptworks.train import session, setup
 from gptworks.train.hooks import sampling
@@ -162,7 +165,7 @@ def chat(
 ) -> Conversation:
     """A conversation that has not begun, spelled as the model folder says."""
     loaded = _loaded(model)
-    spelling = Spelling.of(loaded.path, loaded.tokenizer)
+    spelling = Spelling.of(loaded.home, loaded.tokenizer)
     if not spelling.taught:
         console.say(f"{loaded.path} has no chat template: it was not taught to answer, it continues text")
     return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
@@ -174,6 +177,56 @@ def _loaded(model: str | Path | Loaded) -> Loaded:
     loaded = build.load(model)
     loaded.model.to(runtime.device())
     return loaded
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MERGE_LOSS = 0.001  # bits per byte that a merged model may differ by without being asked
+
+
+def merge(
+    adapter: str | Path, out: Path, data: str | None = None, dtype: str = "float32", lossy: bool = False
+) -> dict[str, Any]:
+    """Writes the plain model that an adapter's folder amounts to, and how far it is from it on a text in bits per byte.
+
+    A low-bit base is taken as the values that its codes stand for, which the adapter was trained beside. `data` is the
+    run's validation text if left out. Raises UsageError where the two differ by more than MERGE_LOSS, unless `lossy`.
+    """
+    loaded = _loaded(adapter)
+    if loaded.adapter is None:
+        raise UsageError(f"{adapter}: has no adapter to merge; it is a whole model")
+    held_out = loaded.path.parent / "data" / "validation.jsonl"
+    if data is None and not held_out.is_file():
+        raise UsageError("give --data FILE: the text on which the merged model is compared with the adapter")
+    if out.exists():
+        raise UsageError(f"{out} exists; choose another --out")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: {nearest(dtype, list(DTYPES))}")
+    text, kept = data or str(held_out), DTYPES[dtype]
+    merged = adapters.merge(loaded.model)
+    for parameter in merged.parameters():  # as the file will have it
+        parameter.data = parameter.data.to(kept).float()
+    plain = replace(loaded, model=merged, adapter=None)
+    apart, together = (evaluate(each, text) for each in (loaded, plain))
+    difference = together["bits_per_byte"] - apart["bits_per_byte"]
+    if abs(difference) > MERGE_LOSS and not lossy:
+        raise UsageError(
+            f"merged in {dtype}, the model needs {difference:+.4f} bits/byte, more than {MERGE_LOSS} off what the "
+            "adapter gives; take --dtype float32, or --lossy if that is good enough"
+        )
+    lineage = {
+        **loaded.lineage,
+        "parents": [
+            {"path": str(loaded.home), "sha256": loaded.weights_sha256},
+            {"path": str(loaded.path), "sha256": folder.sha256(loaded.path / build.ADAPTER_WEIGHTS)},
+        ],
+        "metrics": {f"eval_{key}": together[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")},
+    }
+    build.save(out, merged, loaded.tokenizer, lineage, kept)
+    return {
+        "model": str(out), "dtype": dtype, "data": text, "tokens": together["tokens"],
+        "bits_per_byte": together["bits_per_byte"], "adapter_bits_per_byte": apart["bits_per_byte"],
+        "difference_bits_per_byte": difference,
+    }  # fmt: skip
 
 
 def report(run: Path) -> Path:

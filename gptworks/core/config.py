@@ -185,6 +185,19 @@ class Model(Section):
     dropout: Share | None = fixed(None, "on embeddings, attention weights and residual branches")
 
 
+class Adapter(Section):
+    kind: Literal["lora"] | None = fixed(None, "train small matrices beside the frozen ones of model.path; None: all")
+    rank: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=100_000)] = fixed(16, "of each pair of matrices")
+    alpha: Positive = fixed(32.0, "their product counts alpha/rank times")
+    dropout: Share = fixed(0.0, "on what an adapter reads")
+    target_modules: list[str] | None = fixed(
+        None, "of the blocks: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; None: all"
+    )
+    use_rslora: bool = fixed(False, "rank-stabilised: alpha/sqrt(rank) times")
+    use_dora: bool = fixed(False, "learn the length of each row of the sum apart")
+    base: str | None = fixed(None, "how frozen layers are held: fp32, bf16, int8, int4 or nf4; None: as they multiply")
+
+
 class Change(Section):
     """What holds from a step on, other than the run was planned: see `train/schedule.py`."""
 
@@ -222,6 +235,7 @@ class Train(Section):
     l2: NonNegative = fixed(0.0, "penalty l2/2 * sum(w^2) in the loss, matrices only")
     l1: NonNegative = fixed(0.0, "penalty l1 * sum(|w|) in the loss, matrices only")
     clip: NonNegative = fixed(1.0, "largest norm of the whole gradient; 0 never clips")
+    freeze: list[str] = fixed([], "parameters that stay as they are, by patterns: ['*.mlp.*', 'model.embed_tokens.*']")
     skip_spikes: Positive | None = fixed(None, "skip a step whose gradient norm is so many deviations above the usual")
     ema: Share | None = fixed(None, "keep, evaluate and save an average of the weights that forgets at this rate")
     z_loss: NonNegative = fixed(0.0, "penalty z_loss * log(sum(exp(logits)))^2, which keeps logits small")
@@ -277,6 +291,7 @@ class Config(Section):
     data: Data = Data()
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
+    adapter: Adapter = Adapter()
     train: Train = Train()
     generate: Generate = Generate()
     stages: list[STAGES] = free(["train", "evaluate", "generate", "report"], "what `gptworks run` does, in order")
@@ -291,6 +306,10 @@ class Config(Section):
             raise ValueError(
                 f"model.path={self.model.path[:80]} brings its own tokenizer; remove tokenizer.{min(beside)}"
             )
+        if self.adapter.kind is None and (beside := _differing(self.adapter)):
+            raise ValueError(f"adapter.{min(beside)} says nothing without adapter=lora")
+        if self.adapter.kind and self.model.path is None:
+            raise ValueError("adapter=lora trains beside the weights of a model: add model=FOLDER")
         if self.train.batch_tokens == "full" and self.train.max_tokens:
             raise ValueError("train.batch_tokens=full counts epochs: use train.max_epochs in place of train.max_tokens")
         return self
@@ -308,7 +327,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 
 # Short forms: `model=FOLDER` is what people type for `model.path=FOLDER`.
-SHORT = {"model": "model.path"}
+SHORT = {"model": "model.path", "adapter": "adapter.kind"}
 
 
 def recipe_names() -> list[str]:

@@ -1,7 +1,9 @@
 """Models from configurations and folders, and back into folders that Hugging Face opens."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +12,43 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptworks.core import folder
+from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
 from gptworks.core.log import count
 from gptworks.data.tokenizer import Tokenizer
+from gptworks.model import peft
 from gptworks.model import weights as weight_files
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.families import FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer, sinusoids
 
 LINEAGE = "gptworks.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model folder in memory."""
+    """A model folder in memory. An adapter's folder is one too: `base` is then the folder of what it goes with."""
 
     path: Path
     model: Transformer
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     lineage: dict[str, Any]
+    adapter: Adapter | None = None
+    base: Path | None = None
+
+    @property
+    def home(self) -> Path:
+        """Where tokenizer and chat template are."""
+        return self.base or self.path
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weight file, or of the hashes of several. Of an adapter's folder, the base's."""
+        hashes = [folder.sha256(file) for file in _weight_files(self.home)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def fresh(config: ModelConfig, seed: int) -> Transformer:
@@ -45,6 +63,8 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such model folder")
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+        return _load_adapted(path, dropout)
     raw = folder.read_json(path / "config.json")
     if not isinstance(raw, dict):
         raise DataError(f"{path / 'config.json'}: not a JSON object")
@@ -73,6 +93,41 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
     if not isinstance(lineage, dict):
         raise DataError(f"{path / LINEAGE}: not a JSON object")
     return Loaded(path, model.eval(), tokenizer, stop_ids(path, tokenizer), lineage)
+
+
+def _load_adapted(path: Path, dropout: float | None) -> Loaded:
+    """The base that a PEFT folder names, with its adapters. Raises DataError."""
+    raw = folder.read_json(path / ADAPTER)
+    if not isinstance(raw, dict) or not isinstance(raw.get("base_model_name_or_path"), str):
+        raise DataError(f"{path / ADAPTER}: names no base_model_name_or_path; write the base's folder there")
+    lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    if lineage:
+        folder.verify(path, [ADAPTER, ADAPTER_WEIGHTS])
+    named = Path(raw["base_model_name_or_path"])
+    if not named.is_dir():
+        raise DataError(f"{path}: is an adapter for {named}, which is no folder here; set base_model_name_or_path in "
+                        f"{path / ADAPTER}")  # fmt: skip
+    if not (named / "config.json").is_file():
+        raise DataError(f"{path}: is an adapter for {named}, which is no model folder")
+    base = load(named, dropout)
+    held = None
+    if isinstance(lineage, dict) and (parents := lineage.get("parents")):
+        if parents[0]["sha256"] != base.weights_sha256:
+            raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
+        held = lineage["config"]["adapter"]["base"]
+    file = path / ADAPTER_WEIGHTS
+    weight_files.read_shapes(file, 3 * len(list(base.model.modules())))
+    tensors = weight_files.read(file)
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise DataError(f"{file}: {name[:200]} has values that are not finite numbers")
+    try:
+        model = peft.read(base.model, raw, tensors, held)
+        settings = peft.read_settings(raw)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    settings = settings.model_copy(update={"base": held})
+    return replace(base, path=path, model=model.eval(), lineage=lineage, adapter=settings, base=named)
 
 
 def _is_sinusoidal(table: Tensor) -> bool:
@@ -167,7 +222,9 @@ def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted({*ids, tokenizer.eos_id} - {None}))
 
 
-def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
+def save(
+    path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
 
     `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into the README.md card.
@@ -177,7 +234,7 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str
     raw = {
         "architectures": [family.architecture],
         "model_type": config.family,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         **family.write_config(config),
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -185,7 +242,7 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str
         "pad_token_id": None,
     }
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": tokenizer.eos_id}
-    weights = {name: value.detach().to("cpu", torch.float32) for name, value in model.state_dict().items()}
+    weights = {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
     with folder.commit(path) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         (aside / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
@@ -196,12 +253,33 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str
         (aside / "README.md").write_text(model_card(path, lineage), encoding="utf-8")
 
 
-def model_card(path: Path, lineage: dict[str, Any]) -> str:
-    """README.md with the YAML header the hub reads."""
+def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, lineage: dict[str, Any]) -> None:
+    """Writes the adapters alone, as a folder that PEFT opens, in one atomic step."""
+    raw, tensors = peft.write(model, adapter, str(base))
+    with folder.commit(path) as aside:
+        (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
+        save_file(tensors, aside / ADAPTER_WEIGHTS, {"format": "pt"})
+        (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(model_card(path, lineage, base), encoding="utf-8")
+
+
+def model_card(path: Path, lineage: dict[str, Any], base: Path | None = None) -> str:
+    """README.md with the YAML header the hub reads; of an adapter for `base`."""
     metrics = lineage.get("metrics", {})
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
+    header = (
+        "library_name: transformers" if base is None else f"library_name: peft\nbase_model: {json.dumps(str(base))}"
+    )
+    opening = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")"""
+    if base is not None:
+        header = f"library_name: peft\nbase_model: {json.dumps(str(base))}"
+        opening = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")"""
     return f"""---
-library_name: transformers
+{header}
 pipeline_tag: text-generation
 tags: [gptworks]
 ---
@@ -216,9 +294,7 @@ on `{lineage.get("data", "")}`.
 {rows}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+{opening}
 ```
 
 `gptworks.json` has the lineage: configuration, data and parents by hash, and what was measured; `manifest.json` has

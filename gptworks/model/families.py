@@ -177,8 +177,8 @@ class Family:
             number, part, leaf = _split(name.removeprefix(self.root), self.layers)
             if number and self.transposed and value.ndim == 2:
                 value = value.t().contiguous()
-            parts = self.joined.get(part) or (self.names.get(part, part),)
-            pieces = self._apart(value, parts, config) if part in self.joined else [value]
+            parts = self.parts_of(part)
+            pieces = self.apart(value, parts, config)
             for part, piece in zip(parts, pieces, strict=True):
                 place = "" if part == "lm_head" else f"model.layers.{number}." if number else "model."
                 if f"{place}{part}.{leaf}" in ours:
@@ -205,14 +205,26 @@ class Family:
                 continue
             if part in first:
                 part, parts = first[part]
-                value = self._together([weights[f"model.layers.{number}.{p}.{leaf}"] for p in parts], config)
+                value = self.together([weights[f"model.layers.{number}.{p}.{leaf}"] for p in parts], config)
             if number and self.transposed and value.ndim == 2:
                 value = value.t().contiguous()
             place = "" if part == "lm_head" else f"{self.root}{self.layers}{number}." if number else self.root
             theirs[f"{place}{back.get(part, part)}.{leaf}"] = value
         return theirs
 
-    def _apart(self, value: Tensor, parts: tuple[str, ...], config: ModelConfig) -> list[Tensor]:
+    def module_of(self, part: str) -> str:
+        """Their name within a block of the module that has one of our parts."""
+        joined = next((name for name, parts in self.joined.items() if part in parts), None)
+        return joined or next((name for name, ours in self.names.items() if ours == part), part)
+
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """The parts that one of their modules within a block has."""
+        return self.joined.get(module) or (self.names.get(module, module),)
+
+    def apart(self, value: Tensor, parts: tuple[str, ...], config: ModelConfig) -> list[Tensor]:
+        """The rows of a joined matrix by the parts that they belong to."""
+        if len(parts) == 1:
+            return [value]
         heads, channels = config.num_attention_heads, config.head_dim
         if self.by_head:
             pieces = [piece.flatten(0, 1) for piece in value.unflatten(0, (heads, len(parts), channels)).unbind(1)]
@@ -222,7 +234,10 @@ class Family:
             pieces = list(value.split([sizes.get(part, config.intermediate_size) for part in parts]))
         return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
 
-    def _together(self, pieces: list[Tensor], config: ModelConfig) -> Tensor:
+    def together(self, pieces: list[Tensor], config: ModelConfig) -> Tensor:
+        """The inverse of `apart`."""
+        if len(pieces) == 1:
+            return pieces[0]
         if not self.by_head:
             return torch.cat(pieces)
         return torch.stack([p.unflatten(0, (config.num_attention_heads, -1)) for p in pieces], dim=1).flatten(0, 2)

@@ -52,13 +52,13 @@ class _RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         unit, wide = x.float() * scale, grad.float()
         both = wide * unit
         along = torch.mv(both.flatten(0, -2), weight).view_as(scale).div_(x.shape[-1])
         grad_x = (wide * weight).addcmul_(unit, along, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), both.flatten(0, -2).sum(0), None
+        return grad_x.to(x.dtype), both.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 # -- rotary positions --------------------------------------------------------------------------------------------
@@ -160,7 +160,8 @@ class _CrossEntropy(Function):
         cap: float | None,
     ) -> Tensor:
         head = weight.to(hidden.dtype)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, trained = torch.empty_like(hidden), ctx.needs_input_grad[1]
+        grad_head = torch.zeros_like(weight) if trained else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows in _chunks(len(hidden), head):
             h, target, w = hidden[rows], targets[rows, None], weights[rows, None]
@@ -184,6 +185,8 @@ class _CrossEntropy(Function):
                 grad.addcmul_(grad, logits.div_(cap).square_(), value=-1)
             grad = grad.to(h.dtype)
             torch.mm(grad, head, out=grad_hidden[rows])
+            if grad_head is None:
+                continue
             if head.dtype == weight.dtype:
                 grad_head.addmm_(grad.T, h)
             else:
@@ -193,9 +196,9 @@ class _CrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None, None, None, None, None
+        return grad_hidden * grad, None if grad_head is None else grad_head * grad, None, None, None, None, None
 
 
 # -- products in float8 ------------------------------------------------------------------------------------------

@@ -1,26 +1,54 @@
 """What a model and a step cost: floating-point operations and memory, from the shape alone."""
 
+from dataclasses import dataclass
+
+from gptworks.model.adapters import adapters
 from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS, ModelConfig, block_parameters, parameter_count
+from gptworks.model.transformer import Transformer
 
 
-def flops_per_token(config: ModelConfig, context: int) -> float:
+@dataclass(frozen=True)
+class Part:
+    """What of a model is trained, where that is not all of it."""
+
+    trained: int  # parameters with a gradient
+    added: int  # of these, beside those of the architecture: adapters
+    weights: int  # bytes of all
+
+    @classmethod
+    def of(cls, model: Transformer) -> "Part":
+        own = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B, layer.magnitude)}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        tensors = [*model.parameters(), *model.buffers()]
+        return cls(
+            sum(p.numel() for p in trained),
+            sum(p.numel() for p in trained if id(p) in own),
+            sum(t.numel() * t.element_size() for t in tensors),
+        )
+
+
+def flops_per_token(config: ModelConfig, context: int, part: Part | None = None) -> float:
     """Training FLOPs a token: 6 for each parameter that is multiplied (the input tables are looked up, the head is
     not), plus causal attention, 6 * layers * heads * channels * context (Chowdhery et al. 2022, appendix B, halved
-    for the causal mask). A layer with a window W counts W (2 - W / context) for the context."""
+    for the causal mask). A layer with a window W counts W (2 - W / context) for the context. A frozen parameter has no
+    gradient and costs 4."""
     multiplied = block_parameters(config) * config.num_hidden_layers + config.vocab_size * config.hidden_size
     windows = (min(config.window(layer) or context, context) for layer in range(config.num_hidden_layers))
     seen = sum(wide * (2 - wide / context) for wide in windows)  # twice the mean of a row
-    return 6.0 * multiplied + 6 * config.num_attention_heads * config.head_dim * seen
+    frozen = max(multiplied - (part.trained - part.added), 0) if part else 0
+    added = part.added if part else 0
+    return 6.0 * (multiplied + added) - 2.0 * frozen + 6 * config.num_attention_heads * config.head_dim * seen
 
 
-def state_bytes(config: ModelConfig, optimizer: str, device: str = "cpu") -> int:
+def state_bytes(config: ModelConfig, optimizer: str, device: str = "cpu", part: Part | None = None) -> int:
     """Weights, gradients and optimizer state in float32, and the copies an update or a checkpoint makes: Muon turns all
     matrices of one shape at once, in about four copies of, at most, two thirds of the weights. Then what the loss of
     the head needs whatever the rows: its gradient once more, and a chunk of logits with their exponentials."""
     slots = {"sgd": 1, "muon": 1}.get(optimizer, 2)
     chunk = max(LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]), LOGITS_ROWS * config.vocab_size * 4)
     head = 2 * config.vocab_size * config.hidden_size * 4 + 3 * chunk
-    return int(parameter_count(config) * 4 * (2 + slots + (3 if optimizer == "muon" else 1))) + head
+    trained, weights = (part.trained, part.weights) if part else (parameter_count(config), 4 * parameter_count(config))
+    return weights + trained * 4 * (1 + slots + (3 if optimizer == "muon" else 1)) + head
 
 
 def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> int:
@@ -55,6 +83,7 @@ def step_bytes(
     element: int,
     masked: bool = False,
     device: str = "cpu",
+    part: Part | None = None,
 ) -> int:
     """Peak memory of a training step with `rows` rows in each forward pass."""
-    return state_bytes(config, optimizer, device) + rows * row_bytes(config, context, element, masked)
+    return state_bytes(config, optimizer, device, part) + rows * row_bytes(config, context, element, masked)

@@ -14,6 +14,7 @@ from gptworks.model.config import ModelConfig, build_config, parameter_count
 from gptworks.plan.cost import flops_per_token
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
+ADAPTER_LR = 5e-4  # of Adam, for low-rank adapters with alpha = 2 * rank
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
 
 
@@ -141,7 +142,10 @@ def derive_training(
         derived.choose("train.batch_tokens", batch, f"grows with the {count(horizon)} tokens the run is likely to see")
     falling = f"falls with the square root of the width, {width}"
     if train.lr is None:
-        if train.optimizer == "muon":
+        if config.adapter.kind and train.optimizer in ("adamw", "adam"):
+            why = "about ten times what suits all weights, whatever the rank (LoRA Without Regret, 2025)"
+            derived.choose("train.lr", ADAPTER_LR, why)
+        elif train.optimizer == "muon":
             derived.choose("train.lr", 0.02, "Muon's update has the same size at every width")
         else:
             derived.choose("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
@@ -152,7 +156,9 @@ def derive_training(
         short = train.optimizer != "muon" or steps < 1000
         why = "a short run gains from a short memory" if short else "Muon's usual"
         derived.choose("train.momentum", 0.9 if short else 0.95, why)
-    if train.weight_decay is None:
+    if train.weight_decay is None and config.adapter.kind:
+        derived.choose("train.weight_decay", 0.0, "adapters start at nothing, and stay small by themselves")
+    elif train.weight_decay is None:
         decay = 0.1 if train.optimizer in ("muon", "adamw") else 0.0
         derived.choose("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
     if train.warmup is None:

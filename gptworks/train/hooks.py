@@ -227,7 +227,7 @@ class Evaluator:
             state.best_loss, state.evals_since_best = found.loss, 0
             if self.train.patience is not None:
                 with using(state.model, state.average):
-                    state.best = {name: p.detach().cpu().clone() for name, p in state.model.named_parameters()}
+                    state.best = {name: p.detach().cpu().clone() for name, p in state.trained().items()}
         else:
             state.evals_since_best += 1
         if self.train.target_loss is not None and found.loss <= self.train.target_loss:

@@ -118,7 +118,7 @@ def _clipped(state: State, loss: float, train: Train) -> float:
 def _update(state: State, train: Train) -> None:
     for optimizer in state.optimizers:
         optimizer.step()
-    parameters = dict(state.model.named_parameters())
+    parameters = state.trained()
     failpoint("step.weight", next(iter(parameters.values())))
     if train.ema:
         if not state.average:

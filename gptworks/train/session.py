@@ -125,6 +125,8 @@ def _change(run: setup.Run, asked: Config, different: list[tuple[str, Any, Any]]
 def _restore(run: setup.Run, checkpoint: Path) -> None:
     facts = restore(run.state, checkpoint)
     shard_folder.same_data(run.shards, facts.get("data"))
+    if run.base and run.part and facts.get("base") != run.base.weights_sha256:
+        raise RunMismatch(f"{run.base.home} has other weights than when this run began; put the old ones back")
     if any(change.step >= run.state.step for change in run.config.train.changes):
         run.state.stopped = None  # the run was told to go on
     console.say(f"run      continues from step {run.state.step}, {checkpoint}")
@@ -158,10 +160,13 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
     assert config.train.context and config.train.checkpoint_every
     course = Course(config.train)
     facts = {"data": shards.identity, "threads": config.train.threads, "versions": runtime.versions()}
+    if run.base and run.part:  # what is frozen is in no checkpoint
+        facts["base"] = run.base.weights_sha256
     rate = ranks.total(runtime.matmul_rate(layout.device, layout.dtype))[0]
-    flops = flops_per_token(state.model.config, config.train.context)
+    flops = flops_per_token(state.model.config, config.train.context, run.part)
+    trained = f", {count(run.part.trained)} of them trained" if run.part else ""
     console.say(
-        f"model    {state.model.config.family}, {count(parameter_count(state.model.config))} parameters, width "
+        f"model    {state.model.config.family}, {count(_parameters(run))} parameters{trained}, width "
         f"{state.model.config.hidden_size}, {state.model.config.num_hidden_layers} layers; {_where(layout)} "
         f"{str(layout.dtype).removeprefix('torch.')}, {rate / 1e9:.0f} GFLOP/s in a matmul"
     )
@@ -226,11 +231,12 @@ def _finish(
         "seconds": round(runtime.process_seconds(), 2),
         "train_seconds": round(state.seconds, 2),
         "tokens_per_second": round(speed, 1),
-        "mfu": round(speed * flops_per_token(state.model.config, config.train.context) / rate, 4),
+        "mfu": round(speed * flops_per_token(state.model.config, config.train.context, run.part) / rate, 4),
         "matmul_gflops": round(rate / 1e9, 1),
         "peak_memory_bytes": runtime.peak_memory(),
         "processes": ranks.world,
-        "parameters": parameter_count(state.model.config),
+        "parameters": _parameters(run),
+        "trained_parameters": run.part.trained if run.part else _parameters(run),
         "stopped": state.stopped or f"reached step {state.step}",
         "weights": "of the best evaluation" if state.best else "averaged" if state.average else "last",
         "skipped_steps": state.skipped,
@@ -243,7 +249,10 @@ def _finish(
     }
     lineage = _lineage(config, run.shards, run.base, recipe, result)
     failpoint("model.save")
-    build.save(out / "model", state.model, run.shards.tokenizer, lineage)
+    if run.base and config.adapter.kind:
+        build.save_adapter(out / "model", state.model, config.adapter, run.base.home, lineage)
+    else:
+        build.save(out / "model", state.model, run.shards.tokenizer, lineage)
     result["seconds"] = round(runtime.process_seconds(), 2)
     folder.write_json(out / "result.json", result)
     console.say(
@@ -251,6 +260,10 @@ def _finish(
         f"{final.bits_per_byte:.3f} bits/byte -> {out / 'model'}"
     )
     return result
+
+
+def _parameters(run: setup.Run) -> int:
+    return parameter_count(run.state.model.config) + (run.part.added if run.part else 0)
 
 
 def _lineage(
@@ -264,7 +277,7 @@ def _lineage(
         "data": config.data.model_dump(mode="json")["train"],
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
-        "parents": [{"path": str(base.path), "sha256": folder.sha256(base.path / "model.safetensors")}] if base else [],
+        "parents": [{"path": str(base.home), "sha256": base.weights_sha256}] if base else [],
         "config": config.model_dump(mode="json"),
         "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
         | {"steps": result["steps"], "training_tokens": result["tokens"]},

@@ -5,7 +5,7 @@ and is read back when the run continues. One decision may follow later: `hooks.B
 run's own pace, and keeps that in the state.
 """
 
-import copy
+import fnmatch
 import math
 import statistics
 import time
@@ -15,7 +15,7 @@ import torch
 
 from gptworks.core import ranks as processes
 from gptworks.core import runtime
-from gptworks.core.config import Change, Config, get, with_values
+from gptworks.core.config import Adapter, Change, Config, get, with_values
 from gptworks.core.errors import OutOfMemory, RunMismatch, UsageError
 from gptworks.core.log import console, duration
 from gptworks.core.ranks import ranks
@@ -23,10 +23,12 @@ from gptworks.core.registry import resolve
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Shards, check_ids
 from gptworks.infer.scoring import score
-from gptworks.model import build
+from gptworks.model import adapters, build
 from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig, parameter_count
-from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
+from gptworks.model.lowbit import scheme
+from gptworks.model.transformer import Transformer
+from gptworks.plan.cost import Part, flops_per_token, row_bytes, state_bytes, step_bytes
 from gptworks.plan.dial import Derived, derive_shape, derive_training
 from gptworks.train.hooks import check_wandb
 from gptworks.train.loop import Layout, StepMetrics, run
@@ -58,12 +60,17 @@ class Run:
     eval_rows: int
     stop_ids: tuple[int, ...]
     most_steps: int  # what limits other than the clock allow
+    part: Part | None  # that is trained, where it is not all
 
 
 def check(config: Config) -> None:
     """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
     if "???" in (config.data.train if isinstance(config.data.train, list) else [config.data.train]):
         raise UsageError("this recipe trains on a text of yours: add data.train=FILE (a file, folder or glob)")
+    if config.model.path == "???":
+        raise UsageError("this recipe starts from a model of yours: add model=FOLDER")
+    if config.adapter.base not in (None, "fp32", "bf16"):
+        scheme(config.adapter.base)
     resolve("optimizer", OPTIMIZERS, config.train.optimizer)
     resolve("schedule", SCHEDULES, config.train.schedule)
     check_wandb(config.train.wandb)
@@ -102,9 +109,16 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
     usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype)
     config, more = derive_training(config, architecture, len(shards.train.tokens) - 1, usual)
     reasons |= more
-    config, layout, more = _layout(config, architecture, device, dtype)
+    if base is not None and base.adapter and config.adapter.kind:
+        config, more = _as_before(config, base)
+        reasons |= more
+    model = None if base is None else _from(base, config)
+    part = Part.of(model) if model is not None and (config.adapter.kind or config.train.freeze) else None
+    config, layout, more = _layout(config, architecture, device, dtype, part)
     reasons |= more
-    model = build.fresh(architecture, config.train.seed) if base is None else copy.deepcopy(base.model)
+    if model is None:
+        model = build.fresh(architecture, config.train.seed)
+        freeze(model, config.train.freeze)
     train = config.train
     assert train.context and train.micro_batch
     loader = Loader(
@@ -129,10 +143,57 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         reasons |= more
     total = config.train.max_steps
     assert total
-    config, layout, more = _rhythm(config, layout, architecture, total)
+    config, layout, more = _rhythm(config, layout, architecture, total, part)
     reasons |= more
     stop_ids = base.stop_ids if base else ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
-    return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids, most_steps)
+    return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids, most_steps, part)
+
+
+def _from(base: Loaded, config: Config) -> Transformer:
+    """The model that a run begins with: a copy of the base's, of which adapters or all is trained."""
+    adapter = config.adapter
+    if adapter.kind is None:
+        if base.adapter:
+            raise UsageError(
+                f"{base.path} is an adapter: train it further with adapter=lora, or `gptworks merge` it first"
+            )
+        model = adapters.copy_of(base.model.requires_grad_(True))
+    elif base.adapter is None:
+        model = adapters.attach(base.model, adapter, config.train.seed)
+    else:
+        model = adapters.resume(base.model)
+    freeze(model, config.train.freeze)
+    return model
+
+
+def _as_before(config: Config, base: Loaded) -> tuple[Config, dict[str, str]]:
+    """With the settings that an adapter was begun with. Raises UsageError for others."""
+    assert base.adapter
+    before = {key: value for key, value in base.adapter if key not in ("kind", "dropout", "target_modules", "base")}
+    for key, value in before.items():
+        asked = getattr(config.adapter, key)
+        if asked not in (value, Adapter.model_fields[key].default):
+            raise UsageError(f"adapter.{key}={asked}: {base.path} was begun with {value}")
+    if config.adapter.target_modules:
+        raise UsageError(f"adapter.target_modules cannot be chosen now: {base.path} has its layers")
+    before["base"] = base.adapter.base or "fp32"
+    names = {f"adapter.{key}": value for key, value in before.items()}
+    return with_values(config, names), dict.fromkeys(names, "the adapter's")
+
+
+def freeze(model: Transformer, patterns: list[str]) -> None:
+    """Parameters whose names match keep their values. Raises UsageError for a pattern that matches nothing."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise UsageError(
+                f"train.freeze has {pattern!r}, which no parameter matches; there is {next(iter(parameters))}"
+            )
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UsageError("train.freeze leaves nothing to train")
 
 
 def change(run: Run, asked: Config, different: list[tuple[str, object, object]]) -> Change | None:
@@ -214,11 +275,13 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     if device.type == "cpu":
         runtime.reuse_memory()
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if config.adapter.kind and config.adapter.base is None:
+        derived.choose("adapter.base", "fp32" if dtype == torch.float32 else "bf16", "as the frozen layers multiply")
     return with_values(config, derived.values), device, dtype, derived.reasons
 
 
 def _layout(
-    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype, part: Part | None
 ) -> tuple[Config, Layout, dict[str, str]]:
     """Workers, and rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would
     fit."""
@@ -230,8 +293,8 @@ def _layout(
     a_row = row_bytes(architecture, train.context, element, masked)
 
     def rows_of_each(workers: int) -> int:
-        gradients = (workers - 1) * 4 * parameter_count(architecture)
-        return (free - state_bytes(architecture, train.optimizer, device.type) - gradients) // a_row // workers
+        gradients = (workers - 1) * 4 * (part.trained if part else parameter_count(architecture))
+        return (free - state_bytes(architecture, train.optimizer, device.type, part) - gradients) // a_row // workers
 
     workers, why = _workers(config, architecture, device, wanted)
     if train.workers is None:
@@ -241,7 +304,7 @@ def _layout(
     fits = rows_of_each(workers)
 
     def need(context: int, rows: int) -> float:
-        return step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type) / 1e9
+        return step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type, part) / 1e9
 
     if fits < 1:
         context = train.context
@@ -349,7 +412,7 @@ def _steps_in_budget(
     train = config.train
     assert train.time_budget_s and train.context
     console.live("timing a few steps")
-    trial = State(copy.deepcopy(state.model), [])
+    trial = State(adapters.copy_of(state.model), [])
     trial.optimizers = make_optimizers(trial.model, train)
     times: list[float] = []
     began = time.perf_counter()
@@ -381,14 +444,14 @@ def _steps_in_budget(
 
 
 def _rhythm(
-    config: Config, layout: Layout, architecture: ModelConfig, total: int
+    config: Config, layout: Layout, architecture: ModelConfig, total: int, part: Part | None
 ) -> tuple[Config, Layout, dict[str, str]]:
     """How often to evaluate and save, and whether compiling pays, now that the length is known."""
     derived, train = Derived(), config.train
     assert train.context
     tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
     rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype)
-    expected = tokens * flops_per_token(architecture, train.context) / rate  # seconds
+    expected = tokens * flops_per_token(architecture, train.context, part) / rate  # seconds
     if train.eval_every is None:
         times = 5 if train.time_budget_s else 10
         derived.choose("train.eval_every", max(1, math.ceil(total / times)), f"{times} evaluations")

@@ -64,9 +64,13 @@ class State:
         if self.reader is not None:
             self.reader.read.wait()
 
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor, by file of a checkpoint: weights by name, optimizer state by `<optimizer>.<parameter>.<slot>`,
-        and the average and the best weights where the run keeps them."""
+        """Every tensor that training changes, by file of a checkpoint: weights by name, optimizer state by
+        `<optimizer>.<parameter>.<slot>`, and the average and the best weights where the run keeps them."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         slots = {
             f"{number}.{names[id(parameter)]}.{slot}": value
@@ -74,7 +78,7 @@ class State:
             for parameter, values in optimizer.state.items()
             for slot, value in values.items()
         }
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        weights = {name: p.detach() for name, p in self.trained().items()}
         found = {"model": weights, "optimizer": slots, "average": self.average, "best": self.best}
         return {name: group for name, group in found.items() if group or name in ("model", "optimizer")}
 
@@ -287,7 +291,7 @@ def restore(state: State, path: Path) -> dict[str, Any]:
     """Fills a newly made state from a verified checkpoint; returns the facts stored with it. Raises DataError."""
     failpoint("checkpoint.restore")
     facts = folder.read_json(path / "state.json")
-    parameters = dict(state.model.named_parameters())
+    parameters = state.trained()
     try:
         for key, kind in COUNTERS.items():
             if not isinstance(facts[key], kind):
