@@ -6,6 +6,7 @@ input tables', plus causal attention.
 
 python benchmarks/train_speed.py --sizes 1M 10M --contexts 256 1024 --runs 3
 python benchmarks/train_speed.py --sizes 124M --precision bf16 --json speed.json
+python benchmarks/train_speed.py --sizes 124M --contexts 256 --tokens 1024 --lora 16
 """
 
 import json
@@ -32,9 +33,11 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from gptworks.core import runtime
-    from gptworks.core.config import Model
+    from gptworks.core.config import Adapter, Model
+    from gptworks.model.adapters import attach
     from gptworks.model.config import build_config
-    from gptworks.plan.cost import flops_per_token
+    from gptworks.model.transformer import Transformer
+    from gptworks.plan.cost import Part, flops_per_token
 
     device = runtime.device()
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
@@ -43,12 +46,17 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     shape = SIZES[job["size"]] | {"context": job["context"]}
     sizes = {"hidden_size": shape["width"], "num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"]}
     config = build_config(Model(family="gpt2", **sizes), shape["vocabulary"], shape["context"])
-    seconds, tokens = ours(job, config, device, dtype) if job["who"] == "ours" else peer(job, shape, device, dtype)
+    adapter = Adapter(kind="lora", rank=job["lora"], base=job["precision"]) if job["lora"] else None
+    with torch.device("meta"):  # sizes alone
+        part = Part.of(attach(Transformer(config), adapter, 1)) if adapter else None
+    seconds, tokens = (
+        ours(job, config, adapter, device, dtype) if job["who"] == "ours" else peer(job, shape, device, dtype)
+    )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else runtime.peak_memory()
     rate = runtime.matmul_rate(device, dtype, 1.0)
     speed = tokens / statistics.median(seconds)
     return {
-        "tokens_per_second": speed, "flops": speed * flops_per_token(config, shape["context"]),
+        "tokens_per_second": speed, "flops": speed * flops_per_token(config, shape["context"], part),
         "peak_bytes": peak, "matmul_flops": rate, "rows": tokens // shape["context"],
     }  # fmt: skip
 
@@ -57,7 +65,7 @@ def rows_of(job: dict[str, Any]) -> int:
     return max(1, job["tokens"] // job["context"])
 
 
-def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[list[float], int]:
+def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any) -> tuple[list[float], int]:
     """The loop of the package, as `gptworks train` runs it."""
     import numpy as np
 
@@ -66,6 +74,7 @@ def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[lis
     from gptworks.data.loader import Loader
     from gptworks.data.shards import Stream
     from gptworks.model import build
+    from gptworks.model.adapters import attach
     from gptworks.train.loop import Layout, run
     from gptworks.train.objectives import NextToken
     from gptworks.train.optim import make_optimizers
@@ -79,7 +88,8 @@ def ours(job: dict[str, Any], config: Any, device: Any, dtype: Any) -> tuple[lis
     steps = job["warmup"] + job["steps"]
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (steps + 2) * rows * job["context"] + 2)
     loader = Loader(Stream(ids, np.zeros(1, dtype=np.int64), len(ids)), job["context"], rows, 1)
-    model = build.fresh(config, 1).to(device)
+    model = build.fresh(config, 1)
+    model = (attach(model, adapter, 1) if adapter else model).to(device)
     layout = Layout(device, dtype, job["micro_batch"] or rows, job["compile"])
     seconds: list[float] = []
 
@@ -95,7 +105,9 @@ def peer(job: dict[str, Any], shape: dict[str, int], device: Any, dtype: Any) ->
     import torch
     from baselines import textbook_loop, transformers_loop
 
-    made = {"transformers": transformers_loop, "textbook": textbook_loop}[job["who"]].step(shape, device, dtype)
+    made = {"transformers": transformers_loop, "textbook": textbook_loop}[job["who"]].step(
+        shape, device, dtype, job["lora"]
+    )
     rows, seconds = rows_of(job), []
     for _ in range(job["warmup"] + job["steps"]):
         ids = torch.randint(shape["vocabulary"], (rows, shape["context"] + 1), device=device)
@@ -122,10 +134,15 @@ def main() -> None:
     arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     arguments.add_argument("--optimizer", default="adamw", help="ours; the others take AdamW")
     arguments.add_argument("--compile", action="store_true", help="ours")
+    arguments.add_argument("--lora", type=int, default=0, help="rank of adapters on a frozen model; PEFT's beside ours")
     options = arguments.parse_args()
+    if options.lora:
+        options.who = [who for who in options.who if who != "textbook"]
     print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "to ours"))
     rows, rate = [], 0.0
-    common = {k: getattr(options, k) for k in ("tokens", "steps", "warmup", "precision", "optimizer", "compile")}
+    common = {
+        k: getattr(options, k) for k in ("tokens", "steps", "warmup", "precision", "optimizer", "compile", "lora")
+    }
     for size, context in product(options.sizes, options.contexts):
         found: dict[str, list[dict[str, float]]] = {who: [] for who in options.who}
         for _ in range(options.runs):  # in turns, so that all meet the same machine

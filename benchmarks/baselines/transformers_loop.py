@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def step(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
+def step(
+    shape: dict[str, Any], device: torch.device, dtype: torch.dtype, lora: int = 0
+) -> Callable[[Tensor, Tensor], None]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -16,13 +18,18 @@ def step(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Cal
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1, fused=True)
 
     def train(tokens: Tensor, targets: Tensor) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
