@@ -5,14 +5,18 @@ Applied to a built model from outside; the decoder knows nothing of it. Shapes: 
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from gptworks.core.config import Adapter
 from gptworks.core.errors import UsageError
 from gptworks.core.registry import nearest
+from gptworks.model import kernels
 from gptworks.model.attention import Linear
 from gptworks.model.lowbit import LowBitLinear
 from gptworks.model.transformer import Transformer
@@ -20,9 +24,9 @@ from gptworks.model.transformer import Transformer
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def weight_of(layer: Linear | LowBitLinear) -> Tensor:
-    """The frozen matrix [N, K] of a layer, in float32."""
-    return layer.dequantized() if isinstance(layer, LowBitLinear) else layer.weight.detach().float()
+def weight_of(layer: Linear | LowBitLinear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The frozen matrix [N, K] of a layer."""
+    return layer.dequantized(dtype) if isinstance(layer, LowBitLinear) else layer.weight.detach().to(dtype)
 
 
 class LoRALinear(nn.Module):
@@ -44,6 +48,8 @@ class LoRALinear(nn.Module):
         return weight if self.magnitude is None else weight * (self.magnitude / weight.norm(dim=1))[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.fused() and self.magnitude is None and not (self.training and self.dropout):
+            return _Sum.apply(x, self.lora_A, self.lora_B, self.scale, self.base)
         y = self.base(x)
         lowered = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         update = F.linear(lowered, (self.lora_B * self.scale).to(x.dtype))
@@ -56,6 +62,31 @@ class LoRALinear(nn.Module):
         if bias is None:
             return (y + update) * factor
         return (y - bias.to(x.dtype) + update) * factor + bias.to(x.dtype)
+
+
+class _Sum(Function):
+    """base(x) + scale * x A^T B^T, each product added where it is made; the frozen matrix gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Linear | LowBitLinear) -> Tensor:
+        rows, low_a, low_b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        y, lowered = F.linear(rows, weight_of(base, x.dtype), bias), rows @ low_a.T
+        y.addmm_(lowered, low_b.T, alpha=scale)
+        ctx.save_for_backward(rows, lowered, low_a, low_b)
+        ctx.scale, ctx.base, ctx.dtype, ctx.shape = scale, base, a.dtype, x.shape
+        return y.view(*x.shape[:-1], len(b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        rows, lowered, a, b = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_lowered, grad_x = (grad @ b).mul_(ctx.scale), None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight_of(ctx.base, grad.dtype)).addmm_(grad_lowered, a).view(ctx.shape)
+        grad_b = (grad.T @ lowered).to(ctx.dtype).mul_(ctx.scale)
+        return grad_x, (grad_lowered.T @ rows).to(ctx.dtype), grad_b, None, None
 
 
 # -- onto a model and off again ----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS
 FUSED = True
 
 
-def _fused() -> bool:
+def fused() -> bool:
+    """Whether hand-written passes are to be taken here."""
     return FUSED and not torch.compiler.is_compiling()
 
 
@@ -28,7 +29,7 @@ def _fused() -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
-    if _fused():
+    if fused():
         return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)[0]
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
@@ -71,7 +72,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     if turned < x.shape[-1]:
         return torch.cat((rotate(x[..., :turned], table), x[..., turned:]), dim=-1)
     cos, sin = (t.to(x.dtype) for t in table)
-    if _fused():
+    if fused():
         return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1)
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)

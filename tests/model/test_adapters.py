@@ -16,7 +16,7 @@ from gptworks.core import config as configuration
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError, RunMismatch, UsageError
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.model import adapters, build, lowbit, peft
+from gptworks.model import adapters, build, kernels, lowbit, peft
 from gptworks.model.transformer import Transformer
 
 theirs_lib = pytest.importorskip("peft")
@@ -115,8 +115,10 @@ def test_what_peft_writes_opens_with_the_same_logits(name, dora, tokenizer, tmp_
     assert (logits(build.load(tmp_path / "second").model, ids) - want).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dora", [False, True])
-def test_gradients_are_those_of_peft(dora, tokenizer, tmp_path):
+def test_gradients_are_those_of_peft(dora, fused, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "FUSED", fused)
     theirs, base = opened("llama-llama3", tokenizer, tmp_path / "base")
     adapter, ids = settings(use_dora=dora), tiny.tokens(2, 20, VOCAB)
     model = moved(adapters.attach(base.model, adapter, seed=1))
