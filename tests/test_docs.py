@@ -161,7 +161,8 @@ def test_every_choice_of_a_recipe_is_explained(name: str) -> None:
     section = text_of(ROOT / "docs" / "recipes.md").split(f"\n## {name}\n")[1].split("\n## ")[0]
     rows = " ".join(line.split(" | ")[0] for line in section.splitlines() if line.startswith("| "))
     recipe = yaml.safe_load(configuration.recipe_text(name))
-    chosen = [(k, v) for part in ("data", "tokenizer", "model", "adapter", "train") for k, v in recipe.get(part, {}).items()]
+    sections = ("data", "tokenizer", "model", "adapter", "train")
+    chosen = [(key, value) for part in sections for key, value in recipe.get(part, {}).items()]
     spelled = {f"{key}: {str(value).lower() if isinstance(value, bool) else value}`" for key, value in chosen}
     assert not {choice for choice in spelled if choice not in rows}
     assert len(re.findall(r"[a-z_]+: ", rows)) == len(spelled)  # and nothing that the recipe does not say

@@ -281,7 +281,7 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
 
 
 def _layout(
-    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype, part: Part | None
+    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype, part: Part | None = None
 ) -> tuple[Config, Layout, dict[str, str]]:
     """Workers, and rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would
     fit."""
