@@ -156,7 +156,7 @@ class Tokenizer(Section):
 
 class Model(Section):
     path: str | None = fixed(None, "a model folder to start from (continued pretraining)")
-    family: str | None = fixed(None, "gpt2, llama or qwen3: the class that the saved folder opens as")
+    family: str | None = fixed(None, "gpt2, llama, qwen3 or qwen3_moe: the class that the saved folder opens as")
     depth: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=1000)] | None = fixed(
         None, "one dial: this many layers, all else follows"
     )
@@ -174,6 +174,15 @@ class Model(Section):
     head_dim: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=100_000)] | None = fixed(None, "width of one head")
     intermediate_size: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10_000_000)] | None = fixed(
         None, "feed-forward width"
+    )
+    num_experts: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10_000)] | None = fixed(
+        None, "MLPs a layer, of which a router chooses for each token (qwen3_moe)"
+    )
+    num_experts_per_tok: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10_000)] | None = fixed(
+        None, "experts for each token"
+    )
+    moe_intermediate_size: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10_000_000)] | None = fixed(
+        None, "feed-forward width of an expert"
     )
     norm: Literal["layernorm", "rmsnorm"] | None = fixed(None, "normalisation before each part")
     positions: Literal["learned", "sinusoidal", "rotary"] | None = fixed(None, "how the model knows token order")
@@ -239,6 +248,8 @@ class Train(Section):
     skip_spikes: Positive | None = fixed(None, "skip a step whose gradient norm is so many deviations above the usual")
     ema: Share | None = fixed(None, "keep, evaluate and save an average of the weights that forgets at this rate")
     z_loss: NonNegative = fixed(0.0, "penalty z_loss * log(sum(exp(logits)))^2, which keeps logits small")
+    router_aux_loss: NonNegative = fixed(0.01, "experts: weight of the loss that keeps them used alike")
+    router_z_loss: NonNegative = fixed(0.0, "experts: penalty router_z_loss * log(sum(exp(router)))^2")
     label_smoothing: Share = fixed(0.0, "share of each target that is spread over the vocabulary")
     schedule: str = fixed("wsd", "constant, linear, cosine, step, inverse_sqrt or wsd (or file.py:Name)")
     warmup: Fraction | None = fixed(None, "share of the steps over which the rate rises from zero")

@@ -13,6 +13,7 @@ from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ranks
 from gptworks.data.loader import Batch, blocks
 from gptworks.data.shards import Stream
+from gptworks.model.experts import load
 from gptworks.model.kernels import cross_entropy
 from gptworks.model.transformer import Transformer
 
@@ -84,6 +85,17 @@ def stream_losses(
 def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stride: int | None = None) -> Score:
     """The exact loss over a stream. Raises NotFinite. Arguments as in `stream_losses`."""
     return total(stream_losses(model, stream, context, rows, stride), stream)
+
+
+@torch.no_grad()
+def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16) -> dict[str, float]:
+    """How evenly the experts of a model are used on the first `rows` blocks of a stream: the load of the busiest, where
+    1 is an even share, and how many are not used at all, over all layers."""
+    device, routing = next(model.parameters()).device, list[Tensor]()
+    batch = next(batched(blocks(stream, context), rows)).to(device)
+    model(batch.tokens, routing=routing)
+    shares = load(routing, model.config.num_experts_per_tok)
+    return {"expert_busiest": float(shares.max()) * shares.shape[1], "experts_unused": int((shares == 0).sum())}
 
 
 def total(losses: Iterable[np.ndarray], stream: Stream) -> Score:

@@ -136,7 +136,7 @@ def resume(model: Transformer) -> Transformer:
 def linears(model: Transformer) -> list[tuple[str, Linear]]:
     """The plain linear layers of the blocks, by name."""
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
-    return [(name, layer) for name, layer in found if name != "lm_head"]
+    return [(name, layer) for name, layer in found if name != "lm_head" and not name.endswith(".mlp.gate")]
 
 
 def held_as(layer: Linear, how: str | None) -> Linear | LowBitLinear:

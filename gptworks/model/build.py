@@ -142,13 +142,18 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     files = _weight_files(path)
     shapes: dict[str, torch.Size] = {}
     for file in files:
-        shapes |= weight_files.read_shapes(file, 32 * (config.num_hidden_layers + 1))
+        shapes |= weight_files.read_shapes(file, _most_tensors(config))
     claimed, held = parameter_count(config), sum(shape.numel() for shape in shapes.values())
     if claimed > 4 * held or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
     with torch.device("meta"):  # shapes without values
         compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
     return {name: value for file in files for name, value in weight_files.read(file).items()}
+
+
+def _most_tensors(config: ModelConfig) -> int:
+    """More than a file of this architecture has."""
+    return (32 + 3 * config.num_experts) * (config.num_hidden_layers + 1)
 
 
 def _weight_files(path: Path) -> list[Path]:

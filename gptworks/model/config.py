@@ -47,6 +47,11 @@ class ModelConfig:
     query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by head_dim's
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    num_experts: int = 0  # of a sparse layer; 0: none is
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # of each expert
+    norm_topk_prob: bool = True  # the shares of a token's experts add up to 1
+    dense_layers: tuple[int, ...] = ()  # that have one MLP for all
     embed_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -56,6 +61,11 @@ class ModelConfig:
             raise UsageError(
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UsageError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok}: a token gets 1 to all of the "
+                f"{self.num_experts} experts"
             )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not self.rotary_dim):
             of = "" if self.partial_rotary_factor == 1 else f", of which {self.rotary_dim} turn,"
@@ -72,6 +82,10 @@ class ModelConfig:
     def gated(self) -> bool:
         """Whether the MLP has three matrices."""
         return self.activation in ("swiglu", "geglu_tanh")
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     def window(self, layer: int) -> int | None:
         """The tokens that a layer attends to, its own included; None: all that came before."""
@@ -90,6 +104,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
               "tie_word_embeddings": False, "norm_eps": 1e-5},
     "qwen3": {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "bias": False,
               "tie_word_embeddings": True, "norm_eps": 1e-6},
+    "qwen3_moe": {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "bias": False,
+                  "tie_word_embeddings": True, "norm_eps": 1e-6},
 }  # fmt: skip
 
 # What each family's class can hold beside its defaults. A part not named here must be the default.
@@ -98,6 +114,7 @@ ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
              "tie_word_embeddings": (True, False)},
     "llama": {"bias": (False, True), "tie_word_embeddings": (True, False)},
     "qwen3": {"tie_word_embeddings": (True, False)},
+    "qwen3_moe": {"tie_word_embeddings": (True, False)},
 }  # fmt: skip
 PARTS = ("norm", "positions", "activation", "qk_norm", "bias", "tie_word_embeddings")
 
@@ -108,6 +125,8 @@ def _conflicts(family: str, parts: dict[str, Any]) -> list[str]:
     for part, value in parts.items():
         if part in PARTS and value not in ALLOWED[family].get(part, (DEFAULTS[family][part],)):
             bad.append(f"{part}={str(value).lower()}")
+    if parts.get("experts", False) != (family == "qwen3_moe"):
+        bad.append("num_experts" if parts.get("experts") else "one MLP a layer (it needs num_experts)")
     if parts.get("grouped") and family == "gpt2":
         bad.append("num_key_value_heads below num_attention_heads")
     if parts.get("free_head_dim") and family == "gpt2":
@@ -118,12 +137,12 @@ def _conflicts(family: str, parts: dict[str, Any]) -> list[str]:
 def choose_family(asked: Model, grouped: bool, free_head_dim: bool) -> str:
     """The family that holds every part asked for. Raises UsageError with the nearest where none does."""
     parts: dict[str, Any] = {name: getattr(asked, name) for name in PARTS if getattr(asked, name) is not None}
-    parts |= {"grouped": grouped, "free_head_dim": free_head_dim}
+    parts |= {"grouped": grouped, "free_head_dim": free_head_dim, "experts": asked.num_experts is not None}
     if asked.family is not None and asked.family not in DEFAULTS:
         from gptworks.core.registry import nearest
 
         raise UsageError(f"model.family={asked.family!r}: {nearest(asked.family, list(DEFAULTS))}")
-    wanted = [asked.family] if asked.family else ["qwen3", "llama", "gpt2"]
+    wanted = [asked.family] if asked.family else ["qwen3", "llama", "gpt2", "qwen3_moe"]
     for family in wanted:
         if not _conflicts(family, parts):
             return family
@@ -151,6 +170,12 @@ def build_config(asked: Model, vocab_size: int, context: int) -> ModelConfig:
     family = choose_family(asked, kv_heads != heads, head_dim * heads != width)
     parts = DEFAULTS[family] | {n: getattr(asked, n) for n in PARTS if getattr(asked, n) is not None}
     bias = parts.pop("bias")
+    inner = asked.intermediate_size or default_intermediate(width, parts["activation"])
+    experts: dict[str, Any] = {}
+    if asked.num_experts:
+        chosen = asked.num_experts_per_tok or min(2, asked.num_experts)
+        experts = {"num_experts": asked.num_experts, "num_experts_per_tok": chosen,
+                   "moe_intermediate_size": asked.moe_intermediate_size or -(-inner // chosen // 16) * 16}  # fmt: skip
     config = ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -159,12 +184,13 @@ def build_config(asked: Model, vocab_size: int, context: int) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=asked.intermediate_size or default_intermediate(width, parts["activation"]),
+        intermediate_size=inner,
         max_position_embeddings=context,
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=bias,
         rope_theta=asked.rope_theta or 10_000.0,
+        **experts,
         **parts,
     )
     return config.with_dropout(asked.dropout or 0.0)
@@ -177,21 +203,39 @@ def default_intermediate(width: int, activation: str) -> int:
 
 def parameter_count(config: ModelConfig) -> int:
     """Trainable parameters, shared ones once, fixed sinusoids not counted."""
-    return block_parameters(config) * config.num_hidden_layers + outer_parameters(config)
+    return blocks_parameters(config) + outer_parameters(config)
 
 
-def block_parameters(config: ModelConfig) -> int:
-    d, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    h, f = config.head_dim, config.intermediate_size
+def active_parameter_count(config: ModelConfig) -> int:
+    """Of these, those that one token meets: of a layer's experts its own."""
+    return blocks_parameters(config, active=True) + outer_parameters(config)
+
+
+def blocks_parameters(config: ModelConfig, active: bool = False) -> int:
+    """Of all blocks; of the experts all, or those that one token meets."""
+    layers = config.num_hidden_layers
+    sparse = sum(config.sparse(layer) for layer in range(layers))
+    experts = config.num_experts_per_tok if active else config.num_experts
+    d = config.hidden_size
+    other = 3 * d * config.moe_intermediate_size * experts + d * config.num_experts - _mlp_parameters(config)
+    return layers * _block_parameters(config) + sparse * other
+
+
+def _block_parameters(config: ModelConfig) -> int:
+    d, h = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads, config.num_key_value_heads
     attention = d * h * (q + 2 * kv) + q * h * d
     attention += config.attention_bias * h * (q + 2 * kv) + config.output_bias * d
-    mlp = (3 if config.gated else 2) * d * f
-    if config.mlp_bias:
-        mlp += (2 * f if config.gated else f) + d
     norms = (4 if config.norm_placement == "both" else 2) * norm_parameters(config)
     if config.qk_norm:
         norms += 2 * h if config.qk_norm_per_head else h * (q + kv)
-    return attention + mlp + norms
+    return attention + _mlp_parameters(config) + norms
+
+
+def _mlp_parameters(config: ModelConfig) -> int:
+    d, f = config.hidden_size, config.intermediate_size
+    biases = (2 * f if config.gated else f) + d if config.mlp_bias else 0
+    return (3 if config.gated else 2) * d * f + biases
 
 
 def norm_parameters(config: ModelConfig) -> int:

@@ -3,6 +3,8 @@
 A family is one row of `FAMILIES`, at the end. What a row does not say is the same for all and stands above it.
 """
 
+import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +35,12 @@ CHANGING: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,), "attention_multiplier": (), "attn_logit_softcapping": (), "clip_qkv": (),
     "embedding_multiplier": (1,), "final_logit_softcapping": (), "logit_scale": (1,), "logits_scaling": (1,),
     "query_pre_attn_scalar": (), "residual_multiplier": (1,), "rotary_pct": (1,),
+    "num_experts": (), "num_local_experts": (), "router_jitter_noise": (0,),
     "scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,), "sliding_window": (),
     "use_bidirectional_attention": (False,), "use_parallel_residual": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
+ALSO = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}  # one key to transformers
+EXPERT = re.compile(r"(.+\.experts)\.(0|[1-9][0-9]{0,5})\.(\w+)")
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
@@ -62,6 +67,7 @@ class Family:
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)  # their matrix that has several of ours, in order
     by_head: bool = False  # one head of each after the other
     transposed: bool = False  # the matrices of blocks
+    experts: dict[str, str] = field(default_factory=dict)  # of an expert's matrices, theirs to ours
 
     # -- config.json -------------------------------------------------------------------------------------------------
 
@@ -81,7 +87,7 @@ class Family:
         if values.get("head_dim") is None and width % heads:
             raise ValueError(f"{width} channels do not divide among {heads} heads")
         values |= {name: value for name, value in usual.items() if values.get(name) is None}
-        values |= self._read_layer_types(raw, values)
+        values |= self._read_layer_types(raw, values) | self._read_dense_layers(raw, values)
         if values.get("positions", "rotary") == "rotary":
             values |= self._read_rope(raw, values["max_position_embeddings"])
         self._refuse_unread(raw, values)
@@ -90,11 +96,15 @@ class Family:
     def write_config(self, config: ModelConfig) -> Raw:
         raw: Raw = {key: getattr(config, names[0]) for key, names in self.keys.items()}
         raw[self.act] = next(act for act, ours in self.acts.items() if ours == config.activation)
+        types = list(config.layer_types or [FULL] * config.num_hidden_layers)
+        if "use_sliding_window" in self.defaults:
+            raw["use_sliding_window"] = SLIDING in types
         if self.sliding in ("upper", "most"):
-            types = raw["layer_types"] = list(config.layer_types or [FULL] * config.num_hidden_layers)
+            raw["layer_types"] = types
             if self.sliding == "upper":
-                raw["use_sliding_window"] = SLIDING in types
                 raw["max_window_layers"] = types.index(SLIDING) if SLIDING in types else len(types)
+        if "decoder_sparse_step" in self.defaults:
+            raw |= {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
         if config.positions == "rotary":
             here = {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta}
             if self.share:
@@ -108,13 +118,15 @@ class Family:
 
     def _said(self, raw: Raw, key: str) -> Any:
         """The value of a key, or what the class takes in its place. Raises KeyError where there is none."""
+        if key not in raw and key in ALSO:
+            key = ALSO[key] if ALSO[key] in raw else key
         if raw.get(key) is not None or (key in raw and key in NULLS):
             return raw[key]
         return self.defaults[key] if key in self.defaults else USUAL[key]
 
     def _read_layer_types(self, raw: Raw, values: Raw) -> Raw:
         layers, window, listed = values["num_hidden_layers"], values.get("sliding_window"), raw.get("layer_types")
-        if self.sliding == "upper" and not raw.get("use_sliding_window"):
+        if "use_sliding_window" in self.defaults and not self._said(raw, "use_sliding_window"):
             window = None
         if self.sliding == "most":
             each = self._said(raw, "sliding_window_pattern")
@@ -136,6 +148,19 @@ class Family:
         if window is None:
             raise ValueError("layers are to see a window, and no sliding_window says how wide")
         return {"sliding_window": window, "layer_types": tuple(types)}
+
+    def _read_dense_layers(self, raw: Raw, values: Raw) -> Raw:
+        if "decoder_sparse_step" not in self.defaults:
+            return {}
+        layers, step, dense = (
+            values["num_hidden_layers"],
+            self._said(raw, "decoder_sparse_step"),
+            raw.get("mlp_only_layers"),
+        )
+        dense = dense or []
+        if not isinstance(dense, list) or not all(type(n) is int and 0 <= n < layers for n in dense):
+            raise ValueError(f"mlp_only_layers {str(dense)[:80]} does not name some of {layers} layers")
+        return {"dense_layers": tuple(n for n in range(layers) if n in dense or (n + 1) % step)}
 
     def _read_rope(self, raw: Raw, length: int) -> Raw:
         values: Raw = {}
@@ -160,7 +185,12 @@ class Family:
         return values | {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": share}
 
     def _refuse_unread(self, raw: Raw, values: Raw) -> None:
-        read = {*self.keys, self.share, *(["use_sliding_window"] if self.sliding == "upper" else [])}
+        read = {
+            *self.keys,
+            *(ALSO[key] for key in self.keys if key in ALSO),
+            self.share,
+            *({"use_sliding_window"} & self.defaults.keys()),
+        }
         expected = CHANGING | {"head_dim": (values["head_dim"],)}
         for key in raw.keys() & (expected.keys() - read):
             if raw[key] is not None and raw[key] not in expected[key]:
@@ -171,10 +201,15 @@ class Family:
     def read_weights(self, weights: Tensors, config: ModelConfig) -> Tensors:
         """Theirs under our names. Raises ValueError, IndexError or RuntimeError for what does not come apart."""
         ours: Tensors = {}
+        stacks: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for name, value in weights.items():
             if name.endswith(BUFFERS):
                 continue
             number, part, leaf = _split(name.removeprefix(self.root), self.layers)
+            if (expert := EXPERT.fullmatch(part)) and leaf == "weight" and expert[3] in self.experts:
+                place = f"model.layers.{number}.{self.parts_of(expert[1])[0]}.{self.experts[expert[3]]}"
+                stacks[place][int(expert[2])] = value
+                continue
             if number and self.transposed and value.ndim == 2:
                 value = value.t().contiguous()
             parts = self.parts_of(part)
@@ -184,6 +219,10 @@ class Family:
                 if f"{place}{part}.{leaf}" in ours:
                     raise ValueError(f"two tensors are {place}{part}.{leaf}"[:200])
                 ours[f"{place}{part}.{leaf}"] = piece
+        for name, each in stacks.items():
+            if sorted(each) != list(range(config.num_experts)):
+                raise ValueError(f"{name} has {len(each)} experts, the configuration {config.num_experts}")
+            ours[name] = torch.stack([each[number] for number in range(config.num_experts)])
         if config.tie_word_embeddings:
             ours.pop("lm_head.weight", None)
         if config.positions == "sinusoidal":  # the fixed table
@@ -201,6 +240,11 @@ class Family:
         later = {part for parts in self.joined.values() for part in parts[1:]}
         for name, value in weights.items():
             number, part, leaf = _split(name.removeprefix("model."), "layers.")
+            if value.ndim == 3:
+                module = f"{self.root}{self.layers}{number}.{self.module_of(part)}"
+                their = next(theirs for theirs, ours in self.experts.items() if ours == leaf)
+                theirs |= {f"{module}.{expert}.{their}.weight": matrix for expert, matrix in enumerate(value)}
+                continue
             if part in later or (part == "lm_head" and config.tie_word_embeddings):
                 continue
             if part in first:
@@ -286,7 +330,8 @@ _SIZES = {
     "vocab_size": MOST, "hidden_size": MOST, "intermediate_size": MOST, "num_hidden_layers": MOST_LAYERS,
     "num_attention_heads": MOST, "num_key_value_heads": MOST, "head_dim": MOST, "max_position_embeddings": MOST,
     "n_embd": MOST, "n_layer": MOST_LAYERS, "n_head": MOST, "n_inner": MOST, "n_positions": MOST,
-    "sliding_window": MOST, "sliding_window_pattern": MOST,
+    "sliding_window": MOST, "sliding_window_pattern": MOST, "num_experts": 10**5, "num_local_experts": 10**5,
+    "num_experts_per_tok": 10**5, "moe_intermediate_size": MOST, "decoder_sparse_step": MOST,
 }  # fmt: skip
 _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "max_window_layers")
 _SHARES = ("attention_dropout", "hidden_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -294,7 +339,14 @@ _ABOVE_ZERO = (
     "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor",
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_parallel_residual")
+_FLAGS = (
+    "norm_topk_prob",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "use_parallel_residual",
+)
 
 
 def _check_values(raw: Raw) -> None:
@@ -336,6 +388,7 @@ LLAMA = (
 )
 HEAD = _same("head_dim")
 BIAS = {"attention_bias": ("attention_bias", "output_bias")}
+EXPERT_PARTS = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GELUS = {
     "gelu_new": "gelu_tanh",
@@ -435,15 +488,39 @@ FAMILIES: dict[str, Family] = {
         "Qwen2ForCausalLM",
         {"attention_bias": True},
         LLAMA | _same("sliding_window"),
-        {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False,
+         "max_window_layers": 28},
         sliding="upper",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {"qk_norm": True},
         LLAMA | HEAD | BIAS | _same("sliding_window"),
-        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "use_sliding_window": False,
+         "max_window_layers": 28},
         sliding="upper",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"qk_norm": True},
+        LLAMA | HEAD | BIAS | _same("sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                                    "norm_topk_prob"),
+        {"num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
+         "num_experts": 128,
+         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1},
+        sliding="all",
+        experts=EXPERT_PARTS,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {},
+        LLAMA | HEAD | _same("sliding_window", "num_experts_per_tok")
+        | {"num_local_experts": ("num_experts",), "intermediate_size": ("intermediate_size", "moe_intermediate_size")},
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
+         "num_experts_per_tok": 2, "rope_theta": 1e6},
+        sliding="all",
+        names={"block_sparse_moe.gate": "mlp.gate", "block_sparse_moe.experts": "mlp.experts"},
+        experts={"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

@@ -78,7 +78,7 @@ def _by_module(model: Transformer) -> dict[str, dict[str, Layer]]:
     """Every linear layer of the blocks: by the name of the module that has it in transformers, and by our part."""
     family, found = FAMILIES[model.config.family], defaultdict[str, dict[str, Layer]](dict)
     for name, layer in model.named_modules():
-        if isinstance(layer, Layer) and name != "lm_head" and not name.endswith(".base"):
+        if isinstance(layer, Layer) and name != "lm_head" and not name.endswith((".base", ".mlp.gate")):
             number, _, part = name.removeprefix("model.layers.").partition(".")
             found[f"{family.root}{family.layers}{number}.{family.module_of(part)}"][part] = layer
     return found

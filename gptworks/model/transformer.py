@@ -21,6 +21,7 @@ from gptworks.model.attention import (
     make_norm,
 )
 from gptworks.model.config import ModelConfig
+from gptworks.model.experts import SparseMLP
 from gptworks.model.kernels import softcap
 from gptworks.model.mlp import MLP
 from gptworks.model.rope import rotary_table
@@ -45,17 +46,24 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.attention_output_norm = norm("post", "both")
         self.post_attention_layernorm = norm("pre", "both")
-        self.mlp = MLP(config)
+        self.sparse = config.sparse(layer)
+        self.mlp = SparseMLP(config) if self.sparse else MLP(config)
         self.mlp_output_norm = norm("post", "both")
         self.dropout, self.parallel = config.residual_dropout, config.use_parallel_residual
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Any,
+        cache: KeyValueCache | None,
+        routing: list[Tensor] | None,
     ) -> Tensor:
         before = x
         y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         x = x + F.dropout(y, self.dropout, self.training)
-        y = self.mlp_output_norm(self.mlp(self.post_attention_layernorm(before if self.parallel else x)))
+        y = self.post_attention_layernorm(before if self.parallel else x)
+        y = self.mlp_output_norm(self.mlp(y, routing) if self.sparse else self.mlp(y))
         return x + F.dropout(y, self.dropout, self.training)
 
 
@@ -93,11 +101,17 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, segments: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        routing: list[Tensor] | None = None,
+    ) -> Tensor:
         """Hidden states [B, T, D] of tokens [B, T], ready for `logits`.
 
         segments [B, T] keeps attention within equal numbers and restarts positions with each; `cache` holds what
-        came before, and is advanced by T.
+        came before, and is advanced by T; each sparse layer appends its router's logits [B T, E] to `routing`.
         """
         decoder, config = self.model, self.config
         seen = cache.length if cache is not None else 0
@@ -131,9 +145,9 @@ class Transformer(nn.Module):
         x = F.dropout(x.to(self.dtype), config.embed_dropout, self.training)
         for layer, block in enumerate(decoder.layers):
             if config.window(layer) is None:
-                x = block(x, rotary, mask, cache)
+                x = block(x, rotary, mask, cache, routing)
             else:
-                x = block(x, local_rotary, local_mask, cache)
+                x = block(x, local_rotary, local_mask, cache, routing)
         if cache is not None:
             cache.advance(T)
         return decoder.norm(x)
@@ -171,8 +185,8 @@ class Transformer(nn.Module):
                 sinusoidal = self.config.positions == "sinusoidal" and not self.config.tie_word_embeddings
                 std = 1.0 if sinusoidal and "embed_tokens" in name else 0.02
             else:
-                std = 1 / math.sqrt(parameter.shape[1])
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std = 1 / math.sqrt(parameter.shape[-1])
+                if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
                     std *= residual
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 

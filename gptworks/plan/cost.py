@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gptworks.model.adapters import adapters
-from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS, ModelConfig, block_parameters, parameter_count
+from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS, ModelConfig, blocks_parameters, parameter_count
 from gptworks.model.transformer import Transformer
 
 
@@ -29,10 +29,10 @@ class Part:
 
 def flops_per_token(config: ModelConfig, context: int, part: Part | None = None) -> float:
     """Training FLOPs a token: 6 for each parameter that is multiplied (the input tables are looked up, the head is
-    not), plus causal attention, 6 * layers * heads * channels * context (Chowdhery et al. 2022, appendix B, halved
-    for the causal mask). A layer with a window W counts W (2 - W / context) for the context. A frozen parameter has no
-    gradient and costs 4."""
-    multiplied = block_parameters(config) * config.num_hidden_layers + config.vocab_size * config.hidden_size
+    not, and of the experts a token meets its own), plus causal attention, 6 * layers * heads * channels * context
+    (Chowdhery et al. 2022, appendix B, halved for the causal mask). A layer with a window W counts W (2 - W / context)
+    for the context. A frozen parameter has no gradient and costs 4."""
+    multiplied = blocks_parameters(config, active=True) + config.vocab_size * config.hidden_size
     windows = (min(config.window(layer) or context, context) for layer in range(config.num_hidden_layers))
     seen = sum(wide * (2 - wide / context) for wide in windows)  # twice the mean of a row
     frozen = max(multiplied - (part.trained - part.added), 0) if part else 0
@@ -59,6 +59,8 @@ def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> 
     back take about one block more.
     """
     d, f = config.hidden_size, config.intermediate_size
+    if config.num_experts:  # with the copies of a token
+        f = max(f, config.num_experts_per_tok * (config.moe_intermediate_size + d))
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     mlp = 4 * f if config.gated else 3 * f
     dropped = 2 * d if config.residual_dropout else 0

@@ -18,6 +18,7 @@ ADAPTER_LR = 5e-4  # of Adam, for low-rank adapters with alpha = 2 * rank
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
 
 
+EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 T = TypeVar("T")
 
 
@@ -55,7 +56,9 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
     config = with_values(config, derived.values)
     architecture = build_config(config.model, vocab_size, context)
     for key in ("family", "norm", "positions", "activation", "qk_norm", "tie_word_embeddings", "num_key_value_heads",
-                "head_dim", "intermediate_size", "rope_theta"):  # fmt: skip
+                "head_dim", "intermediate_size", "rope_theta", *EXPERTS):  # fmt: skip
+        if key in EXPERTS and not architecture.num_experts:
+            continue
         if getattr(model, key) is None and not (key == "rope_theta" and architecture.positions != "rotary"):
             why = "holds every part asked for" if key == "family" else f"{architecture.family}'s default"
             derived.choose(f"model.{key}", getattr(architecture, key), why)

@@ -21,7 +21,7 @@ from gptworks.data.shards import Shards
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.infer.scoring import Score, score
+from gptworks.infer.scoring import Score, expert_use, score
 from gptworks.train.loop import StepMetrics
 from gptworks.train.schedule import Course
 from gptworks.train.state import Saving, State, using
@@ -218,6 +218,9 @@ class Evaluator:
         found = self.measure(state)
         if self.metrics:
             values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
+            if state.model.config.num_experts and self.train.context:
+                used = expert_use(state.model, self.shards.eval, self.train.context, self.rows)
+                values |= {f"eval/{key}": value for key, value in used.items()}
             self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
             console.say(
                 f"step {state.step:>{len(str(total))}}/{total}  eval loss {found.loss:.4f}  "

@@ -6,7 +6,7 @@ for all matrices of one shape at once, and by several processes each for its sha
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,14 @@ Group = dict[str, Any]
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """A matrix inside a block: what Muon turns, and what weight decay and penalties act on (with the embeddings)."""
-    return parameter.ndim == 2 and "layers." in name
+    """A matrix inside a block, or one for each expert: what Muon turns. A router's rows are no such matrix: which
+    expert is chosen hangs on their sizes."""
+    return parameter.ndim >= 2 and "layers." in name and not name.endswith(".mlp.gate.weight")
 
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Matrices decay; biases, norms and position tables do not."""
-    return parameter.ndim == 2 and "embed_positions" not in name
+    return parameter.ndim >= 2 and "embed_positions" not in name
 
 
 def split(model: nn.Module, choose: Callable[[str, Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
@@ -139,13 +140,19 @@ class Muon(Optimizer):
         updates = torch._foreach_lerp(gradients, velocities, momentum) if group["nesterov"] else velocities
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for w, update in zip(weights, updates, strict=True):
+        for w, update in _matrices(weights, updates):
             shapes.setdefault((max(w.shape), min(w.shape)), []).append((w, update))
         for pairs in shapes.values():
             wide = torch.stack([u if u.shape[0] <= u.shape[1] else u.T for _, u in pairs])  # [N, rows <= columns]
             for (w, _), turned in zip(pairs, ranks.shared(orthogonalise, wide), strict=True):
                 rows, columns = w.shape
                 w.add_(turned if rows <= columns else turned.T, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+
+
+def _matrices(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of matrices; of experts [E, rows, columns] one for each."""
+    for w, update in zip(weights, updates, strict=True):
+        yield from zip(w, update, strict=True) if w.ndim == 3 else [(w, update)]
 
 
 # p(s) = a s + b s^3 + c s^5, one after another, each the best for what the one before leaves: in four they bring
