@@ -304,18 +304,25 @@ def test_a_default_spelled_out_is_no_change() -> None:
 
 
 OTHER = {"data.train": "another.txt", "train.max_tokens": 10**6, "train.betas": [0.5, 0.6], "stages": ["train"],
-         "generate.prompts": ["x"], "train.changes": [{"step": 5, "lr": 0.1}], "train.batch_tokens": 4096}  # fmt: skip
+         "generate.prompts": ["x"], "train.changes": [{"step": 5, "lr": 0.1}], "train.batch_tokens": 4096,
+         "adapter.target_modules": ["q_proj"], "train.freeze": ["*.mlp.*"]}  # fmt: skip
+
+
+def beside(key: str) -> dict[str, object]:
+    """What a key says nothing without."""
+    base = {"model.path": "base"} if key.startswith("adapter.") else {}
+    return base | ({"adapter.kind": "lora"} if base and key != "adapter.kind" else {})
 
 
 def another_value(key: str) -> object:
     """A valid value of a key that is not its default."""
     if key in OTHER:
         return OTHER[key]
-    default = config.get(config.load(None), key)
-    words = "text char adamw gpt-2 layernorm learned relu error fp32 canonical".split()  # noqa: SIM905
+    default = config.get(config.load(None, beside(key)), key)
+    words = "text char adamw gpt-2 layernorm learned relu error fp32 canonical lora".split()  # noqa: SIM905
     for value in (not default, 7, 3000, 0.3, 0.7, *words):
         try:
-            if config.get(config.load(None, {key: value}), key) != default:
+            if config.get(config.load(None, beside(key) | {key: value}), key) != default:
                 return value
         except UsageError:
             continue
@@ -324,9 +331,12 @@ def another_value(key: str) -> object:
 
 @pytest.mark.parametrize("key", config.keys())
 def test_every_key_is_seen_to_change_under_its_own_kind_alone(key: str) -> None:
-    changed = config.load(None, {key: another_value(key)})
+    before = config.load(None, beside(key)).model_dump(mode="json", exclude_unset=True)
+    changed = config.load(None, beside(key) | {key: another_value(key)})
     for kind in ("fixed", "flexible", "free"):
-        assert [found for found, _, _ in config.changes({}, changed, kind)] == [key] * (config.on_resume(key) == kind)
+        assert [found for found, _, _ in config.changes(before, changed, kind)] == [key] * (
+            config.on_resume(key) == kind
+        )
 
 
 def test_an_amended_config_keeps_values_and_reasons_and_gains_changes(tmp_path: Path) -> None:
