@@ -7,6 +7,7 @@ input tables', plus causal attention.
 python benchmarks/train_speed.py --sizes 1M 10M --contexts 256 1024 --runs 3
 python benchmarks/train_speed.py --sizes 124M --precision bf16 --json speed.json
 python benchmarks/train_speed.py --sizes 124M --contexts 256 --tokens 1024 --lora 16
+python benchmarks/train_speed.py --sizes 1M 10M --contexts 256 --moe --runs 3
 """
 
 import json
@@ -25,7 +26,7 @@ SIZES: dict[str, dict[str, int]] = {
     "1.5B": {"width": 1600, "layers": 48, "heads": 25, "vocabulary": 50257},
 }
 ROW = "{:>5} {:>7} {:<18} {:>24} {:>20} {:>8} {:>8}"
-WHO = {"ours": "gptworks", "transformers": "transformers", "textbook": "a tutorial's loop"}
+WHO = {"ours": "gptworks", "experts": "eight experts", "transformers": "transformers", "textbook": "a tutorial's loop"}
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
@@ -45,13 +46,22 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         torch.set_num_threads(runtime.cores())
     shape = SIZES[job["size"]] | {"context": job["context"]}
     sizes = {"hidden_size": shape["width"], "num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"]}
-    config = build_config(Model(family="gpt2", **sizes), shape["vocabulary"], shape["context"])
+    if job["moe"]:  # two of eight experts have the weights of the dense MLP
+        inner = 4 * shape["width"]
+        experts = {"family": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": inner // 2}
+        chosen = Model(
+            intermediate_size=inner, **sizes, **(experts if job["who"] == "experts" else {"family": "qwen3"})
+        )
+    else:
+        chosen = Model(family="gpt2", **sizes)
+    config = build_config(chosen, shape["vocabulary"], shape["context"])
     adapter = Adapter(kind="lora", rank=job["lora"], base=job["precision"]) if job["lora"] else None
     with torch.device("meta"):  # sizes alone
         part = Part.of(attach(Transformer(config), adapter, 1)) if adapter else None
-    seconds, tokens = (
-        ours(job, config, adapter, device, dtype) if job["who"] == "ours" else peer(job, shape, device, dtype)
-    )
+    if job["who"] in ("ours", "experts"):
+        seconds, tokens = ours(job, config, adapter, device, dtype)
+    else:
+        seconds, tokens = peer(job, shape, device, dtype)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else runtime.peak_memory()
     rate = runtime.matmul_rate(device, dtype, 1.0)
     speed = tokens / statistics.median(seconds)
@@ -105,9 +115,8 @@ def peer(job: dict[str, Any], shape: dict[str, int], device: Any, dtype: Any) ->
     import torch
     from baselines import textbook_loop, transformers_loop
 
-    made = {"transformers": transformers_loop, "textbook": textbook_loop}[job["who"]].step(
-        shape, device, dtype, job["lora"]
-    )
+    loop = {"transformers": transformers_loop, "textbook": textbook_loop}[job["who"]]
+    made = loop.step(shape, device, dtype, **({"lora": job["lora"]} if job["lora"] else {}))
     rows, seconds = rows_of(job), []
     for _ in range(job["warmup"] + job["steps"]):
         ids = torch.randint(shape["vocabulary"], (rows, shape["context"] + 1), device=device)
@@ -126,7 +135,7 @@ def main() -> None:
     arguments.set_defaults(runs=1)
     arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=["1M", "10M", "124M"])
     arguments.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096])
-    arguments.add_argument("--who", nargs="+", choices=WHO, default=list(WHO))
+    arguments.add_argument("--who", nargs="+", choices=WHO, default=["ours", "transformers", "textbook"])
     arguments.add_argument("--tokens", type=int, default=4096, help="of a step; at least one row")
     arguments.add_argument("--micro-batch", type=int, help="rows of our forward passes (default: the whole step)")
     arguments.add_argument("--steps", type=int, default=5, help="timed, after --warmup")
@@ -135,14 +144,16 @@ def main() -> None:
     arguments.add_argument("--optimizer", default="adamw", help="ours; the others take AdamW")
     arguments.add_argument("--compile", action="store_true", help="ours")
     arguments.add_argument("--lora", type=int, default=0, help="rank of adapters on a frozen model; PEFT's beside ours")
+    arguments.add_argument("--moe", action="store_true", help="a model with experts beside a dense one, both ours")
     options = arguments.parse_args()
+    if options.moe:
+        options.who = ["ours", "experts"]
     if options.lora:
         options.who = [who for who in options.who if who != "textbook"]
     print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "to ours"))
     rows, rate = [], 0.0
-    common = {
-        k: getattr(options, k) for k in ("tokens", "steps", "warmup", "precision", "optimizer", "compile", "lora")
-    }
+    names = ("tokens", "steps", "warmup", "precision", "optimizer", "compile", "lora", "moe")
+    common = {name: getattr(options, name) for name in names}
     for size, context in product(options.sizes, options.contexts):
         found: dict[str, list[dict[str, float]]] = {who: [] for who in options.who}
         for _ in range(options.runs):  # in turns, so that all meet the same machine
