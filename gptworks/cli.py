@@ -289,12 +289,12 @@ def export(
     out: Annotated[Path, typer.Option(help="What to write: a file for gguf, a folder for onnx.")],
     type: Annotated[
         str | None,
-        typer.Option(help="Of the weights: f16, f32, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (gguf; default f16), f32 (onnx)."),
+        typer.Option(help="Of the weights. gguf: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; onnx: f32."),
     ] = None,
     data: Annotated[str, typer.Option(help="Text to compare on: file, folder, glob or built-in name.")] = "shakespeare",
     tokens: Annotated[int, typer.Option(help="Of that text, so many.", min=1, max=1_000_000)] = 512,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the size and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the size and write nothing.")] = False,
 ) -> None:  # fmt: skip
     """Write the model in the format of another program, and compare what was written with the source."""
     console.quiet = quiet

@@ -90,7 +90,7 @@ def check_space(path: Path, needed: int) -> None:
         free = shutil.disk_usage(place).free
     if needed > free:
         raise StorageError(
-            f"{path}: needs {size(needed)}, and {size(free)} are free at {place}; free some space or choose another --out"
+            f"{path}: needs {size(needed)}, and {size(free)} are free; free some space or choose another --out"
         )
 
 

@@ -1,7 +1,7 @@
 """GGUF, the files of llama.cpp: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
-Which keys and tensors an architecture has, and how they are laid out, is what llama.cpp's loader of it reads. A family is
-a row of `ARCHITECTURES`, its weights are found by `NAMES`.
+Which keys and tensors an architecture has, and how they are laid out, is what llama.cpp's loader of it reads. A family
+is a row of `ARCHITECTURES`, its weights are found by `NAMES`.
 """
 
 import json
@@ -141,8 +141,8 @@ class GGUF(Exporter):
         if "sliding_attention" in config.layer_types and config.sliding_window and config.sliding_window < context:
             context = config.sliding_window
             self.notes.append(
-                f"llama.cpp's {self.architecture.name} has no sliding window; context_length is {context}, within which "
-                "nothing slides"
+                f"llama.cpp's {self.architecture.name} has no sliding window: context_length is {context}, the window, "
+                "within which nothing slides"
             )
         fields: dict[str, Any] = {
             "general.type": "model",
@@ -252,7 +252,7 @@ class GGUF(Exporter):
             )
         if (pattern, whole) in PRE:
             return PRE[pattern, whole], merges
-        merged = models.BPE(model["vocab"], [tuple(merge.split(" ")) for merge in merges])
+        merged = models.BPE(model["vocab"], [(left, right) for left, right in map(str.split, merges)])
         added = {token["content"] for token in state["added_tokens"]}
         for token, number in model["vocab"].items():
             if token not in added and [found.id for found in merged.tokenize(token)] != [number]:
@@ -382,12 +382,14 @@ class GGUF(Exporter):
                 raise DataError(f"{name} was read back otherwise than it was written; nothing was kept")
             values = self.gguf.quants.dequantize(back.data, back.tensor_type).reshape(source.shape)
             _compare(name, source, values, back.tensor_type.name.lower())
-            moved = float(np.linalg.norm(values - source) / max(np.linalg.norm(source), 1e-30))
+            moved = float(np.linalg.norm(values - source)) / max(float(np.linalg.norm(source)), 1e-30)
             furthest = max(furthest, (name, moved), key=lambda pair: pair[1])
             read[name] = torch.from_numpy(np.array(values, dtype=np.float32))
         twin, model = self._model(read), self.loaded.model
-        said = f"{len(read)} tensors and {len(found)} fields read back as meant, "
-        said += "equal to the source" if furthest[1] == 0 else f"{furthest[1]:.2g} from the source in {furthest[0]}"
+        said = f"{len(read)} tensors, {len(found)} fields read back as meant, "
+        said += (
+            "equal to the source" if furthest[1] == 0 else f"relative error at most {furthest[1]:.2g} ({furthest[0]})"
+        )
         parity = compare(rows, lambda ids: model.logits(model(ids)), lambda ids: twin.logits(twin(ids)), said)
         if self.kind == "f32" and parity.logits > 1e-3:
             raise DataError(f"the logits differ by {parity.logits:.2g} with weights read back; nothing was kept")
