@@ -69,7 +69,7 @@ ARCHITECTURES = {
 # float is one number): half a step of the floats and of Q8_0, Q4_1, Q5_1; a whole one of Q4_0 and Q5_0, whose steps
 # reach one further below zero than above. The scale of a block, itself an F16, adds a little.
 TYPES = {
-    "f16": (1, 2.0**-11), "f32": (0, 0.0), "bf16": (32, 2.0**-9), "q8_0": (7, 0.5 / 127 + 0.001),
+    "f16": (1, 2.0**-11), "f32": (0, 0.0), "bf16": (32, 2.0**-8), "q8_0": (7, 0.5 / 127 + 0.001),
     "q5_1": (9, 1 / 31 + 0.003), "q5_0": (8, 1 / 16 + 0.001), "q4_1": (3, 1 / 15 + 0.003), "q4_0": (2, 1 / 8 + 0.001),
 }  # fmt: skip
 SMALLEST = {"f32": 0.0, "f16": 2.0**-24, "bf16": 2.0**-126}  # below it an F16 has nothing; elsewhere 127 steps of it
