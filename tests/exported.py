@@ -22,7 +22,7 @@ GROUPED = {"num_key_value_heads": 2}
 
 
 def rope(**numbers: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_theta": 1000.0, **numbers}}
+    return {"rope_parameters": {"rope_theta": 1000.0} | numbers}
 
 
 LLAMA3 = rope(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-linear": {"model_type": "llama"} | rope(rope_type="linear", factor=3.0),
     "llama-llama3": {"model_type": "llama"} | GROUPED | LLAMA3,
     "llama-yarn": {"model_type": "llama"} | YARN,
-    "llama-yarn-factor": {"model_type": "llama", "rope_parameters": YARN["rope_parameters"] | {"attention_factor": 0.8}},
+    "llama-yarn-factor": {"model_type": "llama"} | rope(**YARN["rope_parameters"], attention_factor=0.8),
     "mistral": {"model_type": "mistral", "sliding_window": WINDOW, "head_dim": 16} | GROUPED,
     "qwen2": {"model_type": "qwen2"} | GROUPED,
     "qwen2-yarn": {"model_type": "qwen2", "tie_word_embeddings": True} | GROUPED | YARN,

@@ -10,7 +10,6 @@ from typing import Any
 import exported
 import numpy as np
 import pytest
-import tiny
 import torch
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
@@ -166,10 +165,10 @@ def test_the_tokenizer_is_there_whole(pattern: str, pre: str, make, tmp_path: Pa
     assert found["bos_token_id"] == found["eos_token_id"] == found["padding_token_id"] == own.eos_id
     assert found["tokenizer.chat_template"] == "{{ messages[0].content }}"
     vocab = own.backend.get_vocab()
-    assert {token: number for number, token in enumerate(found["tokens"][:320])} == vocab
-    assert found["tokens"][320:] == [f"[PAD{number}]" for number in range(320, 330)]
+    assert {token: number for number, token in enumerate(found["tokens"][: len(own)])} == vocab
+    assert found["tokens"][len(own) :] == [f"[PAD{number}]" for number in range(len(own), 330)]
     kinds = np.array(found["token_type"])
-    assert set(np.flatnonzero(kinds == 3)) == set(own.control_tokens.values()) and set(kinds[320:]) == {5}
+    assert set(np.flatnonzero(kinds == 3)) == set(own.control_tokens.values()) and set(kinds[len(own) :]) == {5}
     merges = json.loads(own.backend.to_str())["model"]["merges"]
     assert found["merges"] == [" ".join(merge) for merge in merges]
 
@@ -356,7 +355,8 @@ def test_what_a_killed_export_left_goes_away_with_the_next(make, tmp_path: Path)
 
 
 def test_text_too_short_to_compare_on_is_refused(make, tmp_path: Path) -> None:
+    backend = exported.tokenizer().backend
+    own = Tokenizer(type(backend).from_str(backend.to_str().replace("<|endoftext|>", "<|x|>")), {})
     (tmp_path / "one.txt").write_text("a")
-    loaded = make("llama", Tokenizer(tiny.tokenizer().backend, {"gptworks_characters": True}), vocab_size=40)
     with pytest.raises(DataError, match="too little text"):
-        lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", data=str(tmp_path / "one.txt"))
+        lifecycle.export(make("llama", own), "gguf", tmp_path / "m.gguf", data=str(tmp_path / "one.txt"))
