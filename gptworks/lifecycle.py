@@ -17,7 +17,7 @@ from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console
 from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
-from gptworks.export import export as write_export
+from gptworks.export.exporter import export as write_export
 from gptworks.infer import comparison
 from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine

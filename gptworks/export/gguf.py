@@ -21,7 +21,7 @@ from gptworks.core.errors import DataError
 from gptworks.data.loader import Batch
 from gptworks.data.published import byte_alphabet
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.export import Exporter, Parity, compare, needed
+from gptworks.export.exporter import Exporter, Parity, compare, needed
 from gptworks.infer.chat import Spelling
 from gptworks.model import build, rope
 from gptworks.model.build import Loaded

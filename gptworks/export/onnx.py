@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gptworks.core.errors import DataError
 from gptworks.data.loader import Batch
-from gptworks.export import Exporter, Parity, compare, needed
+from gptworks.export.exporter import Exporter, Parity, compare, needed
 from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.model.attention import KeyValueCache

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SLOW = ("llama-grouped-llama3",)
+SLOW = ("llama-grouped-llama3", "gemma2")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
