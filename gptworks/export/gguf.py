@@ -386,6 +386,10 @@ class GGUF(Exporter):
             furthest = max(furthest, (name, moved), key=lambda pair: pair[1])
             read[name] = torch.from_numpy(np.array(values, dtype=np.float32))
         twin, model = self._model(read), self.loaded.model
+        for (name, there), weight in zip(twin.named_parameters(), model.parameters(), strict=True):
+            # No type moves a matrix by a third; a wrong place or layout does, in every type.
+            if (there - weight).norm() > weight.norm() / 3 + 2.0**-17 * weight.numel() ** 0.5:
+                raise DataError(f"{name} is another matrix in the file; nothing was kept")
         said = f"{len(read)} tensors, {len(found)} fields read back as meant, "
         said += (
             "equal to the source" if furthest[1] == 0 else f"relative error at most {furthest[1]:.2g} ({furthest[0]})"

@@ -229,6 +229,21 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(change: Any, words:
     refused(make("llama", with_state(exported.tokenizer(), change)), words, "--format onnx")
 
 
+@pytest.mark.parametrize("case", ["front", "spelling"])
+def test_a_tokenizer_with_more_than_the_file_can_say_is_refused(case: str, make) -> None:
+    state = json.loads(exported.tokenizer().backend.to_str())
+    if case == "front":
+        twice = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}] * 2
+        state["post_processor"] = {
+            "type": "TemplateProcessing", "single": [*twice, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+        }  # fmt: skip
+    else:
+        state["model"]["vocab"]["[PAD329]"] = 325
+    own = Tokenizer(type(exported.tokenizer().backend).from_str(json.dumps(state)), {"eos_token": "<|im_end|>"})
+    refused(make("llama", own), "more than one token" if case == "front" else "spelled alike")
+
+
 def test_unicode_normalisation_is_said(make, tmp_path: Path) -> None:
     own = with_state(exported.tokenizer(), lambda backend: setattr(backend, "normalizer", normalizers.NFC()))
     assert "NFC" in lifecycle.export(make("llama", own), "gguf", tmp_path / "m.gguf")["notes"][0]
@@ -323,11 +338,24 @@ def test_a_wrong_field_fails(key: str, make, monkeypatch: pytest.MonkeyPatch) ->
     refused(loaded, key, "nothing was kept")
 
 
-def test_a_wrong_layout_fails_where_it_is_read_back(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written and compared alike, and still another model: the decoder's logits tell."""
+@pytest.mark.parametrize("kind", ["f32", "f16", "q4_0"])
+def test_a_wrong_place_fails_where_it_is_read_back(kind: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and compared alike, and still another model."""
     loaded, real = make("llama"), GGUF._tensors
     swap = {"blk.0.ffn_gate.weight": "blk.0.ffn_up.weight", "blk.0.ffn_up.weight": "blk.0.ffn_gate.weight"}
     monkeypatch.setattr(GGUF, "_tensors", lambda self: ((swap.get(n, n), v) for n, v in real(self)))
+    refused(loaded, "is another matrix", kind=kind)
+
+
+def test_a_decoder_that_computes_otherwise_fails(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, real = make("llama"), GGUF._model
+
+    def model(self: GGUF, tensors: Any) -> Any:
+        made = real(self, tensors)
+        made.model.norm.eps = 0.5
+        return made
+
+    monkeypatch.setattr(GGUF, "_model", model)
     refused(loaded, "logits differ", kind="f32")
 
 
