@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow campaign check format benchmark clean
+.PHONY: demo test test-slow peers campaign check format benchmark clean
 demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluation -> samples -> report
 	$(BIN)/gptworks run laptop --out runs/demo
 
@@ -18,6 +18,10 @@ test: $(INSTALLED)  ## the whole suite, under ten minutes on two cores
 
 test-slow: $(INSTALLED)  ## the tests too long for `make test`: chained kills, full-size corpora
 	$(BIN)/python -m pytest -m slow
+
+peers: $(INSTALLED)  ## what we export, in llama.cpp; builds llama-cpp-python from source the first time, minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers
 
 campaign: $(INSTALLED)  ## hostile and damaged inputs, all of them: one table, and JSON (ARGUMENTS="--json FILE NAME ...")
 	OMP_NUM_THREADS=1 $(BIN)/python tests/system/campaign.py $(ARGUMENTS)

@@ -311,6 +311,37 @@ def _merged(found: dict[str, Any]) -> str:
 
 
 @app.command()
+def export(
+    folder: Folder,
+    format: Annotated[str, typer.Option(help="gguf (llama.cpp) or onnx.")],
+    out: Annotated[Path, typer.Option(help="What to write: a file for gguf, a folder for onnx.")],
+    type: Annotated[
+        str | None,
+        typer.Option(help="Of the weights. gguf: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; onnx: f32."),
+    ] = None,
+    data: Annotated[str, typer.Option(help="Text to compare on: file, folder, glob or built-in name.")] = "shakespeare",
+    tokens: Annotated[int, typer.Option(help="Of that text, so many.", min=1, max=1_000_000)] = 512,
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the size and write nothing.")] = False,
+) -> None:  # fmt: skip
+    """Write the model in the format of another program, and compare what was written with the source."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        return lifecycle.export(folder, format, out, type, data, tokens, dry_run)
+
+    _print(_do(work, debug), json, _export)
+
+
+def _export(result: dict[str, Any]) -> str:
+    if "parity" not in result:
+        return f"{result['out']}: about {result['estimated_bytes']:,} bytes; nothing was written"
+    return f"parity   {result['parity']['line']}\n{result['out']}: {result['bytes']:,} bytes"
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
     json: Json = False, quiet: Quiet = False, debug: Debug = False,

@@ -20,6 +20,7 @@ from gptworks.core.log import console
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 from gptworks.data import shards as shard_folder
+from gptworks.export.exporter import export as write_export
 from gptworks.infer import comparison
 from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine
@@ -236,6 +237,22 @@ def report(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: not a run folder (it has no config.yaml)")
     return write_report(run)
+
+
+def export(
+    model: str | Path | Loaded, format: str, out: Path, kind: str | None = None, data: str = "shakespeare",
+    tokens: int = 512, dry_run: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes a model in the format of another program, reads it back and compares it with the source.
+
+    `kind` is the type of the weights (default: the format's own); `tokens` of the text `data` are compared. What fails
+    the comparison is not kept (DataError). Of an adapter, what it amounts to with its base is written.
+    """
+    loaded = model if isinstance(model, Loaded) else build.load(model)
+    if loaded.adapter:
+        loaded = replace(loaded, model=adapters.merge(loaded.model).eval())
+    documents = shard_folder.read_documents(data, configuration.build({}, "export").data)
+    return write_export(loaded, format, out, kind, "".join(documents)[: 16 * tokens], tokens, dry_run)
 
 
 def verify(path: Path) -> dict[str, Any]:

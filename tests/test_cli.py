@@ -413,6 +413,53 @@ def test_debug_shows_the_traceback(cli: Callable[..., Outcome]) -> None:
     assert outcome.code == 65 and "Traceback" in outcome.err
 
 
+# -- export ------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_ends_with_what_was_compared(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    pytest.importorskip("gguf")
+    outcome = cli("export", finished_run / "model", "--format", "gguf", "--out", "m.gguf", "--type", "f32")
+    assert outcome.code == 0 and os.listdir() == ["m.gguf"]
+    parity, written = outcome.out.splitlines()
+    assert parity.startswith("parity ") and "logits of 512 tokens differ by at most 0" in parity
+    assert written == f"m.gguf: {os.path.getsize('m.gguf'):,} bytes"
+    found = one_object(cli("export", finished_run / "model", "--format", "gguf", "--out", "n.gguf", "--json"))
+    assert found["type"] == "f16" and found["parity"]["tokens"] == 512 and found["out"] == "n.gguf"
+    planned = cli("export", finished_run / "model", "--format", "gguf", "--out", "o.gguf", "--dry-run")
+    assert planned.code == 0 and "nothing was written" in planned.out
+    assert sorted(os.listdir()) == ["m.gguf", "n.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--format", "ggml", "--out", "m"], 64, ["ggml", "gguf"]),
+        (["--format", "gguf", "--out", "m", "--type", "q8"], 64, ["q8_0"]),
+        (["--format", "gguf", "--out", "."], 64, ["already"]),
+        (["--format", "gguf", "--out", "m", "--data", "nowhere.txt"], 65, ["nowhere.txt"]),
+        (["--format", "gguf", "--out", "/proc/nothing/m"], 74, ["/proc/nothing"]),
+        (["--format", "gguf"], 64, ["--out"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_export_is_one_line_and_leaves_nothing(
+    cli: Callable[..., Outcome], finished_run: Path, options: list[str], code: int, words: list[str]
+) -> None:
+    pytest.importorskip("gguf")
+    refused(cli("export", finished_run / "model", *options), code, *words)
+    assert os.listdir() == []
+
+
+def test_weights_that_are_no_numbers_are_not_exported(cli: Callable[..., Outcome], model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    next(iter(weights.values()))[0] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    refused(cli("export", model, "--format", "gguf", "--out", "m"), 65, "finite")
+    assert os.listdir() == []
+
+
 # -- chat --------------------------------------------------------------------------------------------------------
 
 

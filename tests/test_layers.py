@@ -15,7 +15,7 @@ from gptworks.core import config
 
 ROOT = Path(gptworks.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ["core", "data", "model", "plan", "infer", "train", "lifecycle", "api", "cli", "__main__"]
+LAYERS = ["core", "data", "model", "plan", "infer", "export", "train", "lifecycle", "api", "cli", "__main__"]
 ASIDE = {"report": {"core", "report"}}  # beside the layers, and what it may import of ours
 
 

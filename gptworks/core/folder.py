@@ -17,6 +17,7 @@ from typing import Any
 
 from gptworks.core.errors import DataError, StorageError
 from gptworks.core.failpoint import failpoint
+from gptworks.core.log import size
 
 MANIFEST = "manifest.json"
 UNSEALED = "0" * 64  # stands where a manifest's own SHA-256 will be, while it is hashed
@@ -51,22 +52,46 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file atomically: readers see the old content or the new, never a part."""
+@contextmanager
+def commit_file(path: Path) -> Iterator[Path]:
+    """Gives the name of a file to write; on success it becomes `path` in one step.
+
+    If the block raises, `path` is what it was before. What a process that died in here left goes away.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if leftover.is_file() and not _alive(leftover.name.split(".")[-2]):
+                leftover.unlink(missing_ok=True)
         try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield aside
+            fsync(aside)
             failpoint("text.replace")
             os.replace(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
         fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file atomically: readers see the old content or the new, never a part."""
+    with commit_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises StorageError where the disk that `path` is to be on has not so many bytes free."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    with storage_errors(path):
+        free = shutil.disk_usage(place).free
+    if needed > free:
+        raise StorageError(
+            f"{path}: needs {size(needed)}, and {size(free)} are free; free some space or choose another --out"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

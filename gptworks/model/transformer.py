@@ -57,7 +57,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Any,
         cache: KeyValueCache | None,
-        routing: list[Tensor] | None,
+        routing: list[Tensor] | None = None,
     ) -> Tensor:
         before = x
         y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask, cache))

@@ -1,0 +1,1 @@
+from tiny import one_thread  # noqa: F401
