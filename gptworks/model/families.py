@@ -269,7 +269,7 @@ def from_hf_config(raw: Raw) -> ModelConfig:
     known = isinstance(kind, str) and kind in FAMILIES  # what auto_map names is then not run, as in transformers
     if raw.get("auto_map") and not known:
         raise DataError(
-            f"config.json has model_type {str(kind)[:80]!r} and code of its own for it (auto_map); gptworks runs no code "
+            f"config.json has model_type {str(kind)[:80]!r} and its own code (auto_map); gptworks runs no code "
             f"from a model folder and reads {', '.join(FAMILIES)}"
         )
     if raw.get("quantization_config"):
