@@ -34,7 +34,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say only warnings and results.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and do nothing.")]
-Folder = Annotated[Path, typer.Argument(help="A model folder.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(help="A model folder, or owner/name[@revision] on the hub.", show_default=False)
+]
 
 
 def _do(work: Callable[[], Any], debug: bool) -> Any:
@@ -339,6 +341,24 @@ def _export(result: dict[str, Any]) -> str:
     if "parity" not in result:
         return f"{result['out']}: about {result['estimated_bytes']:,} bytes; nothing was written"
     return f"parity   {result['parity']['line']}\n{result['out']}: {result['bytes']:,} bytes"
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model folder.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="If it is made now: for its owner alone.")] = False,
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Put a model folder on the Hugging Face hub, with the token you are logged in with."""
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        return {"url": lifecycle.push(folder, name, private)}
+
+    _print(_do(work, debug), json, lambda result: result["url"])
 
 
 @app.command()

@@ -26,7 +26,7 @@ from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import stream_losses, total, unigram, xz
-from gptworks.model import adapters, build
+from gptworks.model import adapters, build, hub
 from gptworks.model.build import Loaded
 from gptworks.train import session, setup
 from gptworks.train.hooks import sampling
@@ -105,9 +105,9 @@ def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
     limit = loaded.model.config.max_position_embeddings
     context = asked or limit
     if not 1 <= context <= limit:
-        raise UsageError(f"--context {context}: {loaded.path} has positions for 1 to {limit}")
+        raise UsageError(f"--context {context}: {loaded.name} has positions for 1 to {limit}")
     if stride is not None and not 1 <= stride <= context:
-        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context} ({loaded.path})")
+        raise UsageError(f"--stride {stride}: must be between 1 and the context, {context} ({loaded.name})")
     return context
 
 
@@ -130,7 +130,7 @@ def _score(
         "method": method,
         "tokens_per_second": round(found.tokens / max(seconds, 1e-9), 1),
         "baselines": {"unigram": unigram(stream)},
-        "model": str(loaded.path),
+        "model": loaded.name,
     }
     return figures, comparison.bits_before(np.concatenate(losses), marks)
 
@@ -168,7 +168,7 @@ def chat(
     loaded = _loaded(model)
     spelling = Spelling.of(loaded.home, loaded.tokenizer)
     if not spelling.taught:
-        console.say(f"{loaded.path} has no chat template: it was not taught to answer, it continues text")
+        console.say(f"{loaded.name} has no chat template: it was not taught to answer, it continues text")
     return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
 
 
@@ -217,8 +217,8 @@ def merge(
     lineage = {
         **loaded.lineage,
         "parents": [
-            {"path": str(loaded.home), "sha256": loaded.weights_sha256},
-            {"path": str(loaded.path), "sha256": folder.sha256(loaded.path / build.ADAPTER_WEIGHTS)},
+            {"path": hub.name_of(loaded.home), "sha256": loaded.weights_sha256},
+            {"path": loaded.name, "sha256": folder.sha256(loaded.path / build.ADAPTER_WEIGHTS)},
         ],
         "metrics": {f"eval_{key}": together[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")},
     }
@@ -228,6 +228,19 @@ def merge(
         "bits_per_byte": together["bits_per_byte"], "adapter_bits_per_byte": apart["bits_per_byte"],
         "difference_bits_per_byte": difference,
     }  # fmt: skip
+
+
+def push(path: Path, name: str, private: bool = False) -> str:
+    """Puts a model's folder on the hub as `owner/name`, once it is what its manifest says; gives the address."""
+    if not any((path / file).is_file() for file in ("config.json", build.ADAPTER)):
+        raise DataError(f"{path}: no model folder: it has no config.json and no {build.ADAPTER}")
+    if (path / folder.MANIFEST).is_file():
+        folder.verify(path)
+    if (path / build.ADAPTER).is_file():
+        base = folder.read_json(path / build.ADAPTER).get("base_model_name_or_path")
+        if Path(str(base)).exists():
+            console.warn(f"the adapter's base is {base}, a folder of this machine; others need it under that name too")
+    return hub.push(path, name, private)
 
 
 def report(run: Path) -> Path:

@@ -16,7 +16,7 @@ from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
 from gptworks.core.log import count
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.model import peft
+from gptworks.model import hub, peft
 from gptworks.model import weights as weight_files
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.families import FAMILIES, from_hf_config
@@ -44,6 +44,11 @@ class Loaded:
         """Where tokenizer and chat template are."""
         return self.base or self.path
 
+    @property
+    def name(self) -> str:
+        """What to call it: the folder, or `owner/name@commit` on the hub."""
+        return hub.name_of(self.path)
+
     @cached_property
     def weights_sha256(self) -> str:
         """Of the weight file, or of the hashes of several. Of an adapter's folder, the base's."""
@@ -59,8 +64,11 @@ def fresh(config: ModelConfig, seed: int) -> Transformer:
 
 
 def load(path: str | Path, dropout: float | None = None) -> Loaded:
-    """Opens a Hugging Face folder of a family we know. Raises DataError; never runs code from the folder."""
-    path = Path(path)
+    """Opens a Hugging Face folder of a family we know, on this disk or on the hub (`owner/name[@revision]`).
+
+    Raises DataError; for a hub's also what `hub.local` does. Never runs code from the folder.
+    """
+    path = hub.local(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such model folder")
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
@@ -103,7 +111,8 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     if lineage:
         folder.verify(path, [ADAPTER, ADAPTER_WEIGHTS])
-    named = Path(raw["base_model_name_or_path"])
+    revision = raw.get("revision")
+    named = hub.local(raw["base_model_name_or_path"], revision if isinstance(revision, str) else None)
     if not named.is_dir():
         raise DataError(f"{path}: is an adapter for {named}, which is no folder here; set base_model_name_or_path in "
                         f"{path / ADAPTER}")  # fmt: skip
@@ -260,26 +269,26 @@ def save(
 
 def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, lineage: dict[str, Any]) -> None:
     """Writes the adapters alone, as a folder that PEFT opens, in one atomic step."""
-    raw, tensors = peft.write(model, adapter, str(base))
+    name, commit = hub.origin(base)
+    raw, tensors = peft.write(model, adapter, name)
+    raw["revision"] = commit
     with folder.commit(path) as aside:
         (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
         save_file(tensors, aside / ADAPTER_WEIGHTS, {"format": "pt"})
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(model_card(path, lineage, base), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(path, lineage, name), encoding="utf-8")
 
 
-def model_card(path: Path, lineage: dict[str, Any], base: Path | None = None) -> str:
+def model_card(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     """README.md with the YAML header the hub reads; of an adapter for `base`."""
     metrics = lineage.get("metrics", {})
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
-    header = (
-        "library_name: transformers" if base is None else f"library_name: peft\nbase_model: {json.dumps(str(base))}"
-    )
+    header = "library_name: transformers"
     opening = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")"""
     if base is not None:
-        header = f"library_name: peft\nbase_model: {json.dumps(str(base))}"
+        header = f"library_name: peft\nbase_model: {json.dumps(base)}"
         opening = """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained(".")"""

@@ -310,14 +310,18 @@ def from_hf_config(raw: Raw) -> ModelConfig:
     """The architecture a config.json describes. Raises DataError for what the decoder cannot express."""
     kind = raw.get("model_type")
     _check_values(raw)
-    if raw.get("auto_map"):
-        raise DataError("config.json asks for code of its own (auto_map); gptworks runs no code from a model folder")
+    known = isinstance(kind, str) and kind in FAMILIES  # what auto_map names is then not run, as in transformers
+    if raw.get("auto_map") and not known:
+        raise DataError(
+            f"config.json has model_type {str(kind)[:80]!r} and its own code (auto_map); gptworks runs no code "
+            f"from a model folder and reads {', '.join(FAMILIES)}"
+        )
     if raw.get("quantization_config"):
         raise DataError("config.json describes quantised weights, which this version does not read")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not known:
         raise DataError(f"config.json has model_type {kind!r}; this version reads {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[kind].read_config(raw)
+        return FAMILIES[str(kind)].read_config(raw)
     except KeyError as error:
         raise DataError(f"config.json lacks {error}") from None
     except (TypeError, ValueError, AttributeError, UsageError) as error:

@@ -17,7 +17,7 @@ from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
 from gptworks.data.shards import Shards
 from gptworks.infer.scoring import Score
-from gptworks.model import build
+from gptworks.model import build, hub
 from gptworks.model.build import Loaded
 from gptworks.model.config import parameter_count
 from gptworks.plan.cost import flops_per_token
@@ -126,7 +126,9 @@ def _restore(run: setup.Run, checkpoint: Path) -> None:
     facts = restore(run.state, checkpoint)
     shard_folder.same_data(run.shards, facts.get("data"))
     if run.base and run.part and facts.get("base") != run.base.weights_sha256:
-        raise RunMismatch(f"{run.base.home} has other weights than when this run began; put the old ones back")
+        raise RunMismatch(
+            f"{hub.name_of(run.base.home)} has other weights than when this run began; put the old ones back"
+        )
     if any(change.step >= run.state.step for change in run.config.train.changes):
         run.state.stopped = None  # the run was told to go on
     console.say(f"run      continues from step {run.state.step}, {checkpoint}")
@@ -277,7 +279,7 @@ def _lineage(
         "data": config.data.model_dump(mode="json")["train"],
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
-        "parents": [{"path": str(base.home), "sha256": base.weights_sha256}] if base else [],
+        "parents": [{"path": hub.name_of(base.home), "sha256": base.weights_sha256}] if base else [],
         "config": config.model_dump(mode="json"),
         "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
         | {"steps": result["steps"], "training_tokens": result["tokens"]},

@@ -94,7 +94,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
             reasons["train.context"] = "the model's"
         if context > architecture.max_position_embeddings:
             raise UsageError(
-                f"train.context={context}: {base.path} has positions for {architecture.max_position_embeddings}"
+                f"train.context={context}: {base.name} has positions for {architecture.max_position_embeddings}"
             )
     else:
         config, reasons, architecture = derive_shape(config, len(tokenizer))
@@ -155,7 +155,7 @@ def _from(base: Loaded, config: Config) -> Transformer:
     if adapter.kind is None:
         if base.adapter:
             raise UsageError(
-                f"{base.path} is an adapter: train it further with adapter=lora, or `gptworks merge` it first"
+                f"{base.name} is an adapter: train it further with adapter=lora, or `gptworks merge` it first"
             )
         model = adapters.copy_of(base.model.requires_grad_(True))
     elif base.adapter is None:
@@ -173,9 +173,9 @@ def _as_before(config: Config, base: Loaded) -> tuple[Config, dict[str, str]]:
     for key, value in before.items():
         asked = getattr(config.adapter, key)
         if asked not in (value, Adapter.model_fields[key].default):
-            raise UsageError(f"adapter.{key}={asked}: {base.path} was begun with {value}")
+            raise UsageError(f"adapter.{key}={asked}: {base.name} was begun with {value}")
     if config.adapter.target_modules:
-        raise UsageError(f"adapter.target_modules cannot be chosen now: {base.path} has its layers")
+        raise UsageError(f"adapter.target_modules cannot be chosen now: {base.name} has its layers")
     before["base"] = base.adapter.base or "fp32"
     names = {f"adapter.{key}": value for key, value in before.items()}
     return with_values(config, names), dict.fromkeys(names, "the adapter's")

@@ -231,3 +231,24 @@ def test_a_trained_model_continues_its_story_as_documented():
     assert (loaded.model.logits(loaded.model(ids)) - theirs(ids).logits).abs().max() <= TOLERANCE
     answer = theirs.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :].tolist()
     assert answer[: len(text.tokens)] == text.tokens
+
+
+def test_code_beside_a_class_that_we_know_is_left_alone_here_and_in_transformers(tmp_path, tokenizer):
+    model = make_model("llama")
+    build.save(tmp_path / "model", model, tokenizer, {})
+    for name in ("manifest.json", "gptworks.json"):
+        (tmp_path / "model" / name).unlink()
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    raw["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model" / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    )
+    ids = make_ids()
+    ours, theirs = (
+        build.load(tmp_path / "model").model,
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    )
+    assert type(theirs) is transformers.LlamaForCausalLM
+    assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() <= TOLERANCE
+    assert not (tmp_path / "ran").exists()

@@ -149,7 +149,9 @@ def test_a_pickle_is_refused_unopened(foreign, name):
 
 
 def test_code_in_the_folder_is_refused(foreign):
-    edit(foreign, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    edit(foreign, model_type="own", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    refused(foreign, "runs no code")
+    edit(foreign, model_type=["qwen3"])
     refused(foreign, "runs no code")
 
 

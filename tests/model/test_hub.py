@@ -1,0 +1,201 @@
+"""Models of the hub: from a cache laid out as huggingface_hub lays it out, by the library itself, without a network."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from gptworks import lifecycle
+from gptworks.core.config import Adapter
+from gptworks.core.errors import DataError, StorageError, UsageError
+from gptworks.model import adapters, build, hub
+
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub is an extra")
+constants, errors, utils = (
+    importlib.import_module(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils")
+)
+COMMIT, OLDER = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    utils.close_session()
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "cache"
+    utils.close_session()
+
+
+def put(cache, name, folder, revision="main", commit=COMMIT):
+    """A folder as it lies in the cache after it was fetched: files by content, links to them, a name for the commit."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    for part in ("blobs", "refs", f"snapshots/{commit}"):
+        (place / part).mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        blob = place / "blobs" / f"{commit[:4]}-{file.name}"
+        shutil.copy(file, blob)
+        (place / "snapshots" / commit / file.name).symlink_to(blob)
+    (place / "refs" / revision).write_text(commit)
+    return place / "snapshots" / commit
+
+
+def saved(path, seed=1):
+    model = tiny.model(seed, vocab_size=31)
+    build.save(path, model, tiny.tokenizer(), {})
+    return model
+
+
+def test_a_name_of_the_hub_is_the_folder_in_its_cache(cache, tmp_path):
+    model, older = saved(tmp_path / "made"), saved(tmp_path / "older", seed=2)
+    snapshot = put(cache, "some-one/a.model", tmp_path / "made")
+    put(cache, "some-one/a.model", tmp_path / "older", "v1", OLDER)
+    ids = tiny.tokens(1, 9)
+    for name, wanted in (("some-one/a.model", model), ("some-one/a.model@v1", older)):
+        loaded = build.load(name)
+        assert torch.equal(loaded.model(ids), wanted(ids))
+    assert build.load("some-one/a.model").path == snapshot
+    assert build.load(f"some-one/a.model@{OLDER}").name == f"some-one/a.model@{OLDER}"
+    assert not torch.equal(model(ids), older(ids))
+
+
+def test_commands_take_such_names_and_leave_offline_mode_to_the_library(cache, tmp_path):
+    saved(tmp_path / "made")
+    put(cache, "one/model", tmp_path / "made")
+    (tmp_path / "text.txt").write_text(tiny.text(300))
+    command = [sys.executable, "-m", "gptworks", "evaluate", "one/model", "--data", "text.txt", "--json"]
+    set_to = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=set_to, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == f"one/model@{COMMIT}"
+
+
+def test_a_folder_here_goes_before_a_model_of_that_name(cache, tmp_path):
+    saved(tmp_path / "elsewhere")
+    put(cache, "runs/mine", tmp_path / "elsewhere")
+    model = saved(tmp_path / "runs" / "mine", seed=3)
+    assert torch.equal(build.load("runs/mine").model(tiny.tokens(1, 9)), model(tiny.tokens(1, 9)))
+
+
+@pytest.mark.parametrize("name", ["a", "a/b/c", "../b", "/a/b", "a/b@", "a b/c", ".a/b"])
+def test_what_is_no_name_of_the_hub_is_a_folder_that_is_not_there(cache, name):
+    with pytest.raises(DataError, match="no such model folder"):
+        build.load(name)
+
+
+def test_an_adapter_names_its_base_on_the_hub_by_commit_and_finds_it(cache, tmp_path):
+    saved(tmp_path / "made")
+    put(cache, "one/base", tmp_path / "made", "main", OLDER)
+    base = build.load("one/base")
+    saved(tmp_path / "newer", seed=2)
+    put(cache, "one/base", tmp_path / "newer")  # main goes on
+    settings = Adapter(kind="lora")
+    trained = adapters.attach(base.model, settings, 1)
+    for layer in adapters.adapters(trained).values():
+        torch.nn.init.normal_(layer.lora_B)
+    build.save_adapter(tmp_path / "adapter", trained, settings, base.home, {})
+    raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (raw["base_model_name_or_path"], raw["revision"]) == ("one/base", OLDER)
+    assert 'base_model: "one/base"' in (tmp_path / "adapter" / "README.md").read_text()
+    ids = tiny.tokens(1, 9)
+    put(cache, "one/adapter", tmp_path / "adapter")
+    for name in (tmp_path / "adapter", "one/adapter"):
+        again = build.load(name)
+        assert torch.equal(again.model(ids), trained(ids)) and hub.name_of(again.home) == f"one/base@{OLDER}"
+
+
+def answer(status):
+    """What the library raises for an answer of the hub, made as it makes it."""
+    httpx = utils.httpx
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub.example/x"))
+
+
+ANSWERS = [
+    (lambda: errors.RepositoryNotFoundError("x", response=answer(404)), DataError, "no such model on the hub"),
+    (lambda: errors.GatedRepoError("x", response=answer(403)), DataError, "accepted its terms"),
+    (lambda: errors.RevisionNotFoundError("x", response=answer(404)), DataError, "this revision is not"),
+    (lambda: errors.HfHubHTTPError("x", response=answer(403)), UsageError, "hf auth login"),
+    (lambda: errors.HfHubHTTPError("x", response=answer(503)), StorageError, "answers 503"),
+    (lambda: utils.httpx.ConnectError("no\nroute"), StorageError, "cannot be reached"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "says"), ANSWERS, ids=[says for *_, says in ANSWERS])
+def test_what_the_hub_refuses_is_one_line_with_a_code(cache, monkeypatch, error, kind, says):
+    def raising(*_, **__):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raising)
+    with pytest.raises(kind, match=says) as refused:
+        build.load("some/model")
+    assert "\n" not in str(refused.value) and str(refused.value).startswith("some/model is no folder here: ")
+
+
+def test_what_the_cache_lacks_cannot_be_had_without_a_network(cache):
+    with pytest.raises(StorageError, match="some/model is no folder here: .*HF_HUB_OFFLINE") as refused:
+        build.load("some/model")
+    assert refused.value.code == 74
+
+
+def test_without_the_library_the_way_to_it_is_named(cache, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for work in (lambda: build.load("some/model"), lambda: hub.push(tmp_path, "some/model")):
+        with pytest.raises(UsageError, match=r"pip install .gptworks\[hub\].") as refused:
+            work()
+        assert refused.value.code == 64
+
+
+class Api:
+    """In place of HfApi."""
+
+    endpoint = "https://hub.example"
+    calls: list = []
+
+    def create_repo(self, name, **options):
+        self.calls.append(("create_repo", name, options))
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options["repo_id"], options["folder_path"]))
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_push_makes_the_repository_and_puts_the_files_there(cache, monkeypatch, tmp_path, private):
+    saved(tmp_path / "model")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "calls", [])
+    assert lifecycle.push(tmp_path / "model", "me/mine", private) == "https://hub.example/me/mine"
+    wanted = {"private": True if private else None, "exist_ok": True}
+    assert Api.calls == [("create_repo", "me/mine", wanted), ("upload_folder", "me/mine", tmp_path / "model")]
+
+
+def test_a_damaged_folder_is_not_pushed_nor_one_that_is_no_model(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "calls", [])
+    saved(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="config.json"):
+        lifecycle.push(tmp_path / "model", "me/mine")
+    with pytest.raises(DataError, match="no model folder"):
+        lifecycle.push(tmp_path, "me/mine")
+    saved(tmp_path / "sound")
+    for name in ("mine", "me/mine@v1", "https://hub.example/me/mine"):
+        with pytest.raises(UsageError, match="OWNER/NAME"):
+            lifecycle.push(tmp_path / "sound", name)
+    assert not Api.calls
+
+
+def test_an_adapter_of_a_folder_of_this_machine_is_pushed_with_a_warning(cache, monkeypatch, tmp_path, capsys):
+    saved(tmp_path / "base")
+    settings = Adapter(kind="lora")
+    trained = adapters.attach(build.load(tmp_path / "base").model, settings, 1)
+    build.save_adapter(tmp_path / "adapter", trained, settings, tmp_path / "base", {})
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    lifecycle.push(tmp_path / "adapter", "me/mine")
+    assert f"warning: the adapter's base is {tmp_path / 'base'}" in capsys.readouterr().err
