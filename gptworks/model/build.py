@@ -73,7 +73,7 @@ def load(
 
     Weights get `dtype`; None leaves each as it is stored. They are read one by one, so that memory holds them once, and
     with `mmap` those that need no conversion stay in the file. An adapter's base is loaded as the adapter was trained
-    beside it, whatever is asked. Raises DataError; for the hub also what `hub.local` does. Never runs code from the folder.
+    beside it. Never runs code from the folder. Raises DataError; for the hub also what `hub.local` does.
     """
     path = hub.local(path)
     if not path.is_dir():
@@ -143,9 +143,8 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
     parents = lineage.get("parents") if isinstance(lineage, dict) else None
     held = lineage["config"]["adapter"]["base"] if parents else None
     base = load_base(named, dropout, held)
-    if parents:
-        if parents[0]["sha256"] != base.weights_sha256:
-            raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
+    if parents and parents[0]["sha256"] != base.weights_sha256:
+        raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
     file = path / ADAPTER_WEIGHTS
     weight_files.read_shapes(file, 3 * len(list(base.model.modules())))
     tensors = weight_files.read(file)
