@@ -316,7 +316,9 @@ class GGUF(Exporter):
             ours["lm_head.weight"] = ours["model.embed_tokens.weight"]
         model = Transformer(self.config)
         expected = dict(model.named_parameters())
-        build.assign(model, {name: value for name, value in ours.items() if name in expected}, "the exported file")
+        kept = {name: value for name, value in ours.items() if name in expected}
+        build.compare(model, kept, "the exported file")
+        model.load_state_dict(kept, strict=False, assign=True)
         model.tie()
         return model.eval()
 

@@ -107,13 +107,13 @@ def attach(model: Transformer, adapter: Adapter, seed: int) -> Transformer:
     for target in targets:
         if target not in LINEARS:
             raise UsageError(f"adapter.target_modules has {target!r}: {nearest(target, list(LINEARS))}")
-    made = copy_of(model.requires_grad_(False))
+    made = hold(model, adapter.base)
     generator = torch.Generator().manual_seed(seed)
     scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.use_rslora else adapter.rank)
     adapted = 0
-    for name, layer in linears(made):
-        held = held_as(layer, adapter.base)
-        made.set_submodule(name, held)
+    for name, layer in linears(model):
+        held = made.get_submodule(name)
+        assert isinstance(held, Linear | LowBitLinear)
         if name.rpartition(".")[2] in targets:
             lora = LoRALinear(held, adapter.rank, scale, adapter.dropout, adapter.use_dora)
             uniform = torch.rand(lora.lora_A.shape, generator=generator) * 2 - 1
@@ -137,6 +137,20 @@ def linears(model: Transformer) -> list[tuple[str, Linear]]:
     """The plain linear layers of the blocks, by name."""
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
     return [(name, layer) for name, layer in found if name != "lm_head" and not name.endswith(".mlp.gate")]
+
+
+def hold(model: Transformer, how: str | None) -> Transformer:
+    """A frozen copy of a plain model, its layers of the blocks as `adapter.base` says and all else in float32."""
+    made = copy_of(model.requires_grad_(False))
+    for name, layer in linears(made):
+        made.set_submodule(name, held_as(layer, how))
+    kept = {id(layer.weight) for _, layer in linears(made)} if how == "bf16" else set()
+    for module in made.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype != torch.float32 and id(parameter) not in kept:
+                setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
+    made.tie()
+    return made
 
 
 def held_as(layer: Linear, how: str | None) -> Linear | LowBitLinear:

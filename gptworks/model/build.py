@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from gptworks.model.families import FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer, sinusoids
 
 LINEAGE = "gptworks.json"
+SMALL = ["config.json", "tokenizer.json"]  # checked against the manifest before, weights while they are read
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
 
@@ -38,6 +40,7 @@ class Loaded:
     lineage: dict[str, Any]
     adapter: Adapter | None = None
     base: Path | None = None
+    hashes: tuple[str, ...] = ()  # SHA-256 of each weight file, where reading has made them
 
     @property
     def home(self) -> Path:
@@ -52,7 +55,7 @@ class Loaded:
     @cached_property
     def weights_sha256(self) -> str:
         """Of the weight file, or of the hashes of several. Of an adapter's folder, the base's."""
-        hashes = [folder.sha256(file) for file in _weight_files(self.home)]
+        hashes = self.hashes or [folder.sha256(file) for file in _weight_files(self.home)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -63,10 +66,14 @@ def fresh(config: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def load(path: str | Path, dropout: float | None = None) -> Loaded:
+def load(
+    path: str | Path, dropout: float | None = None, dtype: torch.dtype | None = torch.float32, mmap: bool = False
+) -> Loaded:
     """Opens a Hugging Face folder of a family we know, on this disk or on the hub (`owner/name[@revision]`).
 
-    Raises DataError; for a hub's also what `hub.local` does. Never runs code from the folder.
+    Weights get `dtype`; None leaves each as it is stored. They are read one by one, so that memory holds them once, and
+    with `mmap` those that need no conversion stay in the file. An adapter's base is loaded as the adapter was trained
+    beside it. Never runs code from the folder. Raises DataError; for the hub also what `hub.local` does.
     """
     path = hub.local(path)
     if not path.is_dir():
@@ -76,8 +83,10 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
     raw = folder.read_json(path / "config.json")
     if not isinstance(raw, dict):
         raise DataError(f"{path / 'config.json'}: not a JSON object")
+    hashes: dict[str, str] | None = None
     if (path / LINEAGE).is_file():
-        folder.verify(path, ["config.json", "model.safetensors", "tokenizer.json"])
+        known = {name: entry["sha256"] for name, entry in folder.verify(path, SMALL)["files"].items()}
+        hashes = {}
     try:
         config = from_hf_config(raw)
     except DataError as error:
@@ -88,19 +97,32 @@ def load(path: str | Path, dropout: float | None = None) -> Loaded:
             f"{path}: the tokenizer has {len(tokenizer):,} ids and the model {config.vocab_size:,} rows; "
             "they do not belong together"
         )
-    weights = read_weights(path, config)
-    table = weights.get("transformer.wpe.weight", weights.get("wpe.weight"))
+    weights = read_weights(path, config, dtype, mmap, hashes)
+    for name, found in (hashes or {}).items():
+        if known.get(name) != found:
+            raise DataError(f"{path / name}: its SHA-256 differs from the manifest; the file is damaged")
+    table = weights.get("model.embed_positions.weight")
     if config.family == "gpt2" and table is not None and _is_sinusoidal(table):
         config = replace(config, positions="sinusoidal")
+        del weights["model.embed_positions.weight"]
     if dropout is not None:
         config = config.with_dropout(dropout)
-    model = Transformer(config)
-    assign(model, _mapped(weights, config, path), str(path))
+    model = Transformer(config)  # unset: of what it lays out no page is touched
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     if not isinstance(lineage, dict):
         raise DataError(f"{path / LINEAGE}: not a JSON object")
-    return Loaded(path, model.eval(), tokenizer, stop_ids(path, tokenizer), lineage)
+    ends, files = stop_ids(path, tokenizer), tuple((hashes or {}).values())
+    return Loaded(path, model.requires_grad_(True).eval(), tokenizer, ends, lineage, hashes=files)
+
+
+def load_base(path: str | Path, dropout: float | None, held: str | None) -> Loaded:
+    """A model whose layers will be `held` as `adapter.base` says. Where that is in less than float32, the file's values
+    are in memory only as they are converted."""
+    if held in (None, "fp32"):
+        return load(path, dropout)
+    return load(path, dropout, dtype=None, mmap=True)
 
 
 def _load_adapted(path: Path, dropout: float | None) -> Loaded:
@@ -118,18 +140,14 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
                         f"{path / ADAPTER}")  # fmt: skip
     if not (named / "config.json").is_file():
         raise DataError(f"{path}: is an adapter for {named}, which is no model folder")
-    base = load(named, dropout)
-    held = None
-    if isinstance(lineage, dict) and (parents := lineage.get("parents")):
-        if parents[0]["sha256"] != base.weights_sha256:
-            raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
-        held = lineage["config"]["adapter"]["base"]
+    parents = lineage.get("parents") if isinstance(lineage, dict) else None
+    held = lineage["config"]["adapter"]["base"] if parents else None
+    base = load_base(named, dropout, held)
+    if parents and parents[0]["sha256"] != base.weights_sha256:
+        raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
     file = path / ADAPTER_WEIGHTS
     weight_files.read_shapes(file, 3 * len(list(base.model.modules())))
     tensors = weight_files.read(file)
-    for name, value in tensors.items():
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            raise DataError(f"{file}: {name[:200]} has values that are not finite numbers")
     try:
         model = peft.read(base.model, raw, tensors, held)
         settings = peft.read_settings(raw)
@@ -143,21 +161,44 @@ def _is_sinusoidal(table: Tensor) -> bool:
     return table.ndim == 2 and table.shape[1] % 2 == 0 and torch.equal(table.float(), sinusoids(*table.shape))
 
 
-def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors, whole or sharded, once names and shapes are those of `config`.
+def read_weights(
+    path: Path, config: ModelConfig, dtype: torch.dtype | None, mmap: bool, hashes: dict[str, str] | None
+) -> dict[str, Tensor]:
+    """Every weight of a folder's safetensors, whole or sharded, under our names, once names and shapes are those of
+    `config`. SHA-256 of the files come into `hashes`.
 
-    Raises DataError, and then has allocated nothing.
+    Raises DataError, where that is due to names and shapes having allocated nothing.
     """
     files = _weight_files(path)
     shapes: dict[str, torch.Size] = {}
     for file in files:
-        shapes |= weight_files.read_shapes(file, _most_tensors(config))
+        here = weight_files.read_shapes(file, _most_tensors(config))
+        if twice := sorted(shapes.keys() & here.keys()):
+            raise DataError(f"{file}: {twice[0][:200]} is in another file of the folder too")
+        shapes |= here
     claimed, held = parameter_count(config), sum(shape.numel() for shape in shapes.values())
     if claimed > 4 * held or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
     with torch.device("meta"):  # shapes without values
         compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
-    return {name: value for file in files for name, value in weight_files.read(file).items()}
+    # A family may part and join the tensors of a block: they are put under our names together.
+    missing = Counter(map(_block, shapes))
+    waiting = defaultdict[str, dict[str, Tensor]](dict)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if mmap and hashes is not None:
+            hashes[file.name] = folder.sha256(file)
+        for name, value in weight_files.mapped(file, dtype) if mmap else weight_files.stream(file, dtype, hashes):
+            block = _block(name)
+            waiting[block][name] = value
+            if len(waiting[block]) == missing[block]:
+                weights |= _mapped(waiting.pop(block), config, path)
+    return weights
+
+
+def _block(name: str) -> str:
+    """What tells the tensors of one block from those of others: the first number in their names."""
+    return next((part for part in name.split(".") if part.isdecimal()), "")
 
 
 def _most_tensors(config: ModelConfig) -> int:
@@ -212,17 +253,6 @@ def compare(model: Transformer, weights: dict[str, Tensor], where: str | Path) -
         if value.shape != expected[name].shape:
             ours, theirs = weight_files.shown(expected[name].shape), weight_files.shown(value.shape)
             raise DataError(f"{where}: {name} is {theirs}, the configuration says {ours}")
-
-
-def assign(model: Transformer, weights: dict[str, Tensor], where: str) -> None:
-    """Puts weights into a model in float32; a missing, unknown, misshapen or non-finite one raises DataError."""
-    compare(model, weights, where)
-    for name, value in weights.items():
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            raise DataError(f"{where}: {name} has values that are not finite numbers")
-    model.load_state_dict({n: v.float() for n, v in weights.items()}, strict=False, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
 
 
 def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

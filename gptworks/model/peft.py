@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
-from gptworks.model.adapters import LoRALinear, copy_of, held_as, linears, weight_of
+from gptworks.model.adapters import LoRALinear, hold, weight_of
 from gptworks.model.attention import Linear
 from gptworks.model.families import FAMILIES
 from gptworks.model.lowbit import LowBitLinear
@@ -130,9 +130,7 @@ def read(model: Transformer, raw: Raw, tensors: dict[str, Tensor], base: str | N
     Raises DataError for an adapter of another model, and for what PEFT can do and we do not.
     """
     settings, family = read_settings(raw), FAMILIES[model.config.family]
-    made = copy_of(model.requires_grad_(False))
-    for name, layer in linears(made):
-        made.set_submodule(name, held_as(layer, base))
+    made = hold(model, base)
     modules = _by_module(made)
     leaves = {A, B, MAGNITUDE} if settings.use_dora else {A, B}
     for name, found in _by_name(tensors).items():

@@ -1,19 +1,36 @@
-"""Tensors from safetensors files. Names and shapes come from the header alone, so that whoever reads compares them with
-what is expected before anything is allocated; a file that claims more than it should costs no memory."""
+"""Tensors from safetensors files and into them. Names and shapes come from the header alone, so that whoever reads
+compares them with what is expected before anything is allocated: a file that claims more than it should costs nothing.
 
-from collections.abc import Iterator
+Values then pass once: read or written in pieces, and meanwhile hashed and looked at, outside Python's lock.
+"""
+
+import hashlib
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptworks.core.errors import DataError
+from gptworks.core.errors import DataError, NotFinite
+from gptworks.core.failpoint import failpoint
 
 ENTRY_BYTES = 1024  # of a header, for each tensor; its name, type, shape and place take about a tenth of that
 METADATA_BYTES = 2**20
+PIECE = 2**22  # bytes that are read, hashed and converted at a time
+AHEAD = 4  # pieces that reading may be ahead of hashing
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
+FLOATING = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
 
 
 def read_shapes(file: Path, expected: int) -> dict[str, torch.Size]:
@@ -23,22 +40,169 @@ def read_shapes(file: Path, expected: int) -> dict[str, torch.Size]:
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a file whose shapes were found good, copied into memory. Raises DataError."""
-    with _opened(file) as opened:  # copied, since memory-mapped weights may be misaligned and give other bits
-        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    """Every tensor of a file whose shapes were found good, as it is stored. Raises as `stream` does."""
+    return dict(stream(file))
+
+
+def stream(
+    file: Path, dtype: torch.dtype | None = None, hashes: dict[str, str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one in memory of their own, in the order of the file, as stored or in `dtype`. The file's SHA-256
+    comes into `hashes` under its name in the end.
+
+    Raises DataError for a tensor that does not hold finite floating-point numbers, at the latest in the end.
+    """
+    with _opened(file):  # its header is sound
+        pass
+    digest = hashlib.sha256()
+
+    def look(name: str, part: Tensor, content: Any) -> None:
+        if hashes is not None:
+            digest.update(content)
+        if not _finite(part):
+            raise _unusable(file, name)
+
+    with _reading(file), open(file, "rb", buffering=0) as raw, _Behind(AHEAD) as behind:
+        size = raw.read(8)
+        head = raw.read(int.from_bytes(size, "little"))
+        digest.update(size + head)
+        entries = {name: entry for name, entry in json.loads(head).items() if name != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if (stored := FLOATING.get(entry["dtype"])) is None:
+                raise _unusable(file, name)
+            made = torch.empty(entry["shape"], dtype=dtype or stored)
+            begin, end = entry["data_offsets"]
+            if end - begin != made.numel() * stored.itemsize or len(size) + len(head) + begin != raw.tell():
+                raise ValueError(f"{name[:200]} is not where the one before it ends")
+            for part in made.view(-1).split(PIECE // stored.itemsize):
+                held = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
+                content = held.view(torch.uint8).numpy()
+                _fill(raw, content)
+                if held is not part:
+                    part.copy_(held)
+                behind.do(look, name, part, content)
+            yield name, made
+        behind.catch_up()
+    if hashes is not None:
+        hashes[file.name] = digest.hexdigest()
+
+
+def mapped(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """As `stream`, but tensors that are not converted stay in the file, and memory holds what of it is in use.
+
+    Where a tensor begins in memory then follows from the file, and sums may differ in the last bits from those of a
+    copy. Writing to one does not change the file.
+    """
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            value = opened.get_tensor(name)
+            if not value.is_floating_point() or not all(map(_finite, value.reshape(-1).split(PIECE))):
+                raise _unusable(file, name)
+            yield name, value.to(dtype or value.dtype)
 
 
 @contextmanager
 def _opened(file: Path, most: int | None = None) -> Iterator[Any]:
-    try:
+    with _reading(file):
         with open(file, "rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
         if most is not None and header > most:
             raise ValueError(f"a header of {header:,} bytes, where {most:,} are enough")
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError, RecursionError) as error:
         raise DataError(f"{file}: damaged or not a safetensors file: {error}") from None
+
+
+def _unusable(file: Path, name: str) -> DataError:
+    return DataError(f"{file}: {name[:200]} has values that are not finite numbers")
+
+
+def _fill(raw: Any, content: Any) -> None:
+    view = memoryview(content)
+    while view:
+        count = raw.readinto(view)
+        if not count:
+            raise ValueError("it ends too early")
+        view = view[count:]
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether every value is a finite number; with numpy, whose one thread does not compete with the training's."""
+    if value.dtype in (torch.bfloat16, torch.float16):  # an exponent of ones alone
+        ones = 0x7F80 if value.dtype == torch.bfloat16 else 0x7C00
+        return not bool(((value.view(-1).view(torch.int16).numpy() & ones) == ones).any())
+    flat = value.view(-1).numpy()
+    with np.errstate(all="ignore"):
+        parts = (flat[start : start + 2**20] for start in range(0, len(flat), 2**20))
+        return all(math.isfinite(float(part.sum())) or bool(np.isfinite(part).all()) for part in parts)
+
+
+class _Behind:
+    """One thread that does what it is given in order, at most `most` jobs behind; what a job raises comes out here."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.jobs, self.thread = most, deque[Future[None]](), ThreadPoolExecutor(1)
+
+    def do(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.jobs.append(self.thread.submit(work, *arguments))
+        while len(self.jobs) > self.most:
+            self.jobs.popleft().result()
+
+    def catch_up(self) -> None:
+        while self.jobs:
+            self.jobs.popleft().result()
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Writes a safetensors file of tensors on the CPU in one pass that also checks and hashes it; gives its SHA-256.
+
+    Raises NotFinite naming the first tensor with a value that is no finite number.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    place = 0
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    for name, value in ordered:
+        size = value.numel() * value.element_size()
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [place, place + size]}
+        place += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file, _Behind(AHEAD) as behind:
+
+        def put(content: Any) -> None:
+            behind.do(digest.update, content)
+            view = memoryview(content).cast("B")
+            while view:
+                view = view[file.write(view) :]
+
+        put(len(head).to_bytes(8, "little") + head)
+        for name, value in ordered:
+            failpoint("checkpoint.tensors")
+            value = value.contiguous()
+            if value.is_floating_point() and not _finite(value):
+                raise NotFinite(f"{name} is not finite")
+            content = value.view(-1).view(torch.uint8).numpy()
+            for start in range(0, len(content), PIECE):
+                put(content[start : start + PIECE])
+        behind.catch_up()
+    return digest.hexdigest()
 
 
 def shown(shape: torch.Size) -> str:

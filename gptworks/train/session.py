@@ -37,8 +37,7 @@ def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
         console.say(f"run      {out} is finished; --fresh starts it over")
         ranks.tell("plan", json.dumps({"finished": True}))
         return folder.read_json(out / "result.json")
-    source = (resolved or config).model
-    base = build.load(source.path, source.dropout) if source.path else None
+    base = _base(resolved or config)
     shards = _shards(resolved or config, base, out)
     run = setup.decide(resolved or config, shards, base, resolved=resolved is not None)
     newest = newest_good(out / "checkpoints")
@@ -67,8 +66,7 @@ def follow(config: Config, out: Path) -> dict[str, Any]:
     if plan["asked"] != _asked(config):
         raise RunMismatch(f"rank {ranks.rank} was started with another configuration than rank 0; start all with one")
     resolved = configuration.build(plan["config"], "the main process's configuration")
-    source = resolved.model
-    base = build.load(source.path, source.dropout) if source.path else None
+    base = _base(resolved)
     shards = shard_folder.open_shards(Path(resolved.data.shards or out / "data"))
     run = setup.decide(resolved, shards, base, resolved=True)
     if plan["restore"]:
@@ -76,6 +74,12 @@ def follow(config: Config, out: Path) -> dict[str, Any]:
         _restore(run, Path(plan["restore"]))
     ranks.start(run.layout.device, resolved.train.timeout_s)
     return _train(run, out, "")
+
+
+def _base(config: Config) -> Loaded | None:
+    """The model that a run begins with, if not with a fresh one."""
+    source = config.model
+    return build.load_base(source.path, source.dropout, config.adapter.base) if source.path else None
 
 
 def _asked(config: Config) -> dict[str, Any]:
@@ -290,7 +294,7 @@ def find_lr(config: Config, out: Path) -> RangeTest:
     """A learning-rate range test in place of training; a run in `out` stays as it is."""
     if ranks.world > 1:
         raise UsageError("train.find_lr=true is for one process")
-    base = build.load(config.model.path, config.model.dropout) if config.model.path else None
+    base = _base(config)
     return range_test(setup.decide(config, _shards(config, base, out), base))
 
 
@@ -303,7 +307,7 @@ def replay(out: Path) -> dict[str, Any]:
     older, newer = checkpoints[-2:]
     folder.verify(older)
     folder.verify(newer)
-    base = build.load(resolved.model.path, resolved.model.dropout) if resolved.model.path else None
+    base = _base(resolved)
     shards = shard_folder.open_shards(Path(resolved.data.shards or out / "data"))
     run = setup.decide(resolved, shards, base, True)
     facts = restore(run.state, older)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,6 @@ COUNTERS: dict[str, Any] = {
     "step": int, "tokens": int, "best_loss": float | None, "evals_since_best": int, "skipped": int, "norms": list,
     "seconds": float, "stopped": str | None,
 }  # fmt: skip
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
 
 @dataclass
@@ -173,7 +171,7 @@ class Saving(threading.Thread):
         hashes: dict[str, str] = {}
         with folder.commit(self.path, known=hashes) as aside:
             for name, tensors in self.groups.items():
-                hashes[f"{name}.safetensors"] = write_tensors(aside / f"{name}.safetensors", tensors)
+                hashes[f"{name}.safetensors"] = weight_files.write(aside / f"{name}.safetensors", tensors)
             self.read.set()
             (aside / "state.json").write_text(self.text)
 
@@ -197,48 +195,6 @@ def save(state: State, checkpoints: Path, facts: dict[str, Any]) -> Path:
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors where a file can be written from: themselves on a CPU, copies from an accelerator."""
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes a safetensors file in one pass that also checks and hashes it, outside Python's lock; gives its SHA-256.
-
-    Raises NotFinite naming the first tensor with a value that is no finite number.
-    """
-    header, place = {}, 0
-    for name, value in sorted(tensors.items()):
-        size = value.numel() * value.element_size()
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [place, place + size]}
-        place += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
-
-        def put(content: Any) -> None:
-            digest.update(content)
-            view = memoryview(content).cast("B")
-            while view:
-                view = view[file.write(view) :]
-
-        put(len(head).to_bytes(8, "little") + head)
-        for name, value in sorted(tensors.items()):
-            failpoint("checkpoint.tensors")
-            if value.is_floating_point() and not _finite(value):
-                raise NotFinite(f"{name} is not finite")
-            content = value.view(-1).view(torch.uint8).numpy()
-            for start in range(0, len(content), 2**22):
-                put(content[start : start + 2**22])
-    return digest.hexdigest()
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether every value is a finite number; with numpy, whose one thread does not compete with the training's."""
-    if value.dtype not in (torch.float32, torch.float64):
-        return bool(torch.isfinite(value).all())
-    flat = value.view(-1).numpy()
-    with np.errstate(all="ignore"):
-        parts = (flat[start : start + 2**20] for start in range(0, len(flat), 2**20))
-        return all(math.isfinite(float(part.sum())) or bool(np.isfinite(part).all()) for part in parts)
 
 
 def _is_good(path: Path) -> bool:
@@ -333,7 +289,7 @@ def _weights(file: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, shape in shapes.items():
         if shape != parameters[name].shape:
             raise DataError(f"{file}: holds another model: {name} is {weight_files.shown(shape)} there")
-    return _checked(file)
+    return weight_files.read(file)
 
 
 def _slots(file: Path, state: State, parameters: Mapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor]:
@@ -347,16 +303,7 @@ def _slots(file: Path, state: State, parameters: Mapping[str, Tensor]) -> dict[t
         if shape and shape != parameters[parameter].shape:
             raise DataError(f"{file}: holds another model: {name} is {weight_files.shown(shape)} there")
         places[name] = (int(number), parameter, slot)
-    return {places[name]: value for name, value in _checked(file).items()}
-
-
-def _checked(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises DataError for a value that no checkpoint holds."""
-    tensors = weight_files.read(file)
-    for name, value in tensors.items():
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            raise DataError(f"{file}: {name} has values that are not finite numbers")
-    return tensors
+    return {places[name]: value for name, value in weight_files.read(file).items()}
 
 
 def is_spike(norms: list[float], norm: float, threshold: float) -> bool:

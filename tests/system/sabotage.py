@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gptworks.core.folder as folder
+import gptworks.model.weights as weights
 import gptworks.train.gradients as gradients
 import gptworks.train.loop as loop
 import gptworks.train.state as state
@@ -173,7 +174,7 @@ def said_before_it_was_saved() -> None:
 @mutant
 def weights_read_while_they_change() -> None:
     state.State.settle = lambda self: None  # type: ignore[method-assign]
-    usual = state.write_tensors
+    usual = weights.write
 
     def slow(path: Path, tensors: Any) -> str:
         import time
@@ -181,7 +182,7 @@ def weights_read_while_they_change() -> None:
         time.sleep(0.05)
         return usual(path, tensors)
 
-    state.write_tensors = slow
+    weights.write = slow
 
 
 @mutant
