@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptworks.core import folder
+from gptworks.core import folder, runtime
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
 from gptworks.core.log import count
@@ -97,7 +97,8 @@ def load(
             f"{path}: the tokenizer has {len(tokenizer):,} ids and the model {config.vocab_size:,} rows; "
             "they do not belong together"
         )
-    weights = read_weights(path, config, dtype, mmap, hashes)
+    with runtime.returning_memory():
+        weights = read_weights(path, config, dtype, mmap, hashes)
     for name, found in (hashes or {}).items():
         if known.get(name) != found:
             raise DataError(f"{path / name}: its SHA-256 differs from the manifest; the file is damaged")
