@@ -1,5 +1,6 @@
 """The process and the machine: device, precision, threads, seeds, memory, signals, the clock."""
 
+import ctypes
 import fcntl
 import os
 import platform
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _imported = time.time()
+LIBRARY = ctypes.CDLL(None)  # C's
 
 
 def process_seconds() -> float:
@@ -141,15 +143,11 @@ def returning_memory() -> Iterator[None]:
 
 
 def _mallopt(trim: int, mmap: int) -> None:
-    import ctypes
-
     trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(trim_threshold, trim)
-    mallopt(mmap_threshold, mmap)
+    mallopt = getattr(LIBRARY, "mallopt", None)
+    if mallopt:
+        mallopt(trim_threshold, trim)
+        mallopt(mmap_threshold, mmap)
 
 
 def peak_memory() -> int:

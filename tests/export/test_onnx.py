@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SLOW = ("llama-grouped-llama3", "gemma2")
+SLOW = ("llama-grouped-llama3", "gemma2", "gpt2")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
@@ -125,6 +125,7 @@ def refused(loaded: Loaded, words: str, error: type[GptworksError], **options: A
     assert os.listdir(loaded.path.parent) == ["m"]
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph_where_they_are_many(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

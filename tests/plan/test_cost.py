@@ -96,7 +96,7 @@ NEOX = {"positions": "rotary", "partial_rotary_factor": 0.25, "use_parallel_resi
     ],
 )
 def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer, rows, shape, parts):
-    """At most half above it, for a step of activations mostly and for one of weights mostly."""
+    """At most six tenths above it, for a step of activations mostly and for one of weights mostly."""
     from pathlib import Path
 
     from gptworks.core.config import Model
@@ -107,7 +107,7 @@ def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer,
     done = subprocess.run([sys.executable, "-c", PROBE, tests, asked], capture_output=True, text=True, check=True)
     config = replace(build_config(Model(**shape), 1024, 256), **parts)
     estimate = step_bytes(config, 256, rows, optimizer, 4)
-    assert int(done.stdout) <= estimate < 1.5 * int(done.stdout)
+    assert int(done.stdout) <= estimate < 1.6 * int(done.stdout)
 
 
 def test_memory_grows_with_what_it_should():
