@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from gptworks.data.shards import Stream
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
+from gptworks.infer.scoring import score
 from gptworks.model import build
 from gptworks.model.families import FAMILIES
 from gptworks.model.transformer import Transformer
@@ -216,12 +219,31 @@ def test_dropout_is_written_where_the_class_has_a_key_for_it(tmp_path, tokenizer
         assert build.load(tmp_path / name).model.config.attention_dropout == 0.25
 
 
-def test_a_trained_model_continues_its_story_as_documented():
+@pytest.fixture
+def larger_data() -> Path:
     if "GPTWORKS_DATA" not in os.environ:
         pytest.skip("GPTWORKS_DATA is not set: it names the folder with the larger data")
-    folder = Path(os.environ["GPTWORKS_DATA"]) / "stories260K" / "hf"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
+    folder = Path(os.environ["GPTWORKS_DATA"])
+    if not (folder / "stories260K" / "hf").is_dir():
+        pytest.skip(f"{folder} has no stories260K/hf")
+    return folder
+
+
+def test_a_trained_model_scores_its_stories_as_documented(larger_data):
+    """Stories 1,000 to 1,059, each after a start token and cut at 512 tokens."""
+    loaded = build.load(larger_data / "stories260K" / "hf")
+    text = (larger_data / "tinystories" / "tinystories_2mb.txt").read_text(encoding="utf-8")
+    nats, tokens = 0.0, 0
+    for story in text.split("<|endoftext|>")[1000:1060]:
+        ids = np.array([loaded.tokenizer.bos_id, *loaded.tokenizer.encode(story.strip())][:512])
+        found = score(loaded.model, Stream(ids, np.zeros(1, dtype=np.int64), 1), 512)
+        nats, tokens = nats + found.loss * found.tokens, tokens + found.tokens
+    assert tokens == 20_235
+    assert nats / tokens == pytest.approx(1.25565, abs=1e-5)
+
+
+def test_a_trained_model_continues_its_story_as_documented(larger_data):
+    folder = larger_data / "stories260K" / "hf"
     loaded = build.load(folder)
     engine = Engine(loaded.model, loaded.tokenizer, loaded.stop_ids)
     text = engine.generate("Once upon a time", Sampling(temperature=0), 60)
