@@ -154,7 +154,7 @@ def test_a_pickle_is_refused(cli: Callable[..., Outcome], model: Path) -> None:
 
 
 def test_a_model_with_its_own_code_is_refused(cli: Callable[..., Outcome], model: Path) -> None:
-    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"}, model_type="its_own")
     (model / "evil.py").write_text("raise SystemExit('it ran')")
     refused(generate(cli, model), 65, "auto_map")
 
