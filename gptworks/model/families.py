@@ -152,12 +152,8 @@ class Family:
     def _read_dense_layers(self, raw: Raw, values: Raw) -> Raw:
         if "decoder_sparse_step" not in self.defaults:
             return {}
-        layers, step, dense = (
-            values["num_hidden_layers"],
-            self._said(raw, "decoder_sparse_step"),
-            raw.get("mlp_only_layers"),
-        )
-        dense = dense or []
+        layers, step = values["num_hidden_layers"], self._said(raw, "decoder_sparse_step")
+        dense = raw.get("mlp_only_layers") or []
         if not isinstance(dense, list) or not all(type(n) is int and 0 <= n < layers for n in dense):
             raise ValueError(f"mlp_only_layers {str(dense)[:80]} does not name some of {layers} layers")
         return {"dense_layers": tuple(n for n in range(layers) if n in dense or (n + 1) % step)}
@@ -185,12 +181,8 @@ class Family:
         return values | {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": share}
 
     def _refuse_unread(self, raw: Raw, values: Raw) -> None:
-        read = {
-            *self.keys,
-            *(ALSO[key] for key in self.keys if key in ALSO),
-            self.share,
-            *({"use_sliding_window"} & self.defaults.keys()),
-        }
+        read = {*self.keys, *(ALSO[key] for key in self.keys if key in ALSO), self.share}
+        read |= {"use_sliding_window"} & self.defaults.keys()
         expected = CHANGING | {"head_dim": (values["head_dim"],)}
         for key in raw.keys() & (expected.keys() - read):
             if raw[key] is not None and raw[key] not in expected[key]:
