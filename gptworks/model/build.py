@@ -181,24 +181,27 @@ def read_weights(
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
     with torch.device("meta"):  # shapes without values
         compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
-    # A family may part and join the tensors of a block: they are put under our names together.
-    missing = Counter(map(_block, shapes))
+    missing = Counter(map(_together, shapes))
     waiting = defaultdict[str, dict[str, Tensor]](dict)
     weights: dict[str, Tensor] = {}
     for file in files:
         if mmap and hashes is not None:
             hashes[file.name] = folder.sha256(file)
         for name, value in weight_files.mapped(file, dtype) if mmap else weight_files.stream(file, dtype, hashes):
-            block = _block(name)
-            waiting[block][name] = value
-            if len(waiting[block]) == missing[block]:
-                weights |= _mapped(waiting.pop(block), config, path)
+            group = _together(name)
+            waiting[group][name] = value
+            del value  # so that what is mapped to another tensor goes before the next one comes
+            if len(waiting[group]) == missing[group]:
+                weights |= _mapped(waiting.pop(group), config, path)
     return weights
 
 
-def _block(name: str) -> str:
-    """What tells the tensors of one block from those of others: the first number in their names."""
-    return next((part for part in name.split(".") if part.isdecimal()), "")
+def _together(name: str) -> str:
+    """What those tensors have in common that become one of ours: "layers.3.mlp.experts" of "layers.3.mlp.experts.7.up",
+    since experts are numbered within a block. Any other tensor is alone."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[1]]) if len(numbers) > 1 else name
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from gptworks.core.failpoint import failpoint
 
 ENTRY_BYTES = 1024  # of a header, for each tensor; its name, type, shape and place take about a tenth of that
 METADATA_BYTES = 2**20
-PIECE = 2**22  # bytes that are read, hashed and converted at a time
+PIECE = 2**20  # bytes that are read, hashed and converted at a time
 AHEAD = 4  # pieces that reading may be ahead of hashing
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FLOATING = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
@@ -50,7 +50,7 @@ def stream(
     """The same one by one in memory of their own, in the order of the file, as stored or in `dtype`. The file's SHA-256
     comes into `hashes` under its name in the end.
 
-    Raises DataError for a tensor that does not hold finite floating-point numbers, at the latest in the end.
+    Raises DataError for a tensor that does not hold finite floating-point numbers.
     """
     with _opened(file):  # its header is sound
         pass
@@ -62,27 +62,31 @@ def stream(
         if not _finite(part):
             raise _unusable(file, name)
 
+    def tensor(name: str, entry: dict[str, Any]) -> Tensor:
+        if (stored := FLOATING.get(entry["dtype"])) is None:
+            raise _unusable(file, name)
+        made = torch.empty(entry["shape"], dtype=dtype or stored)
+        begin, end = entry["data_offsets"]
+        if end - begin != made.numel() * stored.itemsize or front + begin != raw.tell():
+            raise ValueError(f"{name[:200]} is not where the one before it ends")
+        for part in made.view(-1).split(PIECE // stored.itemsize):
+            held = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
+            content = held.view(torch.uint8).numpy()
+            _fill(raw, content)
+            if held is not part:
+                part.copy_(held)
+            behind.do(look, name, part, content)
+        behind.catch_up()  # and holds it no longer: who maps it to another of ours may let it go at once
+        return made
+
     with _reading(file), open(file, "rb", buffering=0) as raw, _Behind(AHEAD) as behind:
         size = raw.read(8)
         head = raw.read(int.from_bytes(size, "little"))
+        front = len(size) + len(head)
         digest.update(size + head)
         entries = {name: entry for name, entry in json.loads(head).items() if name != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if (stored := FLOATING.get(entry["dtype"])) is None:
-                raise _unusable(file, name)
-            made = torch.empty(entry["shape"], dtype=dtype or stored)
-            begin, end = entry["data_offsets"]
-            if end - begin != made.numel() * stored.itemsize or len(size) + len(head) + begin != raw.tell():
-                raise ValueError(f"{name[:200]} is not where the one before it ends")
-            for part in made.view(-1).split(PIECE // stored.itemsize):
-                held = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
-                content = held.view(torch.uint8).numpy()
-                _fill(raw, content)
-                if held is not part:
-                    part.copy_(held)
-                behind.do(look, name, part, content)
-            yield name, made
-        behind.catch_up()
+            yield name, tensor(name, entry)
     if hashes is not None:
         hashes[file.name] = digest.hexdigest()
 
