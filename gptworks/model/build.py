@@ -107,7 +107,10 @@ def load(
         del weights["model.embed_positions.weight"]
     if dropout is not None:
         config = config.with_dropout(dropout)
-    model = Transformer(config)  # unset: of what it lays out no page is touched
+    with torch.device("meta"):  # without memory
+        model = Transformer(config)
+    if config.positions == "sinusoidal":
+        model.model.sinusoids = sinusoids(config.max_position_embeddings, config.hidden_size)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}

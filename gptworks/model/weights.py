@@ -7,10 +7,12 @@ Values then pass once: read or written in pieces, and meanwhile hashed and looke
 import hashlib
 import json
 import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def stream(
     with _opened(file):  # its header is sound
         pass
     digest = hashlib.sha256()
+    spare = cycle(torch.empty(AHEAD + 1, PIECE, dtype=torch.uint8))  # where what is to be converted is read to
 
     def look(name: str, part: Tensor, content: Any) -> None:
         if hashes is not None:
@@ -65,12 +68,12 @@ def stream(
     def tensor(name: str, entry: dict[str, Any]) -> Tensor:
         if (stored := FLOATING.get(entry["dtype"])) is None:
             raise _unusable(file, name)
-        made = torch.empty(entry["shape"], dtype=dtype or stored)
+        made = _room(entry["shape"], dtype or stored)
         begin, end = entry["data_offsets"]
         if end - begin != made.numel() * stored.itemsize or front + begin != raw.tell():
             raise ValueError(f"{name[:200]} is not where the one before it ends")
         for part in made.view(-1).split(PIECE // stored.itemsize):
-            held = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
+            held = part if part.dtype == stored else next(spare).view(stored)[: len(part)]
             content = held.view(torch.uint8).numpy()
             _fill(raw, content)
             if held is not part:
@@ -103,6 +106,15 @@ def mapped(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, 
             if not value.is_floating_point() or not all(map(_finite, value.reshape(-1).split(PIECE))):
                 raise _unusable(file, name)
             yield name, value.to(dtype or value.dtype)
+
+
+def _room(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """An unset tensor. A large one is mapped by itself: the allocator would keep its place when a tensor that was read
+    to be transposed goes again, and fill it with smaller ones."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < PIECE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
 
 
 @contextmanager
