@@ -37,6 +37,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}: {advice}") from error
 
 
+def need_room(path: Path, size: int) -> None:
+    """Raises StorageError if the disk that `path` lies on, or will, has not `size` bytes free."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    with storage_errors(path):
+        free = shutil.disk_usage(there).free
+    if free < size:
+        raise StorageError(f"{path}: {size / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free there")
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

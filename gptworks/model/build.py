@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptworks.core import folder
@@ -24,7 +23,9 @@ from gptworks.model.families import FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer, sinusoids
 
 LINEAGE = "gptworks.json"
-SMALL = ["config.json", "tokenizer.json"]  # checked against the manifest before, weights while they are read
+INDEX = "model.safetensors.index.json"
+SHARD = 5_000_000_000  # bytes of a weight file, as transformers cuts them
+SMALL = ["config.json", "tokenizer.json", INDEX]  # checked against the manifest before, weights while they are read
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
 
@@ -208,7 +209,7 @@ def _together(name: str) -> str:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.is_file():
         read = folder.read_json(index)
         listing = read.get("weight_map") if isinstance(read, dict) else None
@@ -268,18 +269,21 @@ def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def save(
-    path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> None:
+    path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD,
+) -> None:  # fmt: skip
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
 
-    `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into the README.md card.
+    Weights are written in `dtype`, each in its own if that is None, to files of `shard_bytes` at most, but for a tensor
+    that is larger. `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into the README.md
+    card. Raises NotFinite, and StorageError, where the disk lacks room before anything is written.
     """
     config = model.config
     family = FAMILIES[config.family]
     raw = {
         "architectures": [family.architecture],
         "model_type": config.family,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype or model.model.embed_tokens.weight.dtype).removeprefix("torch."),
         **family.write_config(config),
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -287,15 +291,40 @@ def save(
         "pad_token_id": None,
     }
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": tokenizer.eos_id}
-    weights = {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
-    with folder.commit(path) as aside:
+    ours = {name: value.to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()}
+    weights = family.write_weights(ours, config)
+    folder.need_room(path, sum(value.nbytes for value in weights.values()))
+    hashes: dict[str, str] = {}
+    with folder.commit(path, known=hashes) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         (aside / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
-        converted = family.write_weights(weights, config)
-        save_file({n: v.contiguous() for n, v in converted.items()}, aside / "model.safetensors", {"format": "pt"})
+        files = _shards(weights, shard_bytes)
+        for file, part in files.items():
+            hashes[file] = weight_files.write(aside / file, part, {"format": "pt"})
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
+                "weight_map": {name: file for file, part in files.items() for name in part},
+            }
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         tokenizer.save(aside)
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(path, lineage), encoding="utf-8")
+
+
+def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """Weights by the file that they go to, named as transformers names them."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        if shards[-1] and size + value.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": weights}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
 def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, lineage: dict[str, Any]) -> None:
@@ -305,7 +334,7 @@ def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, l
     raw["revision"] = commit
     with folder.commit(path) as aside:
         (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
-        save_file(tensors, aside / ADAPTER_WEIGHTS, {"format": "pt"})
+        weight_files.write(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(path, lineage, name), encoding="utf-8")
 
