@@ -275,8 +275,8 @@ def save(
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
 
     Weights are written in `dtype`, each in its own if that is None, to files of `shard_bytes` at most, but for a tensor
-    that is larger. `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into the README.md
-    card. Raises NotFinite, and StorageError, where the disk lacks room before anything is written.
+    that is larger. `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into README.md.
+    Raises NotFinite, and StorageError, where the disk lacks room before anything is written.
     """
     config = model.config
     family = FAMILIES[config.family]

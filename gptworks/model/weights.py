@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from gptworks.core.failpoint import failpoint
 ENTRY_BYTES = 1024  # of a header, for each tensor; its name, type, shape and place take about a tenth of that
 METADATA_BYTES = 2**20
 PIECE = 2**20  # bytes that are read, hashed and converted at a time
+FLUSH = 2**26  # bytes after which the disk is told to begin
 AHEAD = 4  # pieces that reading may be ahead of hashing
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FLOATING = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
@@ -199,14 +201,18 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
         place += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file, _Behind(AHEAD) as behind:
+    digest, flushed = hashlib.sha256(), 0
+    with open(path, "wb", buffering=0) as file, _Behind(AHEAD) as behind, _Behind(1) as disk:
 
         def put(content: Any) -> None:
+            nonlocal flushed
             behind.do(digest.update, content)
             view = memoryview(content).cast("B")
             while view:
                 view = view[file.write(view) :]
+            if file.tell() - flushed >= FLUSH:
+                flushed = file.tell()
+                disk.do(os.fsync, file.fileno())
 
         put(len(head).to_bytes(8, "little") + head)
         for name, value in ordered:
@@ -218,6 +224,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
             for start in range(0, len(content), PIECE):
                 put(content[start : start + PIECE])
         behind.catch_up()
+        disk.catch_up()
     return digest.hexdigest()
 
 
