@@ -54,7 +54,7 @@ def stream(
     """The same one by one in memory of their own, in the order of the file, as stored or in `dtype`. The file's SHA-256
     comes into `hashes` under its name in the end.
 
-    Raises DataError for a tensor that does not hold finite floating-point numbers.
+    Raises DataError for a tensor that does not hold finite floating-point numbers, at the latest in the end.
     """
     with _opened(file):  # its header is sound
         pass
@@ -81,7 +81,6 @@ def stream(
             if held is not part:
                 part.copy_(held)
             behind.do(look, name, part, content)
-        behind.catch_up()  # and holds it no longer: who maps it to another of ours may let it go at once
         return made
 
     with _reading(file), open(file, "rb", buffering=0) as raw, _Behind(AHEAD) as behind:
@@ -92,6 +91,7 @@ def stream(
         entries = {name: entry for name, entry in json.loads(head).items() if name != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             yield name, tensor(name, entry)
+        behind.catch_up()
     if hashes is not None:
         hashes[file.name] = digest.hexdigest()
 
