@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from gptworks.core import folder
@@ -341,24 +342,34 @@ def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, l
 
 def model_card(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     """README.md with the YAML header the hub reads; of an adapter for `base`."""
-    metrics = lineage.get("metrics", {})
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
-    header = "library_name: transformers"
+    name = path.parent.name if path.name == "model" else path.name
+    metrics = {key: value for key, value in lineage.get("metrics", {}).items() if isinstance(value, (int, float))}
+    rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
+    header: dict[str, Any] = {"library_name": "transformers" if base is None else "peft"}
+    parents = [parent["path"].partition("@") for parent in lineage.get("parents", [])]
+    if base or (base := next((owner for owner, at, _ in parents if at and hub.ID.fullmatch(owner)), None)):
+        header["base_model"] = base
+    header |= {"pipeline_tag": "text-generation", "tags": ["gptworks"]}
+    scores = {
+        kind: metrics[f"eval_{kind}"] for kind in ("loss", "perplexity", "bits_per_byte") if f"eval_{kind}" in metrics
+    }
+    if scores:
+        header["metrics"] = list(scores)
+        text = {"name": f"validation split of {lineage.get('data', '')}", "type": "text"}
+        found = [{"type": kind, "value": value} for kind, value in scores.items()]
+        result = {"task": {"type": "text-generation"}, "dataset": text, "metrics": found}
+        header["model-index"] = [{"name": name, "results": [result]}]
     opening = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")"""
-    if base is not None:
-        header = f"library_name: peft\nbase_model: {json.dumps(base)}"
+    if header["library_name"] == "peft":
         opening = """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained(".")"""
     return f"""---
-{header}
-pipeline_tag: text-generation
-tags: [gptworks]
----
+{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---
 
-# {path.parent.name if path.name == "model" else path.name}
+# {name}
 
 Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`,
 on `{lineage.get("data", "")}`.
