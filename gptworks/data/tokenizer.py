@@ -250,8 +250,8 @@ class Tokenizer:
             return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
         if not file.is_file() and (file.parent / SENTENCEPIECE).is_file():
             raise DataError(
-                f"{file.parent / SENTENCEPIECE}: SentencePiece's, which is not read; where transformers and sentencepiece "
-                "are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a tokenizer.json"
+                f"{file.parent / SENTENCEPIECE}: SentencePiece's, which is not read; where transformers and "
+                "sentencepiece are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a tokenizer.json"
             )
         if not file.is_file():
             raise DataError(
