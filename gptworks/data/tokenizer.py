@@ -251,7 +251,8 @@ class Tokenizer:
         if not file.is_file() and (file.parent / SENTENCEPIECE).is_file():
             raise DataError(
                 f"{file.parent / SENTENCEPIECE}: SentencePiece's, which is not read; where transformers and "
-                "sentencepiece are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a tokenizer.json"
+                "sentencepiece are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a "
+                "tokenizer.json"
             )
         if not file.is_file():
             raise DataError(
