@@ -23,6 +23,7 @@ from gptworks.data import published
 from gptworks.data.published import END_OF_TEXT, byte_alphabet, splitting
 
 RESERVED = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # ChatML's, so that chat tuning needs no new rows
+SENTENCEPIECE = "tokenizer.model"
 
 # How text is split before BPE, under the names that llama.cpp gives these rules (tokenizer.ggml.pre).
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -247,6 +248,12 @@ class Tokenizer:
         if (not path.is_dir() or not file.is_file()) and (found := published.find(path)):
             backend, end = published.load(found, PATTERNS, pattern)
             return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
+        if not file.is_file() and (file.parent / SENTENCEPIECE).is_file():
+            raise DataError(
+                f"{file.parent / SENTENCEPIECE}: SentencePiece's, which is not read; where transformers and "
+                "sentencepiece are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a "
+                "tokenizer.json"
+            )
         if not file.is_file():
             raise DataError(
                 f"{file}: no such file; a tokenizer is a tokenizer.json, a .tiktoken file, a vocab.json with its "

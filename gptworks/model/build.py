@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import yaml
 from torch import Tensor
 
 from gptworks.core import folder, runtime
@@ -24,7 +24,9 @@ from gptworks.model.families import FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer, sinusoids
 
 LINEAGE = "gptworks.json"
-SMALL = ["config.json", "tokenizer.json"]  # checked against the manifest before, weights while they are read
+INDEX = "model.safetensors.index.json"
+SHARD = 5_000_000_000  # bytes of a weight file, as transformers cuts them
+SMALL = ["config.json", "tokenizer.json", INDEX]  # checked against the manifest before, weights while they are read
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
 
@@ -108,7 +110,10 @@ def load(
         del weights["model.embed_positions.weight"]
     if dropout is not None:
         config = config.with_dropout(dropout)
-    model = Transformer(config)  # unset: of what it lays out no page is touched
+    with torch.device("meta"):  # without memory
+        model = Transformer(config)
+    if config.positions == "sinusoidal":
+        model.model.sinusoids = sinusoids(config.max_position_embeddings, config.hidden_size)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
@@ -182,24 +187,27 @@ def read_weights(
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
     with torch.device("meta"):  # shapes without values
         compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
-    # A family may part and join the tensors of a block: they are put under our names together.
-    missing = Counter(map(_block, shapes))
+    missing = Counter(map(_together, shapes))
     waiting = defaultdict[str, dict[str, Tensor]](dict)
     weights: dict[str, Tensor] = {}
     for file in files:
         if mmap and hashes is not None:
             hashes[file.name] = folder.sha256(file)
         for name, value in weight_files.mapped(file, dtype) if mmap else weight_files.stream(file, dtype, hashes):
-            block = _block(name)
-            waiting[block][name] = value
-            if len(waiting[block]) == missing[block]:
-                weights |= _mapped(waiting.pop(block), config, path)
+            group = _together(name)
+            waiting[group][name] = value
+            del value  # so that what is mapped to another tensor goes before the next one comes
+            if len(waiting[group]) == missing[group]:
+                weights |= _mapped(waiting.pop(group), config, path)
     return weights
 
 
-def _block(name: str) -> str:
-    """What tells the tensors of one block from those of others: the first number in their names."""
-    return next((part for part in name.split(".") if part.isdecimal()), "")
+def _together(name: str) -> str:
+    """What those tensors have in common that become one of ours: "layers.3.mlp.experts" of "layers.3.mlp.experts.7.up",
+    since experts are numbered within a block. Any other tensor is alone."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[1]]) if len(numbers) > 1 else name
 
 
 def _most_tensors(config: ModelConfig) -> int:
@@ -208,7 +216,7 @@ def _most_tensors(config: ModelConfig) -> int:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.is_file():
         read = folder.read_json(index)
         listing = read.get("weight_map") if isinstance(read, dict) else None
@@ -268,18 +276,21 @@ def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def save(
-    path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> None:
+    path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD,
+) -> None:  # fmt: skip
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
 
-    `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into the README.md card.
+    Weights are written in `dtype`, each in its own if that is None, to files of `shard_bytes` at most, but for a tensor
+    that is larger. `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into README.md.
+    Raises NotFinite, and StorageError, where the disk lacks room before anything is written.
     """
     config = model.config
     family = FAMILIES[config.family]
     raw = {
         "architectures": [family.architecture],
         "model_type": config.family,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype or model.model.embed_tokens.weight.dtype).removeprefix("torch."),
         **family.write_config(config),
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -287,15 +298,40 @@ def save(
         "pad_token_id": None,
     }
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": tokenizer.eos_id}
-    weights = {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
-    with folder.commit(path) as aside:
+    ours = {name: value.to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()}
+    weights = family.write_weights(ours, config)
+    folder.check_space(path, sum(value.nbytes for value in weights.values()))
+    hashes: dict[str, str] = {}
+    with folder.commit(path, known=hashes) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         (aside / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
-        converted = family.write_weights(weights, config)
-        save_file({n: v.contiguous() for n, v in converted.items()}, aside / "model.safetensors", {"format": "pt"})
+        files = _shards(weights, shard_bytes)
+        for file, part in files.items():
+            hashes[file] = weight_files.write(aside / file, part, {"format": "pt"})
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
+                "weight_map": {name: file for file, part in files.items() for name in part},
+            }
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         tokenizer.save(aside)
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(path, lineage), encoding="utf-8")
+
+
+def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
+    """Weights by the file that they go to, named as transformers names them."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        if shards[-1] and size + value.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": weights}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
 def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, lineage: dict[str, Any]) -> None:
@@ -305,31 +341,41 @@ def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, l
     raw["revision"] = commit
     with folder.commit(path) as aside:
         (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
-        save_file(tensors, aside / ADAPTER_WEIGHTS, {"format": "pt"})
+        weight_files.write(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(path, lineage, name), encoding="utf-8")
 
 
 def model_card(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     """README.md with the YAML header the hub reads; of an adapter for `base`."""
-    metrics = lineage.get("metrics", {})
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
-    header = "library_name: transformers"
+    name = path.parent.name if path.name == "model" else path.name
+    metrics = {key: value for key, value in lineage.get("metrics", {}).items() if isinstance(value, (int, float))}
+    rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
+    header: dict[str, Any] = {"library_name": "transformers" if base is None else "peft"}
+    parents = [parent["path"].partition("@") for parent in lineage.get("parents", [])]
+    if base or (base := next((owner for owner, at, _ in parents if at and hub.ID.fullmatch(owner)), None)):
+        header["base_model"] = base
+    header |= {"pipeline_tag": "text-generation", "tags": ["gptworks"]}
+    scores = {
+        kind: metrics[f"eval_{kind}"] for kind in ("loss", "perplexity", "bits_per_byte") if f"eval_{kind}" in metrics
+    }
+    if scores:
+        header["metrics"] = list(scores)
+        text = {"name": f"validation split of {lineage.get('data', '')}", "type": "text"}
+        found = [{"type": kind, "value": value} for kind, value in scores.items()]
+        result = {"task": {"type": "text-generation"}, "dataset": text, "metrics": found}
+        header["model-index"] = [{"name": name, "results": [result]}]
     opening = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")"""
-    if base is not None:
-        header = f"library_name: peft\nbase_model: {json.dumps(base)}"
+    if header["library_name"] == "peft":
         opening = """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained(".")"""
     return f"""---
-{header}
-pipeline_tag: text-generation
-tags: [gptworks]
----
+{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---
 
-# {path.parent.name if path.name == "model" else path.name}
+# {name}
 
 Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`,
 on `{lineage.get("data", "")}`.

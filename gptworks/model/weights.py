@@ -7,10 +7,13 @@ Values then pass once: read or written in pieces, and meanwhile hashed and looke
 import hashlib
 import json
 import math
+import mmap
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from gptworks.core.failpoint import failpoint
 
 ENTRY_BYTES = 1024  # of a header, for each tensor; its name, type, shape and place take about a tenth of that
 METADATA_BYTES = 2**20
-PIECE = 2**22  # bytes that are read, hashed and converted at a time
+PIECE = 2**20  # bytes that are read, hashed and converted at a time
+FLUSH = 2**26  # bytes after which the disk is told to begin
 AHEAD = 4  # pieces that reading may be ahead of hashing
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FLOATING = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
@@ -55,6 +59,7 @@ def stream(
     with _opened(file):  # its header is sound
         pass
     digest = hashlib.sha256()
+    spare = cycle(torch.empty(AHEAD + 1, PIECE, dtype=torch.uint8))  # where what is to be converted is read to
 
     def look(name: str, part: Tensor, content: Any) -> None:
         if hashes is not None:
@@ -62,26 +67,30 @@ def stream(
         if not _finite(part):
             raise _unusable(file, name)
 
+    def tensor(name: str, entry: dict[str, Any]) -> Tensor:
+        if (stored := FLOATING.get(entry["dtype"])) is None:
+            raise _unusable(file, name)
+        made = _room(entry["shape"], dtype or stored)
+        begin, end = entry["data_offsets"]
+        if end - begin != made.numel() * stored.itemsize or front + begin != raw.tell():
+            raise ValueError(f"{name[:200]} is not where the one before it ends")
+        for part in made.view(-1).split(PIECE // stored.itemsize):
+            held = part if part.dtype == stored else next(spare).view(stored)[: len(part)]
+            content = held.view(torch.uint8).numpy()
+            _fill(raw, content)
+            if held is not part:
+                part.copy_(held)
+            behind.do(look, name, part, content)
+        return made
+
     with _reading(file), open(file, "rb", buffering=0) as raw, _Behind(AHEAD) as behind:
         size = raw.read(8)
         head = raw.read(int.from_bytes(size, "little"))
+        front = len(size) + len(head)
         digest.update(size + head)
         entries = {name: entry for name, entry in json.loads(head).items() if name != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if (stored := FLOATING.get(entry["dtype"])) is None:
-                raise _unusable(file, name)
-            made = torch.empty(entry["shape"], dtype=dtype or stored)
-            begin, end = entry["data_offsets"]
-            if end - begin != made.numel() * stored.itemsize or len(size) + len(head) + begin != raw.tell():
-                raise ValueError(f"{name[:200]} is not where the one before it ends")
-            for part in made.view(-1).split(PIECE // stored.itemsize):
-                held = part if part.dtype == stored else torch.empty(len(part), dtype=stored)
-                content = held.view(torch.uint8).numpy()
-                _fill(raw, content)
-                if held is not part:
-                    part.copy_(held)
-                behind.do(look, name, part, content)
-            yield name, made
+            yield name, tensor(name, entry)
         behind.catch_up()
     if hashes is not None:
         hashes[file.name] = digest.hexdigest()
@@ -99,6 +108,15 @@ def mapped(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, 
             if not value.is_floating_point() or not all(map(_finite, value.reshape(-1).split(PIECE))):
                 raise _unusable(file, name)
             yield name, value.to(dtype or value.dtype)
+
+
+def _room(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """An unset tensor. A large one is mapped by itself: the allocator would keep its place when a tensor that was read
+    to be transposed goes again, and fill it with smaller ones."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < PIECE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
 
 
 @contextmanager
@@ -183,14 +201,18 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
         place += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file, _Behind(AHEAD) as behind:
+    digest, flushed = hashlib.sha256(), 0
+    with open(path, "wb", buffering=0) as file, _Behind(AHEAD) as behind, _Behind(1) as disk:
 
         def put(content: Any) -> None:
+            nonlocal flushed
             behind.do(digest.update, content)
             view = memoryview(content).cast("B")
             while view:
                 view = view[file.write(view) :]
+            if file.tell() - flushed >= FLUSH:
+                flushed = file.tell()
+                disk.do(os.fsync, file.fileno())
 
         put(len(head).to_bytes(8, "little") + head)
         for name, value in ordered:
@@ -202,6 +224,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
             for start in range(0, len(content), PIECE):
                 put(content[start : start + PIECE])
         behind.catch_up()
+        disk.catch_up()
     return digest.hexdigest()
 
 

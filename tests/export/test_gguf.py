@@ -287,8 +287,9 @@ def test_wrong_usage_is_refused_before_anything_is_written(make, tmp_path: Path)
 
 
 def test_a_full_disk_is_found_before(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make("llama")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    refused(make("llama"), "kB", "1 kB are free", error=StorageError)
+    refused(loaded, "kB", "1 kB are free", error=StorageError)
 
 
 def test_a_missing_library_says_what_to_install(make, monkeypatch: pytest.MonkeyPatch) -> None:

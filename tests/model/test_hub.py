@@ -103,12 +103,28 @@ def test_an_adapter_names_its_base_on_the_hub_by_commit_and_finds_it(cache, tmp_
     build.save_adapter(tmp_path / "adapter", trained, settings, base.home, {})
     raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (raw["base_model_name_or_path"], raw["revision"]) == ("one/base", OLDER)
-    assert 'base_model: "one/base"' in (tmp_path / "adapter" / "README.md").read_text()
+    assert "\nbase_model: one/base\n" in (tmp_path / "adapter" / "README.md").read_text()
     ids = tiny.tokens(1, 9)
     put(cache, "one/adapter", tmp_path / "adapter")
     for name in (tmp_path / "adapter", "one/adapter"):
         again = build.load(name)
         assert torch.equal(again.model(ids), trained(ids)) and hub.name_of(again.home) == f"one/base@{OLDER}"
+
+
+def test_the_card_says_to_the_hub_what_was_measured_and_what_the_model_comes_from(tmp_path):
+    lineage = {
+        "data": "café: text.txt", "parents": [{"path": f"one/base@{COMMIT}", "sha256": "0"}],
+        "metrics": {"eval_loss": 1.5, "eval_perplexity": 4.48, "eval_tokens": 100},
+    }  # fmt: skip
+    build.save(tmp_path / "mine", tiny.model(vocab_size=31), tiny.tokenizer(), lineage)
+    said = huggingface_hub.ModelCard.load(tmp_path / "mine" / "README.md").data
+    assert (said.library_name, said.base_model, said.pipeline_tag) == ("transformers", "one/base", "text-generation")
+    assert said.model_name == "mine" and said.metrics == ["loss", "perplexity"]
+    assert [(r.metric_type, r.metric_value) for r in said.eval_results] == [("loss", 1.5), ("perplexity", 4.48)]
+    assert {r.dataset_name for r in said.eval_results} == {"validation split of café: text.txt"}
+    lineage["parents"][0]["path"] = str(tmp_path / "runs@home")
+    build.save(tmp_path / "other", tiny.model(vocab_size=31), tiny.tokenizer(), lineage)
+    assert huggingface_hub.ModelCard.load(tmp_path / "other" / "README.md").data.base_model is None
 
 
 def answer(status):

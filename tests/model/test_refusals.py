@@ -1,13 +1,15 @@
 """What cannot be held, and what is damaged, is refused with one line and the right exit code."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptworks.core.errors import DataError, UsageError
+from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.model import build
 from gptworks.model.config import DEFAULTS
 
@@ -153,6 +155,45 @@ def test_code_in_the_folder_is_refused(foreign):
     refused(foreign, "runs no code")
     edit(foreign, model_type=["qwen3"])
     refused(foreign, "runs no code")
+
+
+def test_a_vocabulary_of_sentencepiece_alone_is_refused_with_the_way_out(foreign):
+    (foreign / "tokenizer.json").rename(foreign / "tokenizer.model")
+    refused(foreign, r"tokenizer.model: SentencePiece's.*save_pretrained\(folder\) writes a tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_several_files_are_read_and_checked_one_by_one(tmp_path, kind):
+    model = tiny.model(vocab_size=31)
+    build.save(tmp_path / "whole", model, tiny.tokenizer(), {}, kind)
+    build.save(tmp_path / "parts", model, tiny.tokenizer(), {}, kind, shard_bytes=20_000)
+    files = sorted(tmp_path.glob("parts/*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < 22_000 for file in files)
+    whole, parts = build.load(tmp_path / "whole").model, build.load(tmp_path / "parts").model
+    ids = tiny.tokens(2, 9)
+    assert torch.equal(whole(ids), parts(ids))
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
+    assert theirs.dtype == kind
+    assert (theirs.float()(ids).logits - parts.logits(parts(ids))).abs().max() < 1e-4
+    data = bytearray(files[1].read_bytes())
+    data[-5] ^= 1
+    files[1].write_bytes(data)
+    refused(tmp_path / "parts", "model-00002-of-.*SHA-256 differs")
+
+
+def test_a_model_that_the_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    model = tiny.model(vocab_size=31)
+    need = sum(value.nbytes for value in {id(p): p for p in model.parameters()}.values())
+    for free, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if fits:
+            build.save(tmp_path / "a" / "m", model, tiny.tokenizer(), {})
+        else:
+            with pytest.raises(StorageError, match="needs .* are free"):
+                build.save(tmp_path / "b" / "m", model, tiny.tokenizer(), {})
+    assert not (tmp_path / "b").exists()
 
 
 def edit(path, **values):

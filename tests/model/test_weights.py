@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptworks.core.errors import DataError, NotFinite
-from gptworks.model import build, weights
+from gptworks.model import adapters, build, weights
 from gptworks.model.config import parameter_count
 
 STORED = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -82,6 +82,21 @@ def test_as_stored_and_mapped_the_model_is_the_same(tmp_path, family):
     assert {p.dtype for p in stored.model.parameters()} == {torch.bfloat16}
     assert full.weights_sha256 == stored.weights_sha256
     assert torch.equal(full.model(ids), stored.model.float()(ids))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_base_from_the_file_computes_what_one_in_memory_does(tmp_path, held, stored, tied):
+    model = tiny.model(vocab_size=31, family="llama", tie_word_embeddings=tied, bias=True)
+    build.save(tmp_path / "m", model, tiny.tokenizer(), {}, stored)
+    copied, there = build.load(tmp_path / "m"), build.load_base(tmp_path / "m", None, held)
+    assert {p.dtype for p in there.model.parameters()} == {stored}
+    first, second = (adapters.hold(loaded.model, held) for loaded in (copied, there))
+    for (name, one), (_, other) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    ids = tiny.tokens(2, 9)
+    assert torch.allclose(first.logits(first(ids)), second.logits(second(ids)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
