@@ -19,11 +19,10 @@ from tokenizers import Tokenizer as Backend
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
-from gptworks.data import published
+from gptworks.data import published, sentencepiece
 from gptworks.data.published import END_OF_TEXT, byte_alphabet, splitting
 
 RESERVED = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")  # ChatML's, so that chat tuning needs no new rows
-SENTENCEPIECE = "tokenizer.model"
 
 # How text is split before BPE, under the names that llama.cpp gives these rules (tokenizer.ggml.pre).
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -239,7 +238,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, pattern: str = "qwen2") -> "Tokenizer":
-        """Opens a tokenizer.json, a tiktoken file, GPT-2's vocabulary and merges, or a folder with one of these.
+        """Opens a tokenizer.json, a tiktoken file, GPT-2's vocabulary and merges, a SentencePiece model, or a folder
+        with one of these.
 
         `pattern` says how text is split where tiktoken ranks of unknown origin do not. Raises DataError.
         """
@@ -248,16 +248,16 @@ class Tokenizer:
         if (not path.is_dir() or not file.is_file()) and (found := published.find(path)):
             backend, end = published.load(found, PATTERNS, pattern)
             return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
-        if not file.is_file() and (file.parent / SENTENCEPIECE).is_file():
-            raise DataError(
-                f"{file.parent / SENTENCEPIECE}: SentencePiece's, which is not read; where transformers and "
-                "sentencepiece are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a "
-                "tokenizer.json"
-            )
+        config_file = file.parent / "tokenizer_config.json"
+        config = folder.read_json(config_file) if config_file.is_file() else {}
+        if not isinstance(config, dict):
+            raise DataError(f"{config_file}: not a JSON object")
+        if (not path.is_dir() or not file.is_file()) and (found := sentencepiece.find(path)):
+            return cls(*sentencepiece.load(found, config))
         if not file.is_file():
             raise DataError(
                 f"{file}: no such file; a tokenizer is a tokenizer.json, a .tiktoken file, a vocab.json with its "
-                "merges.txt, or a folder with one of these"
+                "merges.txt, SentencePiece's tokenizer.model, or a folder with one of these"
             )
         text = file.read_text(encoding="utf-8", errors="replace")
         try:
@@ -266,10 +266,6 @@ class Tokenizer:
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise DataError(f"{file}: not a usable tokenizer.json: {error}") from None
-        config_file = file.parent / "tokenizer_config.json"
-        config = folder.read_json(config_file) if config_file.is_file() else {}
-        if not isinstance(config, dict):
-            raise DataError(f"{config_file}: not a JSON object")
         if "eos_token" not in config and backend.token_to_id(END_OF_TEXT) is not None:
             config = {**config, "eos_token": END_OF_TEXT}
         made = cls(backend, config)

@@ -1,8 +1,10 @@
 """Ids are those of `tokenizers`; control tokens cannot be smuggled in; what is encoded comes back."""
 
 import base64
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 from functools import cache
@@ -473,6 +475,97 @@ def test_a_malformed_pair_is_refused(tmp_path, vocab, merges):
         (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     with pytest.raises(DataError):
         Tokenizer.load(tmp_path)
+
+
+# -- SentencePiece ------------------------------------------------------------------------------------------------
+
+PIECES = [*HARD, "<s> <0x41> <unk></s> x<s>y", "  two ", "\u2581 x \u2581\u2581y[A]hello", "▁"]
+
+
+def spm(file: Path, **how: Any) -> Any:
+    """A SentencePiece model trained here, written to `file`, and opened by its own library."""
+    library = pytest.importorskip("sentencepiece", reason="the oracle is an extra")
+    lines = [*TRAINING.splitlines(), *["<s></unk> 0123456789 ABCDEFx []"] * 9]
+    with open(file, "wb") as out:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=out, vocab_size=370, hard_vocab_limit=False, minloglevel=9,
+            character_coverage=1.0, **how,
+        )  # fmt: skip
+    return library.SentencePieceProcessor(model_file=str(file))
+
+
+LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+         "remove_extra_whitespaces": False}  # fmt: skip
+GEMMA = {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": ["[A]", "\u2581\u2581", "hello"]}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [LLAMA, GEMMA, {"model_type": "bpe"}, {"model_type": "unigram", "byte_fallback": True}, {"model_type": "unigram"}],
+    ids=["llama", "gemma", "bpe", "unigram-bytes", "unigram"],
+)
+def test_the_ids_are_those_of_sentencepiece(tmp_path, how):
+    theirs = spm(tmp_path / "tokenizer.model", **how)
+    ours = Tokenizer.load(tmp_path)
+    assert len(ours) == theirs.get_piece_size()
+    assert (ours.bos_id, ours.eos_id, ours.front) == (theirs.bos_id(), theirs.eos_id(), [theirs.bos_id()])
+    generator = random.Random(1)
+    parts = [" ", "a", "the", "é", "<s>", "\n", "\u2581", "[A]", "  ", "ﬁ", "hello", "<0x41>", "红", "th", "e"]
+    mixed = ["".join(generator.choices(parts, k=generator.randint(0, 20))) for _ in range(300)]
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    for text in [*PIECES, *mixed, TRAINING]:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids == again.encode(text)
+        if theirs.unk_id() not in ids:
+            assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_tokens_beside_the_pieces_and_no_start(tmp_path):
+    size = spm(tmp_path / "tokenizer.model", **LLAMA).get_piece_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size + 1, "<|user|>": size}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "add_bos_token": False}))
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.eos_id, ours.bos_id, ours.front, len(ours)) == (size + 1, 1, [], size + 2)
+    assert ours.encode("<|user|>", control=True) == [size] and size not in ours.encode("<|user|>")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size + 5}))
+    with pytest.raises(DataError, match=f"cannot have id {size + 5}"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "how, why",
+    [
+        ({"model_type": "char"}, "words or characters"),
+        ({**LLAMA, "user_defined_symbols": ["[A]"]}, "symbols of its own and puts a space"),
+        ({"model_type": "unigram", "user_defined_symbols": ["[A]"], "add_dummy_prefix": False}, "weighs symbols"),
+        ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "spaces follow"),
+    ],
+)
+def test_a_sentencepiece_model_that_would_get_other_ids_is_refused(tmp_path, how, why):
+    spm(tmp_path / "tokenizer.model", **how)
+    with pytest.raises(DataError, match=f"{why}.*AutoTokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x0a\xff\xff\xff\xff\x0f", b"\x80" * 99, b"YQ== 0\nYg== 1\n"])
+def test_what_is_no_sentencepiece_model_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(DataError, match="tokenizer.model: not a SentencePiece model"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_damaged_sentencepiece_model_is_never_a_traceback(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    spm(file, **LLAMA)
+    good, generator = file.read_bytes(), random.Random(1)
+    for _ in range(200):
+        raw = bytearray(good[: generator.randint(1, len(good))] if generator.random() < 0.3 else good)
+        raw[generator.randrange(len(raw))] ^= 1 << generator.randrange(8)
+        file.write_bytes(raw)
+        with contextlib.suppress(DataError):
+            Tokenizer.load(file).encode("a b")
 
 
 @pytest.mark.skipif(

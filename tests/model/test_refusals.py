@@ -157,11 +157,6 @@ def test_code_in_the_folder_is_refused(foreign):
     refused(foreign, "runs no code")
 
 
-def test_a_vocabulary_of_sentencepiece_alone_is_refused_with_the_way_out(foreign):
-    (foreign / "tokenizer.json").rename(foreign / "tokenizer.model")
-    refused(foreign, r"tokenizer.model: SentencePiece's.*save_pretrained\(folder\) writes a tokenizer.json")
-
-
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_in_several_files_are_read_and_checked_one_by_one(tmp_path, kind):
     model = tiny.model(vocab_size=31)
