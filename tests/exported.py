@@ -1,10 +1,13 @@
 """Models of every family that an export knows, tiny and random in every parameter, as folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, processors, trainers
 
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import build
@@ -52,6 +55,33 @@ CASES: dict[str, dict[str, Any]] = {
 
 def tokenizer(pattern: str = "qwen2") -> Tokenizer:
     return Tokenizer.train_bpe([tiny.text(20_000)], 320, pattern)
+
+
+def pieces(before: list[Any] | None, split: Any = None, size: int = 420) -> Tokenizer:
+    """A BPE of SentencePiece's kind: characters, the bytes of others, every way to make a token a merge."""
+    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(before) if before is not None else None
+    backend.pre_tokenizer = split
+    control = ["<unk>", "<s>", "</s>"]
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*control, *spelled], show_progress=False)
+    backend.train_from_iterator(tiny.text(20_000).splitlines(), trainer)
+    state = json.loads(backend.to_str())
+    vocab, model = state["model"]["vocab"], state["model"]
+    made = [left + right for left, right in model["merges"]]
+    cuts = [[(token[:at], token[at:]) for at in range(1, len(token))] for token in dict.fromkeys(made)]
+    model["merges"] = [cut for each in cuts for cut in each if cut[0] in vocab and cut[1] in vocab]
+    state["added_tokens"] = [added for added in state["added_tokens"] if added["content"] in control]
+    backend = Backend.from_str(json.dumps(state))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def llama_pieces() -> Tokenizer:
+    return pieces([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
 
 
 def folder(path: Path, raw: dict[str, Any], own: Tokenizer | None = None) -> Loaded:

@@ -4,7 +4,6 @@ Which keys and tensors an architecture has, and how they are laid out, is what l
 is a row of `ARCHITECTURES`, its weights are found by `NAMES`.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,15 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import models
 from torch import Tensor
 
 from gptworks.core.errors import DataError
 from gptworks.data.loader import Batch
-from gptworks.data.published import byte_alphabet
-from gptworks.data.tokenizer import Tokenizer
+from gptworks.export import gguf_tokenizer
 from gptworks.export.exporter import Exporter, Parity, compare, needed
-from gptworks.infer.chat import Spelling
 from gptworks.model import build, rope
 from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig
@@ -78,15 +74,6 @@ TYPES = {
 }  # fmt: skip
 SMALLEST = {"f32": 0.0, "f16": 2.0**-24, "bf16": 2.0**-126}  # below it an F16 has nothing; elsewhere 127 steps of it
 
-# tokenizer.ggml.pre, by our name of a split pattern and whether a word that is a token is taken before any merge.
-# llama.cpp decides the latter by the former; its dbrx splits as llama-bpe does.
-PRE = {
-    ("gpt-2", False): "gpt-2", ("qwen2", False): "qwen2", ("gpt-4o", False): "gpt-4o",
-    ("llama-bpe", True): "llama-bpe", ("llama-bpe", False): "dbrx",
-}  # fmt: skip
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokenizer.ggml.token_type
-NO_MERGE = "\u0400 \u0400"  # llama.cpp wants a merge; these characters stand for no byte
-
 
 class GGUF(Exporter):
     """One file, with the tokenizer and the chat template in it."""
@@ -105,7 +92,9 @@ class GGUF(Exporter):
             )
         self.architecture = ARCHITECTURES[config.family]
         self._refuse_otherwise_computed()
-        self.fields = self._model_fields() | self._tokenizer_fields(loaded.tokenizer)
+        vocabulary, remarks = gguf_tokenizer.fields(loaded)
+        self.notes += remarks
+        self.fields = self._model_fields() | vocabulary
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors()}
         for name in self.shapes:
             part, leaf = name.split(".")[-2:]
@@ -183,98 +172,6 @@ class GGUF(Exporter):
             if config.family == "qwen3_moe":
                 own["expert_feed_forward_length"] = config.moe_intermediate_size
         return fields | {f"{self.architecture.name}.{key}": value for key, value in own.items()}
-
-    def _tokenizer_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        state = json.loads(tokenizer.backend.to_str())
-        characters = tokenizer.engine == "characters"
-        pre, merges = ("gpt-2", []) if characters else self._splitting(tokenizer, state)
-        if characters:
-            merges = _character_merges(state["model"]["vocab"])
-            self.notes.append(
-                "llama.cpp leaves out characters that a character-level vocabulary lacks; here they are errors"
-            )
-        letters = byte_alphabet()
-        tokens = [f"[PAD{number}]" for number in range(self.config.vocab_size)]
-        types = [UNUSED] * len(tokens)
-        for token, number in state["model"]["vocab"].items():
-            tokens[number] = "".join(letters[byte] for byte in token.encode()) if characters else token
-            types[number] = NORMAL
-        for added in state["added_tokens"]:
-            if not added["special"] and (added["lstrip"] or added["rstrip"] or added["single_word"]):
-                raise self._no_tokenizer(f"its token {added['content'][:80]!r} takes spaces beside it away")
-            tokens[added["id"]] = added["content"]
-            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-        if len(set(tokens)) < len(tokens):
-            raise self._no_tokenizer("two of its tokens are spelled alike")
-        start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        if tokenizer.front not in ([], [start]):
-            raise self._no_tokenizer("it puts more than one token before a text")
-        pad = tokenizer.config.get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        others = [token for token in self.loaded.stop_ids if token != tokenizer.eos_id]
-        ids = {
-            "bos_token_id": start,
-            "eos_token_id": tokenizer.eos_id,
-            "eot_token_id": others[0] if others else None,
-            "padding_token_id": tokenizer.backend.token_to_id(pad) if pad else None,
-        }
-        if others[1:]:
-            self.notes.append(
-                f"of {len(others) + 1} tokens that end a text, the file names {ids['eos_token_id']}, {others[0]}"
-            )
-        fields = {
-            "model": "gpt2",
-            "pre": pre,
-            "tokens": tokens,
-            "token_type": types,
-            "merges": merges or [NO_MERGE],
-            **{name: number for name, number in ids.items() if number is not None},
-            "add_bos_token": bool(tokenizer.front),
-        }
-        named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-        spelling = Spelling.of(self.loaded.home, tokenizer)
-        return named | ({"tokenizer.chat_template": spelling.source} if spelling.taught and spelling.source else {})
-
-    def _splitting(self, tokenizer: Tokenizer, state: dict[str, Any]) -> tuple[str, list[str]]:
-        """tokenizer.ggml.pre and the merges of a byte-level BPE. Raises DataError for what llama.cpp does otherwise."""
-        model = state["model"]
-        if model["type"] != "BPE":
-            raise self._no_tokenizer(f"it is a {model['type']} model, and no byte-level BPE")
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            if model.get(name):
-                raise self._no_tokenizer(f"it has {name}")
-        if not model["vocab"].keys() >= set(byte_alphabet()):
-            raise self._no_tokenizer("it has not all of the 256 bytes")
-        normalizer = (state.get("normalizer") or {}).get("type")
-        if normalizer == "NFC":
-            self.notes.append(
-                "llama.cpp does not bring text to Unicode's NFC, as the tokenizer does: such text differs"
-            )
-        elif normalizer:
-            raise self._no_tokenizer(f"it changes text before splitting it ({normalizer})")
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        if tokenizer.engine == "bytes":
-            return "gpt-2", merges  # where nothing merges, no splitting makes a difference
-        pattern, whole = tokenizer.pattern, bool(model.get("ignore_merges"))
-        if pattern is None:
-            raise self._no_tokenizer(f"it splits text by none of the rules {', '.join(sorted({n for n, _ in PRE}))}")
-        if pattern == "gpt-4o":
-            self.notes.append(
-                "llama.cpp's gpt-4o rule knows capital letters from A to Z alone: other scripts may differ"
-            )
-        if (pattern, whole) in PRE:
-            return PRE[pattern, whole], merges
-        merged = models.BPE(model["vocab"], [(left, right) for left, right in map(str.split, merges)])
-        added = {token["content"] for token in state["added_tokens"]}
-        for token, number in model["vocab"].items():
-            if token not in added and [found.id for found in merged.tokenize(token)] != [number]:
-                raise self._no_tokenizer(f"it takes {token[:80]!r} whole, which merges do not make")
-        return PRE[pattern, not whole], merges
-
-    def _no_tokenizer(self, why: str) -> DataError:
-        return DataError(
-            f"{self.loaded.path}: llama.cpp cannot do what the tokenizer does: {why}; --format onnx takes it"
-        )
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -453,15 +350,6 @@ def _factors(config: ModelConfig) -> Tensor:
     """What llama.cpp divides each rotary frequency by."""
     plain, given = _frequencies(config), config.rope_scaling
     return plain / rope.SCALINGS[given["rope_type"]].apply(plain, config.rope_theta, given)[0]
-
-
-def _character_merges(vocab: dict[str, int]) -> list[str]:
-    """Merges by which the bytes of each character of several become one token: its beginning with its next byte."""
-    letters, merges = byte_alphabet(), set[tuple[int, str]]()
-    for token in vocab:
-        spelled = [letters[byte] for byte in token.encode()] if len(token) == 1 else []
-        merges |= {(end, f"{''.join(spelled[:end])} {spelled[end]}") for end in range(1, len(spelled))}
-    return [merge for _, merge in sorted(merges)]
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

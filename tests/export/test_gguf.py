@@ -211,6 +211,58 @@ def test_characters_and_bytes_become_byte_level_tokens(make, tmp_path: Path) -> 
     assert read(tmp_path / "b.gguf")[0]["tokenizer.ggml.tokens"][:256] == letters
 
 
+def test_pieces_of_sentencepiece_are_scored_by_the_order_of_their_merges(make, tmp_path: Path) -> None:
+    own = exported.llama_pieces()
+    result = lifecycle.export(make("llama", own, vocab_size=440), "gguf", tmp_path / "m.gguf")
+    fields = {key.split(".", 2)[2]: value for key, value in read(tmp_path / "m.gguf")[0].items() if ".ggml." in key}
+    assert not result["notes"] and fields["model"] == "llama" and fields["add_space_prefix"] is True
+    assert fields["add_bos_token"] is True and fields["bos_token_id"] == 1 and fields["eos_token_id"] == 2
+    assert fields["unknown_token_id"] == 0 and "merges" not in fields
+    assert fields["token_type"][:259] == [2, 3, 3, *[6] * 256] and set(fields["token_type"][420:]) == {5}
+    merges = json.loads(own.backend.to_str())["model"]["merges"]
+    order = list(dict.fromkeys(left + right for left, right in merges))
+    scores = dict(zip(fields["tokens"], fields["scores"], strict=True))
+    assert len(order) > 50 and sorted(order, key=lambda token: -scores[token]) == order
+    assert max(score for token, score in scores.items() if token not in order) < min(scores[token] for token in order)
+
+
+SPACE = normalizers.Replace(" ", "\u2581")
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (lambda: exported.pieces(None, pre_tokenizers.Metaspace(split=False, prepend_scheme="first")), "begins with"),
+        (lambda: exported.pieces([SPACE], pre_tokenizers.Whitespace()), "another way"),
+        (lambda: exported.pieces([normalizers.NFKC(), SPACE]), "NFKC"),
+        (lambda: exported.pieces([normalizers.Lowercase()]), "another way"),
+    ],
+    ids=["metaspace", "words", "nfkc", "lowercase"],
+)
+def test_what_llama_cpp_does_otherwise_with_pieces_is_said(own: Any, words: str, make, tmp_path: Path) -> None:
+    loaded = make("llama", own(), vocab_size=440)
+    if words == "begins with":
+        assert words in lifecycle.export(loaded, "gguf", tmp_path / "m.gguf")["notes"][0]
+    else:
+        refused(loaded, words, "--format onnx")
+
+
+def test_merges_that_only_llama_cpp_makes_are_said(make, tmp_path: Path) -> None:
+    state = json.loads(exported.llama_pieces().backend.to_str())
+    merges = state["model"]["merges"]
+    lost = next(place for place, merge in enumerate(merges) if "".join(merge) == "".join(merges[place + 1]))
+    left, right = merges.pop(lost)
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    own = Tokenizer(type(exported.tokenizer().backend).from_str(json.dumps(state)), config)
+    (note,) = lifecycle.export(make("llama", own, vocab_size=440), "gguf", tmp_path / "m.gguf")["notes"]
+    assert f"merges {left!r} and {right!r}, which" in note
+    merges.append([left, right])
+    own = Tokenizer(type(exported.tokenizer().backend).from_str(json.dumps(state)), config)
+    shutil.rmtree(tmp_path / "m")
+    (tmp_path / "m.gguf").unlink()
+    refused(make("llama", own, vocab_size=440), "do not follow one another")
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
