@@ -156,6 +156,7 @@ class Tokenizer(Section):
 
 class Model(Section):
     path: str | None = fixed(None, "a model folder to start from (continued pretraining)")
+    add_tokens: list[str] = fixed([], "control tokens that its tokenizer is to have too; a row starts as the mean row")
     family: str | None = fixed(None, "gpt2, llama, qwen3 or qwen3_moe: the class that the saved folder opens as")
     depth: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=1000)] | None = fixed(
         None, "one dial: this many layers, all else follows"
@@ -293,6 +294,7 @@ def _differing(section: Section) -> set[str]:
     return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
 
 
+BESIDE_PATH = {"path", "add_tokens", "dropout"}  # keys of the model section that go with model.path
 STAGES = Literal["train", "evaluate", "generate", "report"]
 
 
@@ -311,12 +313,14 @@ class Config(Section):
     def _agree(self) -> "Config":
         if self.model.depth and self.model.parameters:
             raise ValueError("model.depth and model.parameters are two forms of one dial: give one")
-        if self.model.path and (beside := _differing(self.model) - {"path", "dropout"}):
+        if self.model.path and (beside := _differing(self.model) - BESIDE_PATH):
             raise ValueError(f"model.path={self.model.path[:80]} brings its own shape; remove model.{min(beside)}")
         if self.model.path and (beside := _differing(self.tokenizer)):
             raise ValueError(
                 f"model.path={self.model.path[:80]} brings its own tokenizer; remove tokenizer.{min(beside)}"
             )
+        if self.model.add_tokens and (self.model.path is None or self.adapter.kind):
+            raise ValueError("model.add_tokens adds rows to the whole model of model.path: set that, and no adapter")
         if self.adapter.kind is None and (beside := _differing(self.adapter)):
             raise ValueError(f"adapter.{min(beside)} says nothing without adapter=lora")
         if self.adapter.kind and self.model.path is None:
@@ -366,7 +370,8 @@ def recipe_text(recipe: str) -> str:
 def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None) -> Config:
     """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError.
 
-    An overriding `model=FOLDER` takes the place of the recipe's model and tokenizer sections (dropout stays).
+    An overriding `model=FOLDER` takes the place of the recipe's model and tokenizer sections (what `BESIDE_PATH` names
+    stays).
     """
     tree = (_parse(recipe_text(recipe), recipe) or {}) if recipe else {}
     if not isinstance(tree, dict):
@@ -375,7 +380,7 @@ def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None
     pairs = [(SHORT.get(key, key), value) for key, value in pairs]
     if any(key == "model.path" for key, _ in pairs):
         shape = tree.get("model")
-        tree["model"] = {k: v for k, v in shape.items() if k == "dropout"} if isinstance(shape, dict) else {}
+        tree["model"] = {k: v for k, v in shape.items() if k in BESIDE_PATH} if isinstance(shape, dict) else {}
         tree.pop("tokenizer", None)
     for key, value in pairs:
         _assign(tree, key, value)

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Backend
 
 from gptworks.core import folder
-from gptworks.core.errors import DataError
+from gptworks.core.errors import DataError, UsageError
 from gptworks.data import published, sentencepiece
 from gptworks.data.published import END_OF_TEXT, byte_alphabet, splitting
 
@@ -227,6 +227,17 @@ class Tokenizer:
     def control_tokens(self) -> dict[str, int]:
         """Reserved tokens and their ids."""
         return {t["content"]: t["id"] for t in self._state.get("added_tokens", []) if t.get("special")}
+
+    def with_control(self, tokens: list[str]) -> "Tokenizer":
+        """This tokenizer with more control tokens, whose ids follow. Raises UsageError if it has one already."""
+        backend = Backend.from_str(self.backend.to_str())
+        for number, token in enumerate(tokens):
+            if not token.strip() or backend.token_to_id(token) is not None:
+                raise UsageError(f"token {token[:80]!r} " + ("is blank" if not token.strip() else "is there already"))
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            if backend.token_to_id(token) != len(self) + number:
+                raise DataError(f"token {token[:80]!r} cannot be added: the ids of the tokenizer have gaps")
+        return Tokenizer(backend, self.config)
 
     # -- on disk -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptworks.core import folder, runtime
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
-from gptworks.core.log import count
+from gptworks.core.log import console, count
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import hub, peft
 from gptworks.model import weights as weight_files
@@ -129,6 +129,15 @@ def load_base(path: str | Path, dropout: float | None, held: str | None) -> Load
     if held in (None, "fp32"):
         return load(path, dropout)
     return load(path, dropout, dtype=None, mmap=True)
+
+
+def with_tokens(base: Loaded, tokens: list[str]) -> Loaded:
+    """A model whose tokenizer has control tokens more, with a row of the embeddings for each. Raises UsageError."""
+    known = len(base.tokenizer)
+    tokenizer = base.tokenizer.with_control(tokens)
+    base.model.resize(max(len(tokenizer), base.model.config.vocab_size), known)
+    console.say(f"model    {len(tokens)} tokens more, ids {known} to {len(tokenizer) - 1}; rows begin as the mean row")
+    return replace(base, tokenizer=tokenizer)
 
 
 def _load_adapted(path: Path, dropout: float | None) -> Loaded:

@@ -5,6 +5,7 @@ knows nothing of training, adapters, sharding or compilation. Shapes: B batch, T
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,6 +101,22 @@ class Transformer(nn.Module):
         """Makes the head the input embedding, where the two are one matrix."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def resize(self, vocab_size: int, known: int) -> None:
+        """Gives embedding and head `vocab_size` rows, from row `known` on the mean of those before.
+
+        A token that begins so takes little probability from others, whatever the logits (Hewitt 2021, "Initializing new
+        word embeddings for pretrained language models").
+        """
+        for layer in (self.model.embed_tokens, self.lm_head):
+            old: Tensor = layer.weight
+            new = old.new_empty(vocab_size, old.shape[1])
+            new[:known] = old[:known]
+            new[known:] = old[:known].mean(0)
+            layer.weight = nn.Parameter(new, old.requires_grad)
+        self.config = self.model.config = replace(self.config, vocab_size=vocab_size)
+        self.tie()
 
     def forward(
         self,

@@ -79,7 +79,10 @@ def follow(config: Config, out: Path) -> dict[str, Any]:
 def _base(config: Config) -> Loaded | None:
     """The model that a run begins with, if not with a fresh one."""
     source = config.model
-    return build.load_base(source.path, source.dropout, config.adapter.base) if source.path else None
+    if source.path is None:
+        return None
+    base = build.load_base(source.path, source.dropout, config.adapter.base)
+    return build.with_tokens(base, source.add_tokens) if source.add_tokens else base
 
 
 def _asked(config: Config) -> dict[str, Any]:

@@ -305,13 +305,14 @@ def test_a_default_spelled_out_is_no_change() -> None:
 
 OTHER = {"data.train": "another.txt", "train.max_tokens": 10**6, "train.betas": [0.5, 0.6], "stages": ["train"],
          "generate.prompts": ["x"], "train.changes": [{"step": 5, "lr": 0.1}], "train.batch_tokens": 4096,
-         "adapter.target_modules": ["q_proj"], "train.freeze": ["*.mlp.*"]}  # fmt: skip
+         "adapter.target_modules": ["q_proj"], "train.freeze": ["*.mlp.*"],
+         "model.add_tokens": ["x"]}  # fmt: skip
 
 
 def beside(key: str) -> dict[str, object]:
     """What a key says nothing without."""
-    base = {"model.path": "base"} if key.startswith("adapter.") else {}
-    return base | ({"adapter.kind": "lora"} if base and key != "adapter.kind" else {})
+    base = {"model.path": "base"} if key.startswith("adapter.") or key == "model.add_tokens" else {}
+    return base | ({"adapter.kind": "lora"} if key.startswith("adapter.") and key != "adapter.kind" else {})
 
 
 def another_value(key: str) -> object:
