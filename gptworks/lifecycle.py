@@ -26,7 +26,7 @@ from gptworks.infer.chat import Conversation, Spelling
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import stream_losses, total, unigram, xz
-from gptworks.model import adapters, build, hub
+from gptworks.model import adapters, build, card, hub
 from gptworks.model.build import Loaded
 from gptworks.train import session, setup
 from gptworks.train.hooks import sampling
@@ -215,6 +215,7 @@ def merge(
             "adapter gives; take --dtype float32, or --lossy if that is good enough"
         )
     lineage = {
+        "license": card.license_of(loaded.home),
         **loaded.lineage,
         "parents": [
             {"path": hub.name_of(loaded.home), "sha256": loaded.weights_sha256},

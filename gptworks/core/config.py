@@ -307,6 +307,7 @@ class Config(Section):
     adapter: Adapter = Adapter()
     train: Train = Train()
     generate: Generate = Generate()
+    license: str | None = free(None, "the model's licence as the hub names it, for its card; None: its parent's")
     stages: list[STAGES] = free(["train", "evaluate", "generate", "report"], "what `gptworks run` does, in order")
 
     @model_validator(mode="after")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from gptworks.core import folder, runtime
@@ -17,7 +16,7 @@ from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
 from gptworks.core.log import console, count
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.model import hub, peft
+from gptworks.model import card, hub, peft
 from gptworks.model import weights as weight_files
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.families import FAMILIES, from_hf_config
@@ -325,7 +324,7 @@ def save(
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         tokenizer.save(aside)
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(model_card(path, lineage), encoding="utf-8")
+        (aside / "README.md").write_text(card.text(path, lineage), encoding="utf-8")
 
 
 def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
@@ -352,51 +351,4 @@ def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, l
         (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
         weight_files.write(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(model_card(path, lineage, name), encoding="utf-8")
-
-
-def model_card(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
-    """README.md with the YAML header the hub reads; of an adapter for `base`."""
-    name = path.parent.name if path.name == "model" else path.name
-    metrics = {key: value for key, value in lineage.get("metrics", {}).items() if isinstance(value, (int, float))}
-    rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
-    header: dict[str, Any] = {"library_name": "transformers" if base is None else "peft"}
-    parents = [parent["path"].partition("@") for parent in lineage.get("parents", [])]
-    if base or (base := next((owner for owner, at, _ in parents if at and hub.ID.fullmatch(owner)), None)):
-        header["base_model"] = base
-    header |= {"pipeline_tag": "text-generation", "tags": ["gptworks"]}
-    scores = {
-        kind: metrics[f"eval_{kind}"] for kind in ("loss", "perplexity", "bits_per_byte") if f"eval_{kind}" in metrics
-    }
-    if scores:
-        header["metrics"] = list(scores)
-        text = {"name": f"validation split of {lineage.get('data', '')}", "type": "text"}
-        found = [{"type": kind, "value": value} for kind, value in scores.items()]
-        result = {"task": {"type": "text-generation"}, "dataset": text, "metrics": found}
-        header["model-index"] = [{"name": name, "results": [result]}]
-    opening = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")"""
-    if header["library_name"] == "peft":
-        opening = """from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(".")"""
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---
-
-# {name}
-
-Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`,
-on `{lineage.get("data", "")}`.
-
-| | |
-|---|---|
-{rows}
-
-```python
-{opening}
-```
-
-`gptworks.json` has the lineage: configuration, data and parents by hash, and what was measured; `manifest.json` has
-the SHA-256 of every file (`gptworks verify .` checks them).
-"""
+        (aside / "README.md").write_text(card.text(path, lineage, name), encoding="utf-8")

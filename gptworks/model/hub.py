@@ -14,7 +14,7 @@ from gptworks.core.log import console
 
 ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?", re.ASCII)
 # What a model is read from. Weights come twice in some folders, in another layout.
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+WANTED = ["README.md", "*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 UNWANTED = ["*/*", "consolidated*"]
 
 

@@ -17,7 +17,7 @@ from gptworks.core.ranks import ranks
 from gptworks.data import shards as shard_folder
 from gptworks.data.shards import Shards
 from gptworks.infer.scoring import Score
-from gptworks.model import build, hub
+from gptworks.model import build, card, hub
 from gptworks.model.build import Loaded
 from gptworks.model.config import parameter_count
 from gptworks.plan.cost import flops_per_token
@@ -287,6 +287,7 @@ def _lineage(
         "data_sha256": shards.manifest["source_sha256"],
         "split": shards.manifest["split"],
         "parents": [{"path": hub.name_of(base.home), "sha256": base.weights_sha256}] if base else [],
+        "license": {"license": config.license} if config.license else card.license_of(base.home) if base else {},
         "config": config.model_dump(mode="json"),
         "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
         | {"steps": result["steps"], "training_tokens": result["tokens"]},

@@ -12,9 +12,11 @@ import tiny
 import torch
 
 from gptworks import lifecycle
+from gptworks.core import config as configuration
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.model import adapters, build, hub
+from gptworks.model.card import license_of
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub is an extra")
 constants, errors, utils = (
@@ -125,6 +127,32 @@ def test_the_card_says_to_the_hub_what_was_measured_and_what_the_model_comes_fro
     lineage["parents"][0]["path"] = str(tmp_path / "runs@home")
     build.save(tmp_path / "other", tiny.model(vocab_size=31), tiny.tokenizer(), lineage)
     assert huggingface_hub.ModelCard.load(tmp_path / "other" / "README.md").data.base_model is None
+
+
+def test_the_licence_is_the_one_asked_for_or_the_parents(tmp_path):
+    saved(tmp_path / "base")
+    (tmp_path / "base" / "manifest.json").unlink()
+    (tmp_path / "base" / "gptworks.json").unlink()
+    (tmp_path / "base" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\nlicense_link: [1]\n---\n# x\n"
+    )
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    asked = [f"data.train={tmp_path / 'text.txt'}", "train.context=8", "train.batch_tokens=32", "train.max_steps=1"]
+
+    def card(out, model, *more):
+        lifecycle.train(configuration.load(None, [f"model={model}", *asked, *more]), out)
+        return huggingface_hub.ModelCard.load(out / "model" / "README.md").data
+
+    own = card(tmp_path / "a", tmp_path / "base", "license=apache-2.0")
+    assert own.license == "apache-2.0" and own.license_name is None
+    one = card(tmp_path / "b", tmp_path / "base", "adapter=lora")
+    assert (one.license, one.license_name, one.license_link) == ("other", "mine", None)
+    lifecycle.merge(tmp_path / "b" / "model", tmp_path / "merged")
+    assert huggingface_hub.ModelCard.load(tmp_path / "merged" / "README.md").data.license_name == "mine"
+    assert card(tmp_path / "c", tmp_path / "merged").license_name == "mine"  # from parent to child
+    for text in ("---\n[\n---\n", "no header\n", "---\n- a\n---\n"):
+        (tmp_path / "base" / "README.md").write_text(text)
+        assert license_of(tmp_path / "base") == {}
 
 
 def answer(status):
