@@ -141,7 +141,9 @@ class Data(Section):
 class Tokenizer(Section):
     kind: Literal["bpe", "char", "bytes"] = fixed("bpe", "byte-level BPE, one token a character, or one a byte")
     path: str | None = fixed(
-        None, "a tokenizer to use as it is: tokenizer.json, a .tiktoken file, vocab.json with merges.txt, or a folder"
+        None,
+        "a tokenizer to use as it is: tokenizer.json, a .tiktoken file, SentencePiece's tokenizer.model, "
+        "vocab.json with merges.txt, or a folder",
     )
     vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] = fixed(
         4096, "BPE vocabulary, the 256 bytes and the reserved tokens included"
