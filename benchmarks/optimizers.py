@@ -12,9 +12,9 @@ import tempfile
 from common import gptworks, parser, spread, write
 
 RATES = {
-    "sgd": (0.1, 0.3, 1.0),
-    "adam": (0.001, 0.002, 0.004),
-    "adamw": (0.001, 0.002, 0.004),
+    "sgd": (0.03, 0.1, 0.3),
+    "adam": (0.002, 0.004, 0.008),
+    "adamw": (0.002, 0.004, 0.008),
     "muon": (0.01, 0.02, 0.04),
 }
 arguments = parser(__doc__ or "")
