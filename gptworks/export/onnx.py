@@ -8,6 +8,7 @@ key-value heads, C channels a head, V vocabulary:
     logits [B, T, V], present.N.key and .value [B, K, S, C]
 """
 
+import copy
 import logging
 import shutil
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptworks.core.errors import DataError
@@ -27,6 +29,7 @@ from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.model.attention import KeyValueCache
 from gptworks.model.build import Loaded
+from gptworks.model.experts import SparseMLP
 from gptworks.model.rope import rotary_table
 from gptworks.model.transformer import Transformer
 
@@ -65,12 +68,32 @@ class Given(KeyValueCache):
         return self.present[layer]
 
 
+class EveryExpert(nn.Module):
+    """A sparse MLP whose experts each compute every token, those not chosen with a share of 0: shapes are fixed so."""
+
+    def __init__(self, mlp: SparseMLP) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, routing: None = None) -> Tensor:
+        rows, w = x.flatten(0, -2), self.mlp.experts  # [N, D]
+        logits = self.mlp.gate(rows)
+        shares, experts = self.mlp.choose(logits)
+        shares = torch.zeros_like(logits).scatter(1, experts, shares)  # [N, E]
+        inner = F.silu(rows @ w.gate_proj.mT) * (rows @ w.up_proj.mT)  # [E, N, F]
+        return ((inner @ w.down_proj.mT) * shares.T[..., None]).sum(0).view_as(x)
+
+
 class Graph(nn.Module):
     """`Transformer.forward` and `logits` as a function of the inputs above, with masks and positions given."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
-        self.inner = model
+        self.inner = copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+        for block in self.inner.model.layers:
+            if block.sparse:
+                assert isinstance(block.mlp, SparseMLP)
+                block.mlp = EveryExpert(block.mlp)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, past_key_values: list[Tensor]
@@ -117,7 +140,10 @@ class ONNX(Exporter):
             needed(module, "onnx")
         self.config = loaded.model.config
         if self.config.num_experts:
-            raise DataError(f"{loaded.path}: a graph cannot send tokens to experts here; --format gguf takes the model")
+            self.notes.append(
+                f"every expert computes every token in this graph, of which {self.config.num_experts_per_tok} of "
+                f"{self.config.num_experts} count"
+            )
         self.names = [f"{layer}.{part}" for layer in range(self.config.num_hidden_layers) for part in ("key", "value")]
 
     @property

@@ -41,9 +41,7 @@ class SparseMLP(nn.Module):
         logits = self.gate(rows)
         if routing is not None:
             routing.append(logits)
-        shares, experts = torch.softmax(logits.float(), -1).topk(k, -1)  # [N, k]
-        if self.normalise:
-            shares = shares / shares.sum(-1, keepdim=True)
+        shares, experts = self.choose(logits)
         by_expert = experts.flatten().argsort(stable=True)  # of the N k copies of tokens
         back = by_expert.argsort()
         numbers = torch.arange(len(w.gate_proj), device=x.device)
@@ -52,6 +50,13 @@ class SparseMLP(nn.Module):
         inner = F.silu(grouped(copies, w.gate_proj, ends)) * grouped(copies, w.up_proj, ends)
         y = _Reordered.apply(grouped(inner, w.down_proj, ends), back, by_expert, 1).view(-1, k, x.shape[-1])
         return torch.einsum("nk,nkd->nd", shares.to(x.dtype), y).view_as(x)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Share and number of each token's experts, both [N, k], from the router's logits [N, E]."""
+        shares, experts = torch.softmax(logits.float(), -1).topk(self.chosen, -1)
+        if self.normalise:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return shares, experts
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

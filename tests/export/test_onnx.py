@@ -36,7 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SLOW = ("llama-grouped-llama3", "gemma2", "gpt2")
+CASES |= {name: exported.CASES[name] for name in ("mixtral", "qwen3_moe")}
+SLOW = ("llama-grouped-llama3", "gemma2", "gpt2", "mixtral", "qwen3_moe")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
@@ -44,6 +45,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     place = tmp_path_factory.mktemp("onnx")
     loaded = exported.folder(place / "m", CASES[request.param])
     return loaded, place / "out", lifecycle.export(loaded, "onnx", place / "out", tokens=300)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_that_compute_every_token_are_those_that_compute_theirs(case: str, tmp_path: Path) -> None:
+    model = exported.folder(tmp_path / "m", exported.CASES[case]).model
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
+    graph = module.Graph(model)
+    for own, every in zip(model.model.layers, graph.inner.model.layers, strict=True):
+        assert isinstance(every.mlp, module.EveryExpert) and not isinstance(own.mlp, module.EveryExpert)
+        torch.testing.assert_close(every.mlp(x), own.mlp(x))
+    assert {p.data_ptr() for p in graph.parameters()} == {p.data_ptr() for p in model.parameters()}
 
 
 def session_of(path: Path) -> Any:
