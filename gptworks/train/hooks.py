@@ -23,7 +23,7 @@ from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import Score, expert_use, score
 from gptworks.train.loop import StepMetrics
-from gptworks.train.schedule import Course
+from gptworks.train.schedule import Course, flat_share
 from gptworks.train.state import Saving, State, using
 
 
@@ -274,13 +274,16 @@ class Budget:
     from where a resume or a replay reads it; a run that was interrupted keeps its plan.
     """
 
-    def __init__(self, config: Config, course: Course, most: int, state: State, record: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, course: Course, most: int, eval_seconds: float, state: State, record: Callable[[], None]
+    ) -> None:
         assert config.train.checkpoint_every
+        self.eval_seconds = eval_seconds
         self.train, self.course, self.most, self.every = config.train, course, most, config.train.checkpoint_every
         self.record, self.from_step, self.started = record, state.step, time.perf_counter()
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        flat = {"constant": 1.0, "wsd": 1 - self.train.cooldown}.get(self.train.schedule, 0.0)
+        flat = flat_share(self.train)
         if (
             self.from_step
             or not self.train.time_budget_s
@@ -295,9 +298,13 @@ class Budget:
 
     def _decide(self, state: State, flat: float) -> Change | None:
         train, length = self.train, self.course.length
-        assert train.time_budget_s
-        pace = (time.perf_counter() - self.started) / state.step  # evaluations, samples and checkpoints included
+        assert train.time_budget_s and train.eval_every
+        each, every, evaluated = self.eval_seconds, train.eval_every, state.step // train.eval_every
+        spent = time.perf_counter() - self.started - each * evaluated
+        pace = max(spent, state.seconds) / state.step  # with samples and checkpoints
         left = train.time_budget_s - process_seconds() - 2.0
+        about = state.step + left / (pace + each / every)
+        left -= each * (math.ceil(about / every) - evaluated)
         steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
         if state.step < round((train.warmup or 0.0) * steps) or abs(steps - length) <= 0.02 * length:
             return None

@@ -89,6 +89,11 @@ def rate_factor(step: int, total: int, train: Train) -> float:
     return rise * schedule(step, total, warmup, train)
 
 
+def flat_share(train: Train) -> float:
+    """The share of a run whose rate is the peak: while it lasts, the length may still be decided."""
+    return {"constant": 1.0, "wsd": 1 - train.cooldown}.get(train.schedule, 0.0)
+
+
 def constant(step: int, total: int, warmup: int, train: Train) -> float:
     return 1.0
 

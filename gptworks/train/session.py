@@ -183,7 +183,7 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         console.say(f"data     {line}")
     metrics = _metrics(run, out) if ranks.main else None
     evaluator = Evaluator(metrics, shards, config, course, run.eval_rows)
-    budget = Budget(config, course, run.most_steps, state, lambda: _record(config, course, out))
+    budget = Budget(config, course, run.most_steps, run.eval_seconds, state, lambda: _record(config, course, out))
     checkpointer = Checkpointer(out / "checkpoints", config.train.checkpoint_every, course, facts)
     hooks: list[loop.Hook] = [evaluator, budget, checkpointer]
     if metrics:

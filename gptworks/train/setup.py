@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -22,7 +23,7 @@ from gptworks.core.ranks import ranks
 from gptworks.core.registry import resolve
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Shards, check_ids
-from gptworks.infer.scoring import score
+from gptworks.infer.scoring import stream_losses
 from gptworks.model import adapters, build
 from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig, parameter_count
@@ -34,7 +35,7 @@ from gptworks.train.hooks import check_wandb
 from gptworks.train.loop import Layout, StepMetrics, run
 from gptworks.train.objectives import NextToken
 from gptworks.train.optim import OPTIMIZERS, make_optimizers
-from gptworks.train.schedule import SCHEDULES, Course
+from gptworks.train.schedule import SCHEDULES, Course, flat_share
 from gptworks.train.state import State
 
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
@@ -42,7 +43,10 @@ COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
 COMPILE_GAIN = 0.08  # of the step's time, measured beside the hand-written kernels (docs/log.md)
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
-CALIBRATION_SECONDS = 6.0
+CALIBRATION_SECONDS = 6.0  # of steps, before a plan that stays
+FIRST_SECONDS = 1.0  # before one that the run's own pace replaces
+EVALUATED_ROWS = 64  # of the validation text, to time an evaluation
+EVALUATION_SHARE = 0.08  # of a time budget, for evaluations; one there is always
 MARGIN = 0.95  # of what is left of a time budget is planned for
 
 
@@ -60,6 +64,7 @@ class Run:
     eval_rows: int
     stop_ids: tuple[int, ...]
     most_steps: int  # what limits other than the clock allow
+    eval_seconds: float  # of an evaluation, where a time budget was planned
     part: Part | None  # that is trained, where it is not all
 
 
@@ -137,16 +142,18 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         state.model.use_float8()
     state.optimizers = make_optimizers(state.model, train)
     eval_rows = max(1, min(64, 16384 // train.context))
-    most_steps = 10**15
+    most_steps, eval_seconds = 10**15, 0.0
     if not resolved:
-        config, most_steps, more = _length(config, state, loader, layout, shards, eval_rows)
+        config, most_steps, eval_seconds, more = _length(config, state, loader, layout, shards, eval_rows)
         reasons |= more
     total = config.train.max_steps
     assert total
-    config, layout, more = _rhythm(config, layout, architecture, total, part)
+    config, layout, more = _rhythm(config, layout, architecture, total, part, eval_seconds)
     reasons |= more
     stop_ids = base.stop_ids if base else ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
-    return Run(config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids, most_steps, part)
+    return Run(
+        config, reasons, shards, base, state, loader, layout, eval_rows, stop_ids, most_steps, eval_seconds, part
+    )
 
 
 def _from(base: Loaded, config: Config) -> Transformer:
@@ -369,18 +376,20 @@ def _workers(config: Config, architecture: ModelConfig, device: torch.device, ro
 
 def _length(
     config: Config, state: State, loader: Loader, layout: Layout, shards: Shards, eval_rows: int
-) -> tuple[Config, int, dict[str, str]]:
+) -> tuple[Config, int, float, dict[str, str]]:
     """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits; also gives the
-    smallest without the budget."""
+    smallest without the budget, and the seconds of an evaluation within one."""
     train, derived = config.train, Derived()
     limits = _limits(config, loader)
     most_steps = min(limits, default=(10**15, ""))[0]
+    eval_seconds = 0.0
     if train.time_budget_s:
-        limits.append(_steps_in_budget(config, state, loader, layout, shards, eval_rows))
+        fitting, eval_seconds = _steps_in_budget(config, state, loader, layout, shards, eval_rows)
+        limits.append(fitting)
     steps, why = min(limits)
     if train.max_steps != steps:
         derived.choose("train.max_steps", steps, why)
-    return with_values(config, derived.values), most_steps, derived.reasons
+    return with_values(config, derived.values), most_steps, eval_seconds, derived.reasons
 
 
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
@@ -407,8 +416,9 @@ def _limits(config: Config, loader: Loader) -> list[tuple[int, str]]:
 
 def _steps_in_budget(
     config: Config, state: State, loader: Loader, layout: Layout, shards: Shards, eval_rows: int
-) -> tuple[int, str]:
-    """Times a few steps on a copy of the model and fills what is left of the budget with them."""
+) -> tuple[tuple[int, str], float]:
+    """Times a few steps on a copy of the model, and a part of an evaluation, and fills what is left of the budget with
+    them; gives also the seconds of an evaluation."""
     train = config.train
     assert train.time_budget_s and train.context
     console.live("timing a few steps")
@@ -416,8 +426,7 @@ def _steps_in_budget(
     trial.optimizers = make_optimizers(trial.model, train)
     times: list[float] = []
     began = time.perf_counter()
-
-    enough = min(CALIBRATION_SECONDS, train.time_budget_s / 20)
+    enough = FIRST_SECONDS if flat_share(train) else min(CALIBRATION_SECONDS, train.time_budget_s / 20)
 
     def timer(_: State, m: StepMetrics) -> str | None:
         runtime.interrupts.check()
@@ -428,10 +437,11 @@ def _steps_in_budget(
     run(trial, loader, NextToken(train), train, replace(layout, compile=False), endless, [timer])
     step_seconds = statistics.median(times[1:])
     began = time.perf_counter()
-    score(trial.model, shards.eval, train.context, eval_rows)
-    eval_seconds = (time.perf_counter() - began) / ranks.world
+    batches = stream_losses(trial.model, shards.eval, train.context, eval_rows)
+    timed = sum(len(losses) for losses in islice(batches, math.ceil(EVALUATED_ROWS / eval_rows)))
+    eval_seconds = (time.perf_counter() - began) / ranks.world * (len(shards.eval.tokens) - 1) / timed
     left = train.time_budget_s - runtime.process_seconds()
-    evaluations = 6 if train.eval_every is None else 1
+    evaluations = _evaluations(train.time_budget_s, eval_seconds) if train.eval_every is None else 1
     if train.eval_every:
         step_seconds += eval_seconds / train.eval_every
     steps = int((left - evaluations * eval_seconds - 1.0) * MARGIN / step_seconds)
@@ -440,11 +450,17 @@ def _steps_in_budget(
             f"train.time_budget_s={train.time_budget_s:g}: {runtime.process_seconds():.0f} s went into preparation "
             f"and a step takes {duration(step_seconds)}; give more time or a smaller model"
         )
-    return steps, f"{duration(left)} of {train.time_budget_s:g} s left, {1000 * step_seconds:.0f} ms a step"
+    why = f"{duration(left)} of {train.time_budget_s:g} s left, {1000 * step_seconds:.0f} ms a step"
+    return (steps, why), eval_seconds
+
+
+def _evaluations(budget: float, seconds: float) -> int:
+    """How many evaluations of so many seconds each a time budget is given, the last included."""
+    return max(1, min(5, int(EVALUATION_SHARE * budget / max(seconds, 1e-9))))
 
 
 def _rhythm(
-    config: Config, layout: Layout, architecture: ModelConfig, total: int, part: Part | None
+    config: Config, layout: Layout, architecture: ModelConfig, total: int, part: Part | None, eval_seconds: float
 ) -> tuple[Config, Layout, dict[str, str]]:
     """How often to evaluate and save, and whether compiling pays, now that the length is known."""
     derived, train = Derived(), config.train
@@ -453,8 +469,12 @@ def _rhythm(
     rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype)
     expected = tokens * flops_per_token(architecture, train.context, part) / rate  # seconds
     if train.eval_every is None:
-        times = 5 if train.time_budget_s else 10
-        derived.choose("train.eval_every", max(1, math.ceil(total / times)), f"{times} evaluations")
+        times = _evaluations(train.time_budget_s, eval_seconds) if train.time_budget_s else 10
+        derived.choose(
+            "train.eval_every",
+            max(1, math.ceil(total / times)),
+            f"{times} evaluations" if times > 1 else "one evaluation, at the end",
+        )
     if train.checkpoint_every is None:
         apart, why = total / 10, "ten checkpoints, two kept; at each a time budget is planned anew"
         if not train.time_budget_s and train.batch_tokens != "full":
