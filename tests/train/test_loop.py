@@ -233,6 +233,19 @@ def test_a_time_budget_becomes_a_step_count_and_is_kept(train, monkeypatch):
     assert 3 < result["seconds"] <= 8
 
 
+@pytest.mark.parametrize("every, steps", [(20, 57), (1000, 71)])
+def test_a_plan_leaves_time_for_the_evaluations_that_are_to_come(every, steps, monkeypatch):
+    """A second a step, 5 an evaluation, 30 s of 100 gone after ten steps; 2 s and 2 % are kept."""
+    monkeypatch.setattr(hooks, "process_seconds", lambda: 30.0)
+    values = {"train.time_budget_s": 100, "train.eval_every": every, "train.checkpoint_every": 1}
+    config = configuration.load(None, {**values, "train.max_steps": 40, "train.schedule": "constant"})
+    state = tiny.state(tiny.settings())
+    state.step, state.seconds = 10, 10.0
+    budget = hooks.Budget(config, Course(config.train), 10**6, 5.0, state, lambda: None)
+    assert budget._decide(state, 1.0).length == steps
+    assert 90 < 30 + (steps - 10) + 5 * -(-steps // every) <= 100
+
+
 def test_a_time_budget_that_is_over_before_it_begins_says_so(train, monkeypatch):
     monkeypatch.setattr(runtime, "process_seconds", lambda: 100.0)
     with pytest.raises(UsageError, match="give more time or a smaller model"):
