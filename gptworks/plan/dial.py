@@ -14,7 +14,9 @@ from gptworks.model.config import ModelConfig, build_config, parameter_count
 from gptworks.plan.cost import flops_per_token
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
-ADAPTER_LR = 5e-4  # of Adam, for low-rank adapters with alpha = 2 * rank
+# Of Adam at a width of 128, for low-rank adapters with alpha = 2 * rank; 5e-4 at 2000. Schulman et al. fit exponents of
+# the width of 0.78 for Llama and 0.08 for Qwen; the square root lies between.
+ADAPTER_LR = 0.002
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
 
 
@@ -146,8 +148,8 @@ def derive_training(
     falling = f"falls with the square root of the width, {width}"
     if train.lr is None:
         if config.adapter.kind and train.optimizer in ("adamw", "adam"):
-            why = "about ten times what suits all weights, whatever the rank (LoRA Without Regret, 2025)"
-            derived.choose("train.lr", ADAPTER_LR, why)
+            why = f"about ten times what suits all weights, whatever the rank (LoRA Without Regret, 2025); {falling}"
+            derived.choose("train.lr", _by_width(ADAPTER_LR, width), why)
         elif train.optimizer == "muon":
             derived.choose("train.lr", 0.02, "Muon's update has the same size at every width")
         else:

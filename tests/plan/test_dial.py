@@ -111,3 +111,14 @@ def test_a_width_without_whole_heads_is_refused():
 def test_two_dials_at_once_are_refused():
     with pytest.raises(UsageError, match="one dial"):
         load(model__depth=4, model__parameters="3M")
+
+
+def test_the_rate_of_adapters_falls_with_the_width():
+    values = {"model.path": "x", "adapter.kind": "lora", "train.optimizer": "adamw"}
+    rates = {}
+    for width in (128, 2048):
+        _, _, shape = derive_shape(load(model__hidden_size=width, model__num_hidden_layers=2), 99)
+        config, reasons = derive_training(configuration.load(None, values), shape, 10**6)
+        rates[width] = config.train.lr
+        assert "LoRA Without Regret" in reasons["train.lr"]
+    assert rates[128] == pytest.approx(4 * rates[2048]) and 4e-4 < rates[2048] < 6e-4
