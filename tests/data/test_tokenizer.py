@@ -559,13 +559,15 @@ def test_what_is_no_sentencepiece_model_is_refused(tmp_path, content):
 def test_a_damaged_sentencepiece_model_is_never_a_traceback(tmp_path):
     file = tmp_path / "tokenizer.model"
     spm(file, **LLAMA)
-    good, generator = file.read_bytes(), random.Random(1)
+    good, generator, opened = file.read_bytes(), random.Random(1), 0
     for _ in range(200):
         raw = bytearray(good[: generator.randint(1, len(good))] if generator.random() < 0.3 else good)
         raw[generator.randrange(len(raw))] ^= 1 << generator.randrange(8)
         file.write_bytes(raw)
         with contextlib.suppress(DataError):
             Tokenizer.load(file).encode("a b")
+            opened += 1
+    assert 0 < opened < 200  # some bits do no harm
 
 
 @pytest.mark.skipif(
