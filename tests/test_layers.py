@@ -117,6 +117,23 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert in_fresh_process("import sys, gptworks; print('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.parametrize("before", ["import gptworks", "import gptworks.train.loop", "gptworks.load", "gptworks.train"])
+def test_the_stages_are_functions_whatever_was_imported_before(before: str) -> None:
+    """One of them has the name of a package of ours, which Python puts in its place."""
+    script = f"""
+import gptworks
+{before}
+for stage in (gptworks.train, gptworks.run):
+    try:
+        stage("no such recipe")
+    except gptworks.core.errors.UsageError:
+        print("asked")
+assert gptworks.train.loop.run
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["asked", "asked"], done.stderr
+
+
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['gptworks', '--help']\n"
