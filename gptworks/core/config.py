@@ -195,6 +195,7 @@ class Model(Section):
     tie_word_embeddings: bool | None = fixed(None, "one matrix for input embedding and head")
     rope_theta: Positive | None = fixed(None, "base of the rotary frequencies")
     dropout: Share | None = fixed(None, "on embeddings, attention weights and residual branches")
+    attention_dropout: Share | None = fixed(None, "on attention weights, if other than model.dropout; 0 is faster")
 
 
 class Adapter(Section):

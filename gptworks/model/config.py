@@ -92,8 +92,10 @@ class ModelConfig:
         slides = bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if slides else None
 
-    def with_dropout(self, dropout: float) -> "ModelConfig":
-        return replace(self, embed_dropout=dropout, attention_dropout=dropout, residual_dropout=dropout)
+    def with_dropout(self, dropout: float, attention: float | None = None) -> "ModelConfig":
+        """The same everywhere, or another on attention weights."""
+        attention = dropout if attention is None else attention
+        return replace(self, embed_dropout=dropout, attention_dropout=attention, residual_dropout=dropout)
 
 
 # What a family is if nothing else is said: the parts its published models have.
@@ -193,7 +195,7 @@ def build_config(asked: Model, vocab_size: int, context: int) -> ModelConfig:
         **experts,
         **parts,
     )
-    return config.with_dropout(asked.dropout or 0.0)
+    return config.with_dropout(asked.dropout or 0.0, asked.attention_dropout)
 
 
 def default_intermediate(width: int, activation: str) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from gptworks.core.config import Train
 from gptworks.core.errors import DataError, NotFinite, OutOfMemory
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
-from gptworks.data.loader import Loader
+from gptworks.data.loader import Batch, Cursor, Loader
 from gptworks.train.gradients import accumulate, side_by_side
 from gptworks.train.objectives import Objective
 from gptworks.train.optim import add_penalties, set_rates
@@ -62,10 +63,12 @@ def run(
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
     loss_sum = torch.compile(objective.loss_sum, dynamic=False) if layout.compile else objective.loss_sum
-    with side_by_side(train.workers or 1) as threads:
+    upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
+    with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or course.length) and not state.stopped:
             start = time.perf_counter()
-            batch, cursor = loader.take(state.cursor)
+            batch, cursor = upcoming.result() if upcoming else loader.take(state.cursor)
+            upcoming = aside.submit(loader.take, cursor) if state.step + 1 < (until or course.length) else None
             data_seconds = time.perf_counter() - start
             weight = ranks.total(objective.weight(batch))[0]
             if weight == 0:

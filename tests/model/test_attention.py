@@ -158,6 +158,17 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(logits(model, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [({"dropout": 0.5}, (0.5, 0.5)), ({"dropout": 0.5, "attention_dropout": 0}, (0.5, 0)),
+     ({"attention_dropout": 0.25}, (0, 0.25))],
+)  # fmt: skip
+def test_attention_weights_may_have_a_dropout_of_their_own(parts, expected):
+    config = tiny.shape(**parts)
+    assert (config.residual_dropout, config.attention_dropout) == expected
+    assert config.embed_dropout == config.residual_dropout
+
+
 class Flexible(Transformer):
     """Leaves attention to FlexAttention wherever it is."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core import runtime
 from gptworks.core.errors import DataError, NotFinite, UsageError
-from gptworks.data.loader import Batch, Cursor
+from gptworks.data.loader import Batch, Cursor, Loader
 from gptworks.data.shards import open_shards
 from gptworks.train import gradients as gradients_module
 from gptworks.train import hooks, loop
@@ -63,6 +64,40 @@ def test_workers_change_neither_loss_nor_gradient_and_repeat_to_the_bit(workers,
     for name, gradient in whole.items():
         torch.testing.assert_close(shared[2][name], gradient, rtol=1e-4, atol=1e-6)
         assert torch.equal(shared[2][name], again[2][name])
+
+
+def test_each_batch_is_taken_once_the_next_one_while_a_step_computes():
+    taken = []
+
+    class Watched(Loader):
+        def take(self, cursor):
+            taken.append((cursor, threading.current_thread().name))
+            return super().take(cursor)
+
+    def ending(state, metrics):
+        return "enough" if state.step == 5 else None
+
+    train = tiny.settings()
+    watched = Watched(tiny.stream(), tiny.CONTEXT, 8, seed=1)
+    done = tiny.run(tiny.state(train), train, until=3, loader=watched)
+    assert [cursor for cursor, _ in taken] == [Cursor(0, 0), Cursor(0, 8), Cursor(0, 16)]  # and none beyond the end
+    assert [name.startswith("loader") for _, name in taken] == [False, True, True]
+    done = tiny.run(done, train, until=9, loader=watched, hooks=[ending])
+    assert done.cursor == Cursor(0, 40) and [cursor.row for cursor, _ in taken[3:]] == [24, 32, 40]
+
+
+def test_a_batch_that_cannot_be_made_ends_the_run_at_its_step():
+    class Torn(Loader):
+        def take(self, cursor):
+            if cursor.row == 16:
+                raise DataError("shards were cut off")
+            return super().take(cursor)
+
+    train = tiny.settings()
+    state = tiny.state(train)
+    with pytest.raises(DataError, match="cut off"):
+        tiny.run(state, train, until=5, loader=Torn(tiny.stream(), tiny.CONTEXT, 8, seed=1))
+    assert state.step == 2
 
 
 def test_an_error_of_a_worker_ends_the_step():
