@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import typer
 import yaml
 
+from gptworks import api
 from gptworks.cli import app
 from gptworks.core import config as configuration
 from gptworks.core import errors
@@ -83,6 +85,25 @@ def test_readme_has_command_lines(page: Path) -> None:
 )  # fmt: skip
 def test_a_wrong_command_line_is_found(line: str) -> None:
     assert problem(line)
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model of a few steps instead of the demo's."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(20_000))
+    small = {
+        "data.train": str(text), "tokenizer.vocab_size": 300, "model.parameters": "30k", "train.time_budget_s": None,
+        "train.max_steps": 2, "train.context": 32, "train.batch_tokens": 64, "train.threads": 1,
+    }  # fmt: skip
+    load = configuration.load
+    monkeypatch.setattr(configuration, "load", lambda recipe, overrides: load(recipe, {**overrides, **small}))
+    monkeypatch.chdir(tmp_path)
+    api.train("laptop", "runs/demo")
+    blocks = [block for kind, block in FENCE.findall(text_of(READMES[0])) if kind == "python"]
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(block, {})
+    assert (tmp_path / "runs" / "second" / "model").is_dir()
 
 
 def test_first_commands_are_make_demo_and_make_test() -> None:
