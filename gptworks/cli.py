@@ -23,6 +23,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from gptworks import __version__
+
+        _put(f"gptworks {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+    ] = False,
+) -> None: ...
+
+
 Recipe = Annotated[str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -41,8 +58,11 @@ Folder = Annotated[
 
 def _do(work: Callable[[], Any], debug: bool) -> Any:
     """Runs a stage; a failure becomes one line and its exit code."""
+    from gptworks.core.runtime import interrupts
+
     try:
-        return work()
+        with interrupts.leaving():
+            return work()
     except GptworksError as error:
         _fail(str(error), error.code, debug)
     except KeyboardInterrupt:
@@ -118,18 +138,17 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
 def _dry_run(config: Any, as_json: bool) -> str:
     from gptworks.core import config as configuration
     from gptworks.plan.dial import derive_shape, derive_training
+    from gptworks.train.setup import check_values
 
+    check_values(config)
     reasons: dict[str, str] = {}
     asked = config
     if not config.model.path:
         vocab = {"char": 66, "bytes": 259}.get(config.tokenizer.kind, config.tokenizer.vocab_size)
         config, reasons, architecture = derive_shape(config, vocab)
         config, more = derive_training(config, architecture, 10**9)
-        for key in (
-            "train.batch_tokens",
-            "train.max_tokens",
-        ):  # these follow from the data, which we did not read
-            if key in more:
+        for key in ("train.batch_tokens", "train.max_tokens", "train.momentum"):
+            if key in more:  # these follow from the data, which we did not read
                 config = configuration.with_values(config, {key: None})
                 more[key] = "decided once the data is counted"
         reasons |= more
@@ -435,5 +454,7 @@ def main() -> None:
             raise SystemExit(getattr(error, "exit_code", 75)) from None
         if not hasattr(error, "format_message"):
             raise
-        print(f"error: {error.format_message() or type(error).__name__} (gptworks --help)", file=sys.stderr)
+        said = error.format_message() or type(error).__name__
+        help_alone = type(error).__name__ == "NoArgsIsHelpError"
+        print(said if help_alone else f"error: {said} (gptworks --help)", file=sys.stderr)
         raise SystemExit(64) from None

@@ -81,7 +81,7 @@ def evaluate(
 
     With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
     """
-    models = [_loaded(each) for each in (model, against) if each is not None]
+    models = [load(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
     asked = {"separator": separator, "text_column": text_column}
     options = configuration.build({"data": asked}, "evaluate").data
@@ -157,7 +157,7 @@ def generate(
 
 
 def engine_of(model: str | Path | Loaded) -> Engine:
-    loaded = _loaded(model)
+    loaded = load(model)
     return Engine(loaded.model, loaded.tokenizer, loaded.stop_ids)
 
 
@@ -165,14 +165,14 @@ def chat(
     model: str | Path | Loaded, how: Sampling, max_new_tokens: int = 200, system: str | None = None
 ) -> Conversation:
     """A conversation that has not begun, spelled as the model folder says."""
-    loaded = _loaded(model)
+    loaded = load(model)
     spelling = Spelling.of(loaded.home, loaded.tokenizer)
     if not spelling.taught:
         console.say(f"{loaded.name} has no chat template: it was not taught to answer, it continues text")
     return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
 
 
-def _loaded(model: str | Path | Loaded) -> Loaded:
+def load(model: str | Path | Loaded) -> Loaded:
     if isinstance(model, Loaded):
         return model
     loaded = build.load(model)
@@ -192,7 +192,7 @@ def merge(
     A low-bit base is taken as the values that its codes stand for, which the adapter was trained beside. `data` is the
     run's validation text if left out. Raises UsageError where the two differ by more than MERGE_LOSS, unless `lossy`.
     """
-    loaded = _loaded(adapter)
+    loaded = load(adapter)
     if loaded.adapter is None:
         raise UsageError(f"{adapter}: has no adapter to merge; it is a whole model")
     held_out = loaded.path.parent / "data" / "validation.jsonl"
@@ -283,8 +283,13 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
-    """Every stage the recipe names, in order; returns one result for all of them."""
+    """Every stage the recipe names, in order; returns one result for all of them, which adds to the training's."""
     result: dict[str, Any] = {}
+    if "train" not in config.stages:
+        if not (out / "model").is_dir():
+            raise DataError(f"{out}: no model here yet; the stages {', '.join(config.stages)} come after train")
+        if (out / "result.json").is_file():
+            result = folder.read_json(out / "result.json")
     for stage in config.stages:
         if stage == "train":
             result = train(config, out, recipe, fresh)
@@ -293,7 +298,7 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
                 return result  # the main process alone goes on; a range test leaves no model
         elif stage == "evaluate":
             held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
-            result["evaluation"] = evaluate(out / "model", config.data.eval or str(held_out), config.train.context)
+            result["evaluation"] = evaluate(out / "model", str(held_out), config.train.context)
             _say_evaluation(result["evaluation"])
         elif stage == "generate":
             options = config.generate
@@ -303,15 +308,19 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
                 console.say(f"sample   {made['tokens']} tokens, {made['tokens_per_second']:.0f} tokens/s")
                 console.say((made["prompt"] + made["text"]).strip())
         elif stage == "report":
-            result["seconds"] = round(runtime.process_seconds(), 2)
-            folder.write_json(out / "result.json", result)
+            _write_result(out, result)
             result["report"] = str(report(out))
             console.say(f"report   {result['report']}")
-    if result:
+    _write_result(out, result)
+    return result
+
+
+def _write_result(out: Path, result: dict[str, Any]) -> None:
+    """A result.json says that the training is finished, so there is none without its figures."""
+    if "steps" in result:
         result["seconds"] = round(runtime.process_seconds(), 2)
         result["peak_memory_bytes"] = runtime.peak_memory()
         folder.write_json(out / "result.json", result)
-    return result
 
 
 def _say_evaluation(found: dict[str, Any]) -> None:

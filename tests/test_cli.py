@@ -79,6 +79,8 @@ def refused(outcome: Outcome, code: int, *words: str) -> None:
         (["train", "laptop", "--nope"], ["--nope"]),
         (["generate", "x", "--max-new-tokens", "many"], ["--max-new-tokens"]),
         (["generate", "x"], ["--prompt"]),
+        (["train", "laptop", "train.optimizer=adem", "--dry-run"], ["'adem'", "adam"]),
+        (["train", "laptop", "train.schedule=wds", "--dry-run"], ["'wds'", "wsd"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
@@ -589,3 +591,67 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         assert typist.command.wait(60) == 0
     first, second = (json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines())
     assert first == {"role": "user", "content": "the king"} and len(second["content"]) > 30
+
+
+# -- the stages of a run -----------------------------------------------------------------------------------------
+
+
+def test_later_stages_add_to_what_the_training_gave(
+    cli: Callable[..., Outcome], tiny_run: Path, tiny_overrides: list[str]
+) -> None:
+    again = ["run", "../r.yaml", *tiny_overrides, "--out", tiny_run, "--json"]
+    trained = json.loads((tiny_run / "result.json").read_text())
+    result = json.loads(cli(*again, "stages=evaluate,generate").out)
+    assert result["eval"] == trained["eval"] and result["generation"]
+    assert result["evaluation"]["loss"] == pytest.approx(trained["eval"]["loss"], rel=1e-6)
+    assert json.loads((tiny_run / "result.json").read_text())["steps"] == 12
+
+
+def test_later_stages_do_not_make_a_run_look_finished(
+    cli: Callable[..., Outcome], tiny_run: Path, tiny_overrides: list[str]
+) -> None:
+    (tiny_run / "result.json").unlink()
+    assert cli("run", "../r.yaml", *tiny_overrides, "stages=generate", "--out", tiny_run).code == 0
+    assert not (tiny_run / "result.json").exists()
+
+
+def test_later_stages_of_no_run_are_65(cli: Callable[..., Outcome], tiny_overrides: list[str]) -> None:
+    refused(cli("run", "../r.yaml", *tiny_overrides, "stages=generate", "--out", "runs/none"), 65, "come after train")
+
+
+def test_an_eval_file_is_read_with_the_runs_own_settings(
+    cli: Callable[..., Outcome], tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    for name in ("train", "eval"):
+        rows = "".join(f"{number},the old king walked {number} stones\n" for number in range(400))
+        (tmp_path / f"{name}.csv").write_text("id,body\n" + rows)
+    table = [f"data.train={tmp_path / 'train.csv'}", f"data.eval={tmp_path / 'eval.csv'}", "data.text_column=body"]
+    stages = [*table, "data.eval_bytes=900", "train.max_steps=2", "stages=train,evaluate"]
+    result = json.loads(cli("run", "../r.yaml", *tiny_overrides, *stages, "--out", "run", "--json").out)
+    assert result["evaluation"]["bytes"] == result["eval"]["bytes"] <= 900
+    assert result["evaluation"]["loss"] == pytest.approx(result["eval"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("out", ["papers", "."])
+def test_fresh_sets_nothing_but_a_run_aside(cli: Callable[..., Outcome], tiny_overrides: list[str], out: str) -> None:
+    Path("papers").mkdir()
+    Path("papers/thesis.txt").write_text("years of work")
+    refused(cli("train", "../r.yaml", *tiny_overrides, "--fresh", "--out", out), 64, "choose another --out")
+    assert Path("papers/thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_in_place_of_its_model_is_named(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    refused(cli("generate", finished_run, "--prompt", "the"), 65, "is a run", f"{finished_run / 'model'}")
+
+
+def test_a_signal_ends_a_command_with_75(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptworks import lifecycle
+
+    monkeypatch.setattr(lifecycle, "evaluate", lambda *asked: os.kill(os.getpid(), signal.SIGTERM))
+    refused(cli("evaluate", "model", "--data", "text"), 75, "SIGTERM", "run the same command")
+
+
+def test_version_and_help_are_no_errors(cli: Callable[..., Outcome]) -> None:
+    assert cli("--version").out.startswith("gptworks ")
+    alone = cli()
+    assert alone.code == 64 and alone.err.startswith("Usage:") and "error" not in alone.err

@@ -433,7 +433,8 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
         and _takes_list(field.annotation)
         and not _takes_text(field.annotation)
     ):
-        value = [part for part in value.split(",") if part]
+        parts = [value] if key == "generate.prompts" else value.split(",")  # a prompt may have commas
+        value = [part for part in parts if part]
     node[last] = value
 
 
@@ -449,6 +450,18 @@ def _takes_text(annotation: Any) -> bool:
     return any(member is str for member in _members(annotation))
 
 
+# What others call our keys: nanoGPT's and Hugging Face's names.
+ELSEWHERE = {
+    "batch_size": "train.batch_tokens", "beta1": "train.betas", "block_size": "train.context", "d_model":
+    "model.hidden_size", "dtype": "train.precision", "epochs": "train.max_epochs", "eval_interval": "train.eval_every",
+    "gradient_accumulation_steps": "train.micro_batch", "grad_clip": "train.clip", "learning_rate": "train.lr",
+    "lr_scheduler_type": "train.schedule", "max_iters": "train.max_steps", "max_seq_length": "train.context",
+    "n_embd": "model.hidden_size", "n_head": "model.num_attention_heads", "n_layer": "model.num_hidden_layers",
+    "num_train_epochs": "train.max_epochs", "optim": "train.optimizer", "warmup_iters": "train.warmup",
+    "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup",
+}  # fmt: skip
+
+
 def _explain(error: ValidationError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
@@ -461,7 +474,8 @@ def _explain(error: ValidationError | RecursionError) -> str:
     sections = [name for name in Config.model_fields if name != "stages"]
     if first["type"] == "extra_forbidden":
         close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]  # in another section
-        close = close or difflib.get_close_matches(key, list(known) + sections, n=1, cutoff=0.4)
+        close = close or [ELSEWHERE[name] for name in [key.rpartition(".")[2]] if name in ELSEWHERE]
+        close = close or difflib.get_close_matches(key, list(known) + sections, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else "`gptworks train RECIPE --dry-run` lists every key"
         return f"unknown key {key[:100]!r}: {hint}"
     while key and key not in known and key not in sections and "." in key:

@@ -181,10 +181,10 @@ class Ranks:
         while distance < self.world:
             peer = self.rank ^ distance
             with _peers():
-                sent, received = dist.isend(flat, peer), dist.irecv(other, peer)
-                assert sent is not None and received is not None
-                received.wait()
-                sent.wait()
+                # As one group: NCCL may not send and receive one after the other on both sides.
+                both = [dist.P2POp(dist.isend, flat, peer), dist.P2POp(dist.irecv, other, peer)]
+                for work in dist.batch_isend_irecv(both):
+                    work.wait()
             flat = flat + other
             distance *= 2
         _unpack(flat, tensors)

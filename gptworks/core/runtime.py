@@ -21,11 +21,22 @@ if TYPE_CHECKING:
     import torch
 
 _imported = time.time()
+_begun = 0.0  # the process's age when the stage at hand began
 LIBRARY = ctypes.CDLL(None)  # C's
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started, the interpreter's own start included (Linux; else since import)."""
+    """Seconds since this process was started, the interpreter's own start included (Linux; else since import); in a
+    process that does one thing after another, since `restart_clock`. A time budget counts these."""
+    return _age() - _begun
+
+
+def restart_clock() -> None:
+    global _begun
+    _begun = _age()
+
+
+def _age() -> float:
     try:
         started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
         return float(Path("/proc/uptime").read_text().split()[0]) - started
@@ -108,7 +119,9 @@ def available_memory(device: "torch.device") -> int:
     try:
         maximum = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if maximum != "max":
-            limits.append(int(maximum) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            limits.append(int(maximum) - used + int(stat.get("inactive_file", 0)))  # the page cache gives way
     except (OSError, ValueError):
         pass
     import resource
@@ -251,6 +264,22 @@ class Interrupts:
             for number, old in before.items():
                 signal.signal(number, old)
             self.requested = None
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """While the block runs, SIGTERM ends it at once with Preempted; `listening` within it comes first."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: Any) -> None:
+            raise Preempted("stopped by SIGTERM; run the same command to continue")
+
+        before = signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def check(self) -> None:
         """For phases with nothing to save: leave now, the same command starts the phase again."""

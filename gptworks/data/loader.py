@@ -265,7 +265,7 @@ class Loader:
             row += len(more)
             if row >= len(plan):
                 epoch, row = epoch + 1, 0
-                if self.max_epochs is not None and epoch >= self.max_epochs:
+                if epoch == self.max_epochs:  # a run that was made longer goes on beyond it
                     break
         share = -(-wanted // self.world)
         first = self.rank * share

@@ -296,7 +296,7 @@ def _build(
     with folder.commit(path, facts, known) as aside:
         tokenizer.save(aside)
         writers = {name: Writer(aside, name, tokenizer) for name in ("train", "eval")}
-        with _validation_text(aside, wanted=not data.eval) as keep:
+        with _validation_text(aside) as keep:
             for piece, is_eval in _ahead(split.pieces(findings)):
                 failpoint("shards.piece")
                 writers["eval" if is_eval else "train"].add(piece)
@@ -385,30 +385,23 @@ def _refuse_empty(splits: dict[str, Any], data: Data) -> None:
 
 
 class _validation_text:
-    """Writes validation.jsonl, one document a line, while the shards are written."""
+    """Writes validation.jsonl, one document a line, while the shards are written; a document is never held whole."""
 
-    def __init__(self, path: Path, wanted: bool) -> None:
-        self.file = open(path / "validation.jsonl", "w", encoding="utf-8") if wanted else None  # noqa: SIM115
-        self.parts: list[str] = []
+    def __init__(self, path: Path) -> None:
+        self.file = open(path / "validation.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self.end = ""  # of the line before
 
     def __enter__(self) -> Callable[[Piece], None]:
         return self.keep
 
     def keep(self, piece: Piece) -> None:
-        if self.file and piece.first:
-            self.flush()
-        if self.file:
-            self.parts.append(piece.text)
-
-    def flush(self) -> None:
-        if self.file and self.parts:
-            self.file.write(json.dumps({"text": "".join(self.parts)}, ensure_ascii=False) + "\n")
-        self.parts.clear()
+        begin = self.end + '{"text": "' if piece.first else ""
+        self.file.write(begin + json.dumps(piece.text, ensure_ascii=False)[1:-1])
+        self.end = '"}\n'
 
     def __exit__(self, *error: object) -> None:
-        self.flush()
-        if self.file:
-            self.file.close()
+        self.file.write(self.end)
+        self.file.close()
 
 
 def same_data(shards: Shards, identity: object) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gptworks.core.errors import DataError
+from gptworks.core.errors import DataError, UsageError
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.attention import KeyValueCache
@@ -72,11 +72,14 @@ class Engine:
         cached: bool = True,
         result: Generation | None = None,
     ) -> Iterator[str]:
-        """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt.
+        """Yields text as it becomes certain; `result` is filled on the way. Raises DataError for too long a prompt,
+        UsageError for less than one token.
 
         The prompt is text, or ids that are taken as they are. Where the context is full, the model goes on from the
         later half of it.
         """
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else self._fitting(prompt)
         result = result if result is not None else Generation(prompt if isinstance(prompt, str) else "")
         was_training = self.model.training

@@ -81,6 +81,8 @@ def load(
         raise DataError(f"{path}: no such model folder")
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         return _load_adapted(path, dropout)
+    if (path / "config.yaml").is_file() and not (path / "config.json").exists():
+        raise DataError(f"{path} is a run; its model is {path / 'model'}")
     raw = folder.read_json(path / "config.json")
     if not isinstance(raw, dict):
         raise DataError(f"{path / 'config.json'}: not a JSON object")

@@ -8,7 +8,7 @@ from gptworks.core.errors import UsageError
 
 # Of float32 scores over the vocabulary that are made at a time: what stays in a processor's cache; what fills a GPU.
 # Fewer rows than these, and reading the head once for each chunk would cost more than it saves.
-LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 LOGITS_ROWS = 512
 
 

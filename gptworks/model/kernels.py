@@ -199,7 +199,8 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, None if grad_head is None else grad_head * grad, None, None, None, None, None
+        grad_hidden.mul_(grad)
+        return grad_hidden, None if grad_head is None else grad_head.mul_(grad), None, None, None, None, None
 
 
 # -- products in float8 ------------------------------------------------------------------------------------------

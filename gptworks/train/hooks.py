@@ -219,7 +219,8 @@ class Evaluator:
         if self.metrics:
             values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
             if state.model.config.num_experts and self.train.context:
-                used = expert_use(state.model, self.shards.eval, self.train.context, self.rows)
+                with using(state.model, state.average):
+                    used = expert_use(state.model, self.shards.eval, self.train.context, self.rows)
                 values |= {f"eval/{key}": value for key, value in used.items()}
             self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
             console.say(
@@ -230,7 +231,7 @@ class Evaluator:
             state.best_loss, state.evals_since_best = found.loss, 0
             if self.train.patience is not None:
                 with using(state.model, state.average):
-                    state.best = {name: p.detach().cpu().clone() for name, p in state.trained().items()}
+                    state.best = {name: p.detach().to("cpu", copy=True) for name, p in state.trained().items()}
         else:
             state.evals_since_best += 1
         if self.train.target_loss is not None and found.loss <= self.train.target_loss:
@@ -299,12 +300,13 @@ class Budget:
     def _decide(self, state: State, flat: float) -> Change | None:
         train, length = self.train, self.course.length
         assert train.time_budget_s and train.eval_every
-        each, every, evaluated = self.eval_seconds, train.eval_every, state.step // train.eval_every
+        each, every = self.eval_seconds, train.eval_every
+        evaluated = sum(self.course.due(step, every) for step in range(1, state.step + 1))
         spent = time.perf_counter() - self.started - each * evaluated
         pace = max(spent, state.seconds) / state.step  # with samples and checkpoints
-        left = train.time_budget_s - process_seconds() - 2.0
-        about = state.step + left / (pace + each / every)
-        left -= each * (math.ceil(about / every) - evaluated)
+        # As many evaluations as planned, however long the run gets: their distance stretches with it.
+        to_come = max(math.ceil(self.course.planned / every) - evaluated, 1)
+        left = train.time_budget_s - process_seconds() - 2.0 - each * to_come
         steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
         if state.step < round((train.warmup or 0.0) * steps) or abs(steps - length) <= 0.02 * length:
             return None

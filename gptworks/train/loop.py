@@ -1,5 +1,6 @@
 """The one loop. An objective says what a batch costs; hooks watch, evaluate, save and may end the run."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from gptworks.train.gradients import accumulate, side_by_side
 from gptworks.train.objectives import Objective
 from gptworks.train.optim import add_penalties, set_rates
 from gptworks.train.schedule import Course
-from gptworks.train.state import WINDOW, State, is_spike
+from gptworks.train.state import WINDOW, State, spike_limit
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def run(
             try:
                 loss = accumulate(model, batch, loss_sum, weight, train, layout.micro_batch, state.step, threads)
                 norm = _clipped(state, loss, train)
-                skipped = train.skip_spikes is not None and is_spike(state.norms, norm, train.skip_spikes)
+                limit = spike_limit(state.norms, train.skip_spikes) if train.skip_spikes is not None else math.inf
+                skipped = norm > limit
                 lr = set_rates(state.optimizers, course.factor(state.step), course.peaks(state.step))
                 state.settle()
                 failpoint("step.update")
@@ -87,7 +89,7 @@ def run(
             failpoint("step.count")
             model.zero_grad(set_to_none=True)
             if train.skip_spikes is not None:
-                state.norms = [*state.norms, norm][-WINDOW:]
+                state.norms = [*state.norms, min(norm, limit)][-WINDOW:]  # or a spike would hide the next ones
             state.skipped += skipped
             state.step += 1
             state.tokens += round(weight)
@@ -107,7 +109,10 @@ def _clipped(state: State, loss: float, train: Train) -> float:
     add_penalties(state.model, train.l1, train.l2)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     failpoint("step.gradient", parameters[0].grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip or float("inf")))
+    if train.clip:
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
+    else:
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not -float("inf") < value < float("inf"):
             raise NotFinite(

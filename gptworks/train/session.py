@@ -154,8 +154,11 @@ def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
 
 
 def set_aside(out: Path) -> None:
-    """Moves an old run out of the way, to `out.1`, `out.2`, ..."""
+    """Moves an old run out of the way, to `out.1`, `out.2`, ... Raises UsageError for a folder that is none."""
     if out.exists():
+        there = {path.name for path in out.iterdir()} - {".lock"}
+        if (there and not there & {"config.yaml", "data", "model", "checkpoints"}) or out.resolve() == Path.cwd():
+            raise UsageError(f"--fresh sets an old run aside, and {out} is none; choose another --out")
         number = 1
         while out.with_name(f"{out.name}.{number}").exists():
             number += 1
@@ -167,6 +170,8 @@ def set_aside(out: Path) -> None:
 def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
     config, shards, state, layout = run.config, run.shards, run.state, run.layout
     assert config.train.context and config.train.checkpoint_every
+    if config.train.patience is None:
+        state.best = {}  # of when there was one
     course = Course(config.train)
     facts = {"data": shards.identity, "threads": config.train.threads, "versions": runtime.versions()}
     if run.base and run.part:  # what is frozen is in no checkpoint
@@ -188,7 +193,7 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
     hooks: list[loop.Hook] = [evaluator, budget, checkpointer]
     if metrics:
         bytes_per_token, rows = shards.train.bytes_per_token, len(run.loader.plan(0))
-        hooks.insert(0, Logger(metrics, config.train.log_every, course, bytes_per_token, flops, rate, rows))
+        hooks.insert(1, Logger(metrics, config.train.log_every, course, bytes_per_token, flops, rate, rows))
         hooks.insert(2, Sampler(metrics, shards.tokenizer, run.stop_ids, config, course))
     try:
         loop.run(state, run.loader, NextToken(config.train), config.train, layout, course, hooks)
@@ -318,6 +323,8 @@ def replay(out: Path) -> dict[str, Any]:
     shard_folder.same_data(shards, facts.get("data"))
     target = setup.decide(resolved, shards, base, True).state
     restore(target, newer)
+    if resolved.train.patience is None:
+        run.state.best, target.best = {}, {}
     first, course = run.state.step, Course(resolved.train)
     evaluator = Evaluator(None, shards, resolved, course, run.eval_rows)
     run.state.stopped = None

@@ -7,9 +7,12 @@ run's own pace, and keeps that in the state.
 
 import fnmatch
 import math
+import os
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 
 import torch
@@ -40,7 +43,9 @@ from gptworks.train.state import State
 
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
 COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
-COMPILE_GAIN = 0.08  # of the step's time, measured beside the hand-written kernels (docs/log.md)
+# Of the step's time: on a CPU measured beside the hand-written kernels (docs/log.md), on a GPU a cautious share of what
+# nanoGPT's readme reports for its own step (250 to 135 ms).
+COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.3}
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
 CALIBRATION_SECONDS = 6.0  # of steps, before a plan that stays
@@ -70,10 +75,20 @@ class Run:
 
 def check(config: Config) -> None:
     """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
+    _check_given(config)
+    check_values(config)
+
+
+def _check_given(config: Config) -> None:
+    """What a recipe leaves to its user is there."""
     if "???" in (config.data.train if isinstance(config.data.train, list) else [config.data.train]):
         raise UsageError("this recipe trains on a text of yours: add data.train=FILE (a file, folder or glob)")
     if config.model.path == "???":
         raise UsageError("this recipe starts from a model of yours: add model=FOLDER")
+
+
+def check_values(config: Config) -> None:
+    """What the keys say, each by itself and together. Raises UsageError."""
     if config.adapter.base not in (None, "fp32", "bf16"):
         scheme(config.adapter.base)
     resolve("optimizer", OPTIMIZERS, config.train.optimizer)
@@ -111,7 +126,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
 
     config, device, dtype, more = _machine(config)
     reasons |= more
-    usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype)
+    usual = USUAL_UTILISATION * runtime.matmul_rate(device, dtype) * ranks.world
     config, more = derive_training(config, architecture, len(shards.train.tokens) - 1, usual)
     reasons |= more
     if base is not None and base.adapter and config.adapter.kind:
@@ -233,6 +248,8 @@ def change(run: Run, asked: Config, different: list[tuple[str, object, object]])
         if not 0 < step < course.length:
             raise RunMismatch(f"train.decay_now=true: the run stands at step {step} of {course.length}")
         return course.decay_from(step).model_copy(update=values | {"why": "; ".join(why)})
+    if values and "length" not in values and step == course.length:
+        raise RunMismatch(f"{why[0]}: the run is finished at step {step}; ask for more steps, tokens or epochs with it")
     return Change(step=step, why="; ".join(why), **values) if why else None
 
 
@@ -269,6 +286,8 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
         if not runtime.has_float8(device):
             raise UsageError(f"train.precision=fp8: this {device.type} has no float8 units; use auto")
         assert train.context
+        if config.adapter.kind:
+            raise UsageError("train.precision=fp8 is for models trained whole; beside adapters take bf16 or auto")
         if train.context % 16:
             raise UsageError(f"train.precision=fp8 wants rows of a multiple of 16 tokens, not {train.context}")
     if train.deterministic == "auto":
@@ -295,7 +314,7 @@ def _layout(
     derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
     wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
-    masked = config.data.mask_documents
+    masked = config.data.mask_documents and device.type == "cpu"  # a GPU's kernels write out no attention matrix
     free = int(runtime.available_memory(device) * 0.9) // (ranks.per_machine if device.type == "cpu" else 1)
     a_row = row_bytes(architecture, train.context, element, masked)
 
@@ -354,6 +373,7 @@ def _workers(config: Config, architecture: ModelConfig, device: torch.device, ro
     train = config.train
     assert train.threads and train.context
     dropped = architecture.embed_dropout or architecture.attention_dropout or architecture.residual_dropout
+    dropped = dropped or config.adapter.dropout
     obstacles = {
         f"runs on {device.type}": device.type != "cpu",
         "draws dropout from one generator": bool(dropped),
@@ -466,7 +486,7 @@ def _rhythm(
     derived, train = Derived(), config.train
     assert train.context
     tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
-    rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype)
+    rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype) * ranks.world
     expected = tokens * flops_per_token(architecture, train.context, part) / rate  # seconds
     if train.eval_every is None:
         times = _evaluations(train.time_budget_s, eval_seconds) if train.time_budget_s else 10
@@ -483,20 +503,22 @@ def _rhythm(
     compile = train.compile
     if compile == "auto":
         alone = train.workers == 1 and train.batch_tokens != "full"
-        pays = expected * COMPILE_GAIN > COMPILE_SECONDS and alone and _can_compile(layout)
-        cost = f"compiling takes {COMPILE_SECONDS:.0f} s and saves some {COMPILE_GAIN:.0%}"
+        gain = COMPILE_GAIN.get(layout.device.type, 0.0)
+        pays = expected * gain > COMPILE_SECONDS and alone and _can_compile(layout)
+        cost = f"compiling takes {COMPILE_SECONDS:.0f} s and saves some {gain:.0%}"
         why = f"about {duration(expected)} of training; {cost}" if alone else "for a step of one worker"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
-        raise UsageError("train.compile=true needs a C++ compiler here (g++ or clang++); install one or use auto")
+        needs = "Triton and a C compiler" if layout.device.type == "cuda" else "a C++ compiler (g++ or clang++)"
+        raise UsageError(f"train.compile=true needs {needs} here; install what is missing or use auto")
     if compile and train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=layout.device.type != "cpu")
     return with_values(config, derived.values), replace(layout, compile=bool(compile)), derived.reasons
 
 
 def _can_compile(layout: Layout) -> bool:
-    import shutil
-
+    """A C++ compiler makes a CPU's kernels; Triton makes a GPU's, and has a C compiler make what launches them."""
     if layout.device.type == "cuda":
-        return True
+        compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+        return find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

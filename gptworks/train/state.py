@@ -150,6 +150,8 @@ class Saving(threading.Thread):
         self.groups = {name: _on_cpu(group) for name, group in state.groups().items()}
         self.text = json.dumps({**state.counters(), **facts}, indent=2) + "\n"
         self.read = threading.Event()
+        if next(state.model.parameters()).is_cuda:  # copied, so nothing has to wait
+            self.read.set()
         self.error: BaseException | None = None
         state.reader = self
 
@@ -306,10 +308,11 @@ def _slots(file: Path, state: State, parameters: Mapping[str, Tensor]) -> dict[t
     return {places[name]: value for name, value in weight_files.read(file).items()}
 
 
-def is_spike(norms: list[float], norm: float, threshold: float) -> bool:
-    """Whether a gradient norm lies `threshold` standard deviations above those before it; never on a short history."""
+def spike_limit(norms: list[float], threshold: float) -> float:
+    """`threshold` standard deviations above the gradient norms so far: beyond it, one is a spike. No limit after a
+    short history."""
     if len(norms) < WINDOW // 4:
-        return False
+        return math.inf
     mean = math.fsum(norms) / len(norms)
     deviation = math.sqrt(math.fsum((n - mean) ** 2 for n in norms) / len(norms))
-    return norm > mean + threshold * deviation
+    return mean + threshold * deviation

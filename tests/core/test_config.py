@@ -33,7 +33,10 @@ def refused(overrides: Any, *words: str) -> None:
         ("data.text_colum", "data.text_column"),
         ("max_steps", "train.max_steps"),
         ("train.dropout", "model.dropout"),
-        ("model.d_model", "model."),
+        ("model.d_model", "model.hidden_size"),
+        ("train.learning_rate", "train.lr"),
+        ("batch_size", "train.batch_tokens"),
+        ("model.n_layer", "model.num_hidden_layers"),
     ],
 )
 def test_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
@@ -389,3 +392,10 @@ def test_dump_of_a_mixture_reads_back_equal(
 ) -> None:
     tree = {"data": {"train": [{"path": path, "weight": weight} for path in paths]}}
     round_trip(config.build(tree, "test"), tmp_path_factory.getbasetemp() / "mixture.yaml", {})
+
+
+def test_a_prompt_may_have_commas() -> None:
+    asked = ["generate.prompts=To be, or not to be", "train.betas=0.8,0.9", "stages=train,generate"]
+    made = config.load("laptop", asked)
+    assert made.generate.prompts == ["To be, or not to be"]
+    assert made.train.betas == (0.8, 0.9) and made.stages == ["train", "generate"]

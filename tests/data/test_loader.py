@@ -412,3 +412,14 @@ def test_evaluation_predicts_every_token_once(total: int, context: int, data: st
             assert used[0][2] >= min(context - stride, used[0][0])  # the context that the window promises
         seen += [target for _, target, _ in used]
     assert seen == list(range(1, total))
+
+
+def test_a_run_made_longer_has_no_short_batches_but_where_it_was_to_end() -> None:
+    """Begun for one epoch, eight rows a batch, and then told to go on."""
+    begun = loader([16] * 11, rows=8, max_epochs=1)
+    assert 8 < len(begun.plan(0)) < 16
+    sizes, cursor = [], Cursor()
+    while cursor.epoch < 4:
+        batch, cursor = begun.take(cursor)
+        sizes.append(len(batch.tokens))
+    assert sizes[:2] == [8, len(begun.plan(0)) - 8] and set(sizes[2:]) == {8}

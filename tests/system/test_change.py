@@ -153,3 +153,19 @@ def test_the_course_written_down_is_the_course_that_was_run(train, tmp_path):
     resolved, _ = configuration.read_resolved(tmp_path / "run" / "config.yaml")
     course, peak = Course(resolved.train), resolved.train.lr
     assert rates(tmp_path / "run") == pytest.approx([peak * course.factor(step) for step in range(20)])
+
+
+def test_another_rate_alone_is_nothing_to_a_finished_run(train):
+    train()
+    with pytest.raises(RunMismatch, match="train.lr=0.5: the run is finished at step 12"):
+        train(**{"train.lr": 0.5})
+    assert train(**{"train.lr": 0.5, "train.max_steps": 14})["steps"] == 14
+
+
+def test_without_patience_a_run_gives_its_last_weights_again(train, tmp_path):
+    """And not those that were the best when it had patience."""
+    patient = train(**{"train.patience": 5})
+    assert patient["weights"] == "of the best evaluation"
+    again = train(**{"train.max_steps": 24})
+    assert again["weights"] == "last" and again["eval"]["loss"] < patient["eval"]["loss"]
+    assert lifecycle.verify(tmp_path / "run")["identical"]

@@ -16,7 +16,7 @@ from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.data.loader import Batch, Cursor, Loader
 from gptworks.data.shards import open_shards
 from gptworks.train import gradients as gradients_module
-from gptworks.train import hooks, loop
+from gptworks.train import hooks, loop, setup
 from gptworks.train.gradients import accumulate
 from gptworks.train.objectives import NextToken
 from gptworks.train.schedule import Course
@@ -123,6 +123,13 @@ def test_what_keeps_a_step_whole_refuses_workers(tiny_config, tmp_path, settings
     config = tiny_config(**{"train.threads": 2, "train.workers": 2, "model.dropout": 0} | settings)
     with pytest.raises(UsageError, match=reason):
         lifecycle.train(config, tmp_path / "run")
+
+
+def test_dropout_of_an_adapter_keeps_a_step_whole_too():
+    asked = ["model=base", "adapter=lora", "train.threads=2", "train.context=32", "train.batch_tokens=2048"]
+    for dropout, workers in ((0.0, 2), (0.1, 1)):
+        config = configuration.load(None, [*asked, f"adapter.dropout={dropout}"])
+        assert setup._workers(config, tiny.shape(), torch.device("cpu"), 64)[0] == workers
 
 
 def test_the_loss_is_the_mean_over_targets_and_not_over_rows():
@@ -268,7 +275,7 @@ def test_a_time_budget_becomes_a_step_count_and_is_kept(train, monkeypatch):
     assert 3 < result["seconds"] <= 8
 
 
-@pytest.mark.parametrize("every, steps", [(20, 57), (1000, 71)])
+@pytest.mark.parametrize("every, steps", [(20, 66), (1000, 71)])
 def test_a_plan_leaves_time_for_the_evaluations_that_are_to_come(every, steps, monkeypatch):
     """A second a step, 5 an evaluation, 30 s of 100 gone after ten steps; 2 s and 2 % are kept."""
     monkeypatch.setattr(hooks, "process_seconds", lambda: 30.0)
@@ -276,9 +283,12 @@ def test_a_plan_leaves_time_for_the_evaluations_that_are_to_come(every, steps, m
     config = configuration.load(None, {**values, "train.max_steps": 40, "train.schedule": "constant"})
     state = tiny.state(tiny.settings())
     state.step, state.seconds = 10, 10.0
-    budget = hooks.Budget(config, Course(config.train), 10**6, 5.0, state, lambda: None)
-    assert budget._decide(state, 1.0).length == steps
-    assert 90 < 30 + (steps - 10) + 5 * -(-steps // every) <= 100
+    course = Course(config.train)
+    change = hooks.Budget(config, course, 10**6, 5.0, state, lambda: None)._decide(state, 1.0)
+    assert change.length == steps
+    course.changes.append(change)
+    evaluations = sum(course.due(step, every) for step in range(11, steps + 1))
+    assert evaluations and 90 < 30 + (steps - 10) + 5 * evaluations <= 100
 
 
 def test_a_time_budget_that_is_over_before_it_begins_says_so(train, monkeypatch):

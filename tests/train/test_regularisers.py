@@ -14,7 +14,7 @@ from gptworks.core import folder
 from gptworks.core.errors import UsageError
 from gptworks.train import hooks, loop, state
 from gptworks.train.objectives import NextToken
-from gptworks.train.state import is_spike
+from gptworks.train.state import spike_limit
 
 
 def batch():
@@ -87,8 +87,19 @@ def test_the_model_folder_is_the_average_that_the_loss_was_measured_on(tiny_conf
 
 def test_a_spike_is_judged_by_the_spread_of_the_norms_before_it():
     calm = [1.0 + 0.1 * math.sin(i) for i in range(state.WINDOW)]
-    assert not is_spike(calm, 1.3, 6.0) and is_spike(calm, 1.6, 6.0)
-    assert not is_spike(calm[:20], 100.0, 6.0)  # too early to tell
+    assert 1.3 < spike_limit(calm, 6.0) < 1.6
+    assert spike_limit(calm[:20], 6.0) == math.inf  # too early to tell
+
+
+def test_a_spike_does_not_hide_the_next():
+    norms = [1.0 + 0.1 * math.sin(i) for i in range(state.WINDOW)]
+    for norm in (100.0, 50.0, 50.0, 20.0):
+        limit = spike_limit(norms, 6.0)
+        assert norm > limit
+        norms = [*norms, min(norm, limit)][-state.WINDOW :]
+    for _ in range(state.WINDOW):  # but a new level becomes the usual one
+        norms = [*norms, min(3.0, spike_limit(norms, 6.0))][-state.WINDOW :]
+    assert spike_limit(norms, 6.0) > 3.0
 
 
 def spoiled(monkeypatch, at, factor):
