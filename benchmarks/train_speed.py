@@ -42,6 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
 
     device = runtime.device()
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    torch.set_flush_denormal(True)  # as our runs do; for all
     if device.type == "cpu":
         torch.set_num_threads(runtime.cores())
     shape = SIZES[job["size"]] | {"context": job["context"]}
@@ -78,13 +79,15 @@ def rows_of(job: dict[str, Any]) -> int:
 def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any) -> tuple[list[float], int]:
     """The loop of the package, as `gptworks train` runs it."""
     import numpy as np
+    import torch
 
     from gptworks.core import runtime
-    from gptworks.core.config import Train
+    from gptworks.core.config import Config, Train
     from gptworks.data.loader import Loader
     from gptworks.data.shards import Stream
     from gptworks.model import build
     from gptworks.model.adapters import attach
+    from gptworks.train import setup
     from gptworks.train.loop import Layout, run
     from gptworks.train.objectives import NextToken
     from gptworks.train.optim import make_optimizers
@@ -93,14 +96,17 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
 
     runtime.reuse_memory()
     rates = {"lr": 1e-4, "adam_lr": 1e-4, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.1}
-    train = Train(optimizer=job["optimizer"], max_steps=10**6, **rates)
+    shape = {"context": job["context"], "threads": torch.get_num_threads(), "compile": job["compile"]}
+    train = Train(optimizer=job["optimizer"], max_steps=10**6, **rates, **shape)
     rows = rows_of(job)
+    workers, _ = setup._workers(Config(train=train), config, device, rows)
+    train = train.model_copy(update={"workers": workers})
     steps = job["warmup"] + job["steps"]
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (steps + 2) * rows * job["context"] + 2)
     loader = Loader(Stream(ids, np.zeros(1, dtype=np.int64), len(ids)), job["context"], rows, 1)
     model = build.fresh(config, 1)
     model = (attach(model, adapter, 1) if adapter else model).to(device)
-    layout = Layout(device, dtype, job["micro_batch"] or rows, job["compile"])
+    layout = Layout(device, dtype, job["micro_batch"] or -(-rows // workers), job["compile"])
     seconds: list[float] = []
 
     def watch(state: State, m: Any) -> None:

@@ -40,15 +40,18 @@ def flops_per_token(config: ModelConfig, context: int, part: Part | None = None)
     return 6.0 * (multiplied + added) - 2.0 * frozen + 6 * config.num_attention_heads * config.head_dim * seen
 
 
-def state_bytes(config: ModelConfig, optimizer: str, device: str = "cpu", part: Part | None = None) -> int:
+def state_bytes(
+    config: ModelConfig, optimizer: str, device: str = "cpu", part: Part | None = None, copies: int = 0
+) -> int:
     """Weights, gradients and optimizer state in float32, and the copies an update or a checkpoint makes: Muon turns all
     matrices of one shape at once, in about four copies of, at most, two thirds of the weights. Then what the loss of
-    the head needs whatever the rows: its gradient once more, and a chunk of logits with their exponentials."""
+    the head needs whatever the rows: its gradient once more, and a chunk of logits with their exponentials. `copies` is
+    how often the trained weights are kept beside: as their average, as the best."""
     slots = {"sgd": 1, "muon": 1}.get(optimizer, 2)
     chunk = max(LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]), LOGITS_ROWS * config.vocab_size * 4)
     head = 2 * config.vocab_size * config.hidden_size * 4 + 3 * chunk
     trained, weights = (part.trained, part.weights) if part else (parameter_count(config), 4 * parameter_count(config))
-    return weights + trained * 4 * (1 + slots + (3 if optimizer == "muon" else 1)) + head
+    return weights + trained * 4 * (1 + slots + copies + (3 if optimizer == "muon" else 1)) + head
 
 
 def row_bytes(config: ModelConfig, context: int, element: int, masked: bool) -> int:
@@ -86,6 +89,7 @@ def step_bytes(
     masked: bool = False,
     device: str = "cpu",
     part: Part | None = None,
+    copies: int = 0,
 ) -> int:
     """Peak memory of a training step with `rows` rows in each forward pass."""
-    return state_bytes(config, optimizer, device, part) + rows * row_bytes(config, context, element, masked)
+    return state_bytes(config, optimizer, device, part, copies) + rows * row_bytes(config, context, element, masked)

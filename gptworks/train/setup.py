@@ -318,9 +318,13 @@ def _layout(
     free = int(runtime.available_memory(device) * 0.9) // (ranks.per_machine if device.type == "cpu" else 1)
     a_row = row_bytes(architecture, train.context, element, masked)
 
+    # The average; the best, which is kept in the processor's memory; the model that a time budget is planned with.
+    copies = bool(train.ema) + (train.patience is not None and device.type == "cpu") + bool(train.time_budget_s)
+    state = state_bytes(architecture, train.optimizer, device.type, part, copies)
+
     def rows_of_each(workers: int) -> int:
         gradients = (workers - 1) * 4 * (part.trained if part else parameter_count(architecture))
-        return (free - state_bytes(architecture, train.optimizer, device.type, part) - gradients) // a_row // workers
+        return (free - state - gradients) // a_row // workers
 
     workers, why = _workers(config, architecture, device, wanted)
     if train.workers is None:
@@ -330,7 +334,8 @@ def _layout(
     fits = rows_of_each(workers)
 
     def need(context: int, rows: int) -> float:
-        return step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type, part) / 1e9
+        needed = step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type, part, copies)
+        return needed / 1e9
 
     if fits < 1:
         context = train.context

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptworks.core.config import Config
+from gptworks.model.config import parameter_count
 from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
 
 
@@ -121,6 +122,8 @@ def test_memory_grows_with_what_it_should():
     assert row_bytes(slid, 32, 4, False) == row_bytes(config, 32, 4, True)
     assert row_bytes(slid, 16, 4, False) == row_bytes(config, 16, 4, False)
     assert state_bytes(config, "sgd") < state_bytes(config, "adamw")
+    one_more = state_bytes(config, "adamw", copies=1) - state_bytes(config, "adamw")
+    assert one_more == 4 * parameter_count(config)
 
 
 def test_an_impossible_step_names_what_fits(monkeypatch):
