@@ -137,10 +137,13 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
 
 def _dry_run(config: Any, as_json: bool) -> str:
     from gptworks.core import config as configuration
+    from gptworks.model import hub
     from gptworks.plan.dial import derive_shape, derive_training
     from gptworks.train.setup import check_values
 
     check_values(config)
+    if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
+        raise DataError(f"{config.model.path}: no such model folder")
     reasons: dict[str, str] = {}
     asked = config
     if not config.model.path:

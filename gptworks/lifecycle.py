@@ -308,19 +308,22 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
                 console.say(f"sample   {made['tokens']} tokens, {made['tokens_per_second']:.0f} tokens/s")
                 console.say((made["prompt"] + made["text"]).strip())
         elif stage == "report":
-            _write_result(out, result)
+            _write_result(out, result, "train" in config.stages)
             result["report"] = str(report(out))
             console.say(f"report   {result['report']}")
-    _write_result(out, result)
+    _write_result(out, result, "train" in config.stages)
     return result
 
 
-def _write_result(out: Path, result: dict[str, Any]) -> None:
-    """A result.json says that the training is finished, so there is none without its figures."""
-    if "steps" in result:
+def _write_result(out: Path, result: dict[str, Any], whole: bool) -> None:
+    """A result.json says that the training is finished, so there is none without its figures. Time and memory are those
+    of the `whole` run, not of stages that came later by themselves."""
+    if "steps" not in result:
+        return
+    if whole:
         result["seconds"] = round(runtime.process_seconds(), 2)
         result["peak_memory_bytes"] = runtime.peak_memory()
-        folder.write_json(out / "result.json", result)
+    folder.write_json(out / "result.json", result)
 
 
 def _say_evaluation(found: dict[str, Any]) -> None:

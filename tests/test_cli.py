@@ -604,6 +604,7 @@ def test_later_stages_add_to_what_the_training_gave(
     result = json.loads(cli(*again, "stages=evaluate,generate").out)
     assert result["eval"] == trained["eval"] and result["generation"]
     assert result["evaluation"]["loss"] == pytest.approx(trained["eval"]["loss"], rel=1e-6)
+    assert all(result[key] == trained[key] for key in ("steps", "seconds", "peak_memory_bytes"))
     assert json.loads((tiny_run / "result.json").read_text())["steps"] == 12
 
 
@@ -649,6 +650,11 @@ def test_a_signal_ends_a_command_with_75(cli: Callable[..., Outcome], monkeypatc
 
     monkeypatch.setattr(lifecycle, "evaluate", lambda *asked: os.kill(os.getpid(), signal.SIGTERM))
     refused(cli("evaluate", "model", "--data", "text"), 75, "SIGTERM", "run the same command")
+
+
+def test_a_dry_run_from_a_model_that_is_not_there_is_65(cli: Callable[..., Outcome]) -> None:
+    refused(cli("train", "laptop", "model=nowhere", "--dry-run"), 65, "nowhere: no such model folder")
+    assert cli("train", "lora", "data.train=x.txt", "--dry-run").code == 0  # whose model is still to be named
 
 
 def test_version_and_help_are_no_errors(cli: Callable[..., Outcome]) -> None:

@@ -37,6 +37,11 @@ def local(model: str | Path, revision: str | None = None) -> Path:
             )
 
 
+def could_be(model: str) -> bool:
+    """Whether `local` has something to look for: a folder that is here, or what reads as a name on the hub."""
+    return Path(model).is_dir() or ID.fullmatch(model) is not None
+
+
 def origin(path: Path) -> tuple[str, str | None]:
     """`owner/name` and the commit of a folder in the hub's cache, which others can fetch too; of any other its path."""
     commit, snapshots, repository = path.name, path.parent.name, path.parent.parent.name
