@@ -223,7 +223,7 @@ def merge(
         ],
         "metrics": {f"eval_{key}": together[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")},
     }
-    build.save(out, merged, loaded.tokenizer, lineage, kept)
+    build.save(out, merged, loaded.tokenizer, lineage, kept, base=loaded)
     return {
         "model": str(out), "dtype": dtype, "data": text, "tokens": together["tokens"],
         "bits_per_byte": together["bits_per_byte"], "adapter_bits_per_byte": apart["bits_per_byte"],

@@ -661,3 +661,23 @@ def test_version_and_help_are_no_errors(cli: Callable[..., Outcome]) -> None:
     assert cli("--version").out.startswith("gptworks ")
     alone = cli()
     assert alone.code == 64 and alone.err.startswith("Usage:") and "error" not in alone.err
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_a_folder_of_somebody_elses_is_never_replaced(
+    cli: Callable[..., Outcome], tiny_overrides: list[str], name: str
+) -> None:
+    Path(name).mkdir()
+    Path(name, "mine.txt").write_text("years of work")
+    refused(cli("train", "../r.yaml", *tiny_overrides, "--out", "."), 64, "mine.txt", "choose another --out")
+    assert Path(name, "mine.txt").read_text() == "years of work" and not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "word"), [("generate.top_p=0", 64, "top_p"), (f"generate.prompts={'king ' * 60}", 64, "fewer than")]
+)
+def test_a_sample_that_cannot_be_made_is_known_before_the_training(
+    cli: Callable[..., Outcome], tiny_overrides: list[str], key: str, code: int, word: str
+) -> None:
+    refused(cli("train", "../r.yaml", *tiny_overrides, key, "--out", "run"), code, word)
+    assert not Path("run/checkpoints").exists()

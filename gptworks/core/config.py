@@ -287,7 +287,7 @@ class Generate(Section):
     max_new_tokens: Count = free(200, "length of a sample")
     temperature: NonNegative = free(0.8, "0 is greedy")
     top_k: Natural = free(0, "0: all")
-    top_p: Fraction = free(1.0, "nucleus")
+    top_p: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = free(1.0, "nucleus")
     min_p: Fraction = free(0.0, "drop tokens less likely than this share of the likeliest")
     repetition_penalty: Positive = free(1.0, "1: none")
 

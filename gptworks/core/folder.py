@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gptworks.core.errors import DataError, StorageError
+from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import size
 
@@ -158,7 +158,8 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
     `facts` go into the manifest as they are when the block ends; who has hashed a file while writing it leaves that in
     `known`, by name. If the block raises, `path` is what it was before. An existing folder at `path` is moved away only
     after the new one is durable; a process that dies between those two renames leaves the old one beside `path`, and
-    the next `commit` puts it back first.
+    the next `commit` puts it back first. What others put into a folder of ours goes along into the new one; a folder
+    that is not ours is left alone (UsageError).
     """
     aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with storage_errors(path):
@@ -177,6 +178,8 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
                 files[name] = {"bytes": file.stat().st_size, "sha256": digest}
             failpoint("folder.manifest")
             write_manifest(aside, {**(facts or {}), "files": files})
+            for guest in guests(path, {file.name for file in aside.iterdir()}):
+                _copy(guest, aside / guest.name)
             for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
                 fsync(folder)
             failpoint("folder.rename")
@@ -198,6 +201,33 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def guests(path: Path, ours: set[str] | None = None) -> list[Path]:
+    """What lies in a folder of ours and is not ours: neither in its manifest nor among the names of `ours`.
+
+    Raises UsageError where there is no manifest and something else: then it is a folder of somebody's.
+    """
+    known = {MANIFEST, *(ours or ())}
+    try:
+        known |= {name.partition("/")[0] for name in read_manifest(path)["files"]} if path.is_dir() else set()
+        written = True
+    except DataError:
+        written = False
+    found = sorted(entry for entry in (path.iterdir() if path.is_dir() else ()) if entry.name not in known)
+    if found and not written:
+        raise UsageError(
+            f"{path}: has files that gptworks did not write ({found[0].name}), and would be replaced; choose another "
+            "--out or data.shards"
+        )
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _is_entry(entry: Any) -> bool:

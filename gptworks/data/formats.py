@@ -7,7 +7,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, fin
             if isinstance(row, Unreadable):
                 raise row
             if column is None and isinstance(row, dict):
-                column = _text_column([name for name, value in row.items() if isinstance(value, str)], row)
+                texts = [name for name, value in row.items() if isinstance(value, str)]
+                nested = any(isinstance(value, (dict, list)) for value in row.values())
+                column = _text_column(texts, row, row, nested)
                 findings.columns[column] += 1
             text = without_surrogates(_text_of(row, column), options, findings)
         except Ambiguous as problem:
@@ -105,12 +107,15 @@ def _text_of(row: Any, column: str | None) -> str:
     return row[column]
 
 
-def _text_column(texts: list[str], every: Iterable[str]) -> str:
-    """The column to take: one of the usual names, or the only one that holds text."""
-    for name in (*COLUMNS, *(texts if len(texts) == 1 else ())):
-        if name in texts:
+def _text_column(texts: list[str], every: Collection[str], usual: Collection[str], nested: bool) -> str:
+    """The column to take of `every`: one of the usual names, if it is among `usual`, or the only one of `texts`, if no
+    other holds lists or objects, which may be what was meant."""
+    for name in COLUMNS:
+        if name in usual:
             return name
-    if not texts:
+    if len(texts) == 1 and not nested:
+        return texts[0]
+    if not texts and not nested:
         raise Unreadable(f"no column holds text (it has: {_listed(every)})")
     raise Ambiguous(f"cannot tell which column is the text ({_listed(every)}); set data.text_column")
 
@@ -372,13 +377,16 @@ def parquet_file(path: Path, options: Data, findings: Findings) -> Iterator[Piec
 def _parquet_column(path: Path, schema: Any, options: Data) -> str:
     """The name of the text column. Raises DataError."""
 
+    from pyarrow.types import is_dictionary, is_nested
+
     def holds(field: Any, *types: str) -> bool:
-        return str(getattr(field.type, "value_type", field.type)) in types  # a dictionary's values are of value_type
+        return str(field.type.value_type if is_dictionary(field.type) else field.type) in types
 
     texts = [field.name for field in schema if holds(field, "string", "large_string", "string_view")]
     try:
         if options.text_column is None:
-            return _text_column(texts, schema.names)
+            nested = any(is_nested(field.type) for field in schema)
+            return _text_column(texts, schema.names, texts, nested)
         if options.text_column not in schema.names:
             raise Unreadable(f"no column {options.text_column!r} (it has: {_listed(schema.names)})")
         found = schema.field(options.text_column)

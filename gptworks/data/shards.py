@@ -32,6 +32,9 @@ from gptworks.data.tokenizer import Tokenizer, sample
 
 VERSION = 2
 DTYPES = ("<u2", "<u4")
+FILES = {f"{split}.{kind}" for split in ("train", "eval") for kind in ("tokens", "documents")} | {
+    "tokenizer.json", "tokenizer_config.json", "validation.jsonl",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,13 +159,15 @@ def prepare(
     if (path / folder.MANIFEST).is_file():
         damage, change = _reason_to_rewrite(path, settings, sources + held)
         if not damage and not change:
-            return open_shards(path, verified=True)
+            return open_shards(path, verified=True, tokenizer=given)
         if change and not (data.shards is None if own is None else own):
             raise RunMismatch(
                 f"{path}: these shards were made otherwise and other runs may use them: {change}; name another "
                 "data.shards, ask for what they have, or delete them"
             )
         console.say(f"data     shards are rewritten: {damage or change}")
+    else:
+        folder.guests(path, FILES)  # others' files are a reason not to begin
     tokenizer = _build(data, asked, given, Split(data, sources, held), sources + held, settings, path)
     return open_shards(path, verified=True, tokenizer=tokenizer)
 
@@ -306,6 +311,7 @@ def _build(
         known |= {f"{name}.tokens": writer.hash.hexdigest() for name, writer in writers.items()}
         facts |= {"dtype": writers["train"].dtype.str, "sources": _stamps(sources), "source_sha256": _hashes(sources)}
         facts["found"] = _table(findings, writers, facts["splits"], data)
+        facts["findings"] = found.lines(facts["found"])
         _refuse_empty(facts["splits"], data)
     console.clear()
     splits, documents = facts["splits"], facts["found"][-1]["documents"]
@@ -314,7 +320,7 @@ def _build(
         f"from {documents:,} document{'s' * (documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
         f"({tokenizer.engine}); {split.how}"
     )
-    for line in found.lines(facts["found"]):
+    for line in facts["findings"]:
         console.say(f"data     {line}")
     return tokenizer
 

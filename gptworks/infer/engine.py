@@ -1,5 +1,6 @@
 """Text from a model: one sequence, token by token, with a key-value cache."""
 
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class Engine:
         config, device = self.model.config, next(self.model.parameters()).device
         limit = config.max_position_embeddings
         cache = KeyValueCache(config.num_hidden_layers, limit) if cached else None
-        generator = torch.Generator().manual_seed(how.seed if how.seed is not None else torch.seed() % 2**63)
+        generator = torch.Generator().manual_seed(how.seed if how.seed is not None else secrets.randbits(63))
         control = set(self.tokenizer.control_tokens.values())
         text = _Text(self.tokenizer, stop, [i for i in ids if i not in control])
         result.prompt_tokens = len(ids)

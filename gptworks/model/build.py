@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,10 +20,11 @@ from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import card, hub, peft
 from gptworks.model import weights as weight_files
 from gptworks.model.config import ModelConfig, parameter_count
-from gptworks.model.families import FAMILIES, from_hf_config
+from gptworks.model.families import BUFFERS, FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer, sinusoids
 
 LINEAGE = "gptworks.json"
+TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
 SHARD = 5_000_000_000  # bytes of a weight file, as transformers cuts them
 SMALL = ["config.json", "tokenizer.json", INDEX]  # checked against the manifest before, weights while they are read
@@ -197,13 +199,14 @@ def read_weights(
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
     with torch.device("meta"):  # shapes without values
         compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
-    missing = Counter(map(_together, shapes))
+    missing = Counter(_together(name) for name in shapes if not name.endswith(BUFFERS))
     waiting = defaultdict[str, dict[str, Tensor]](dict)
     weights: dict[str, Tensor] = {}
     for file in files:
         if mmap and hashes is not None:
             hashes[file.name] = folder.sha256(file)
-        for name, value in weight_files.mapped(file, dtype) if mmap else weight_files.stream(file, dtype, hashes):
+        read = weight_files.mapped(file, dtype, BUFFERS) if mmap else weight_files.stream(file, dtype, hashes, BUFFERS)
+        for name, value in read:
             group = _together(name)
             waiting[group][name] = value
             del value  # so that what is mapped to another tensor goes before the next one comes
@@ -287,12 +290,13 @@ def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def save(
     path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD,
+    shard_bytes: int = SHARD, base: Loaded | None = None,
 ) -> None:  # fmt: skip
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
 
     Weights are written in `dtype`, each in its own if that is None, to files of `shard_bytes` at most, but for a tensor
     that is larger. `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into README.md.
+    The chat template and the tokens that end a text are those of `base`.
     Raises NotFinite, and StorageError, where the disk lacks room before anything is written.
     """
     config = model.config
@@ -307,7 +311,11 @@ def save(
         # transformers gives that row of the embedding no gradient, and ours ends texts. Some classes have a default.
         "pad_token_id": None,
     }
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    ends = sorted({*(base.stop_ids if base else ()), *own})
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": tokenizer.eos_id}
+    if len(ends) > 1:
+        special["eos_token_id"] = ends
     ours = {name: value.to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()}
     weights = family.write_weights(ours, config)
     folder.check_space(path, sum(value.nbytes for value in weights.values()))
@@ -325,6 +333,8 @@ def save(
             }
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         tokenizer.save(aside)
+        if base and (template := base.home / TEMPLATE).is_file():
+            shutil.copyfile(template, aside / TEMPLATE)
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card.text(path, lineage), encoding="utf-8")
 
@@ -347,6 +357,7 @@ def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor
 def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, lineage: dict[str, Any]) -> None:
     """Writes the adapters alone, as a folder that PEFT opens, in one atomic step."""
     name, commit = hub.origin(base)
+    name = name if commit else str(base.resolve())
     raw, tensors = peft.write(model, adapter, name)
     raw["revision"] = commit
     with folder.commit(path) as aside:

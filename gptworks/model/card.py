@@ -28,7 +28,9 @@ def text(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
     header: dict[str, Any] = {"library_name": "transformers" if base is None else "peft"}
     parents = [parent["path"].partition("@") for parent in lineage.get("parents", [])]
-    if base or (base := next((owner for owner, at, _ in parents if at and hub.ID.fullmatch(owner)), None)):
+    if base and Path(base).is_absolute():  # a folder here means nothing to others
+        pass
+    elif base or (base := next((owner for owner, at, _ in parents if at and hub.ID.fullmatch(owner)), None)):
         header["base_model"] = base
     header |= lineage.get("license", {})
     header |= {"pipeline_tag": "text-generation", "tags": ["gptworks"]}

@@ -122,6 +122,8 @@ def _asking(what: str) -> Iterator[None]:
         raise StorageError(f"{what}: the hub answers {status}; try again later") from None
     except errors.HFValidationError as error:
         raise DataError(f"{what}: no name of a model on the hub: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{what}: the hub refuses it: {' '.join(str(error).split())}") from None
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError) as error:
         cause = error.__cause__ or error
         raise StorageError(

@@ -49,10 +49,10 @@ def read(file: Path) -> dict[str, Tensor]:
 
 
 def stream(
-    file: Path, dtype: torch.dtype | None = None, hashes: dict[str, str] | None = None
+    file: Path, dtype: torch.dtype | None = None, hashes: dict[str, str] | None = None, skip: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """The same one by one in memory of their own, in the order of the file, as stored or in `dtype`. The file's SHA-256
-    comes into `hashes` under its name in the end.
+    comes into `hashes` under its name in the end. Tensors whose names end as in `skip` may hold anything.
 
     Raises DataError for a tensor that does not hold finite floating-point numbers, at the latest in the end.
     """
@@ -69,7 +69,7 @@ def stream(
 
     def tensor(name: str, entry: dict[str, Any]) -> Tensor:
         if (stored := FLOATING.get(entry["dtype"])) is None:
-            raise _unusable(file, name)
+            raise DataError(f"{file}: {name[:200]} holds {entry['dtype']}, no floating-point numbers")
         made = _room(entry["shape"], dtype or stored)
         begin, end = entry["data_offsets"]
         if end - begin != made.numel() * stored.itemsize or front + begin != raw.tell():
@@ -83,6 +83,16 @@ def stream(
             behind.do(look, name, part, content)
         return made
 
+    def pass_over(name: str, entry: dict[str, Any]) -> None:
+        begin, end = entry["data_offsets"]
+        if front + begin != raw.tell():
+            raise ValueError(f"{name[:200]} is not where the one before it ends")
+        while begin < end:
+            content = bytearray(min(PIECE, end - begin))
+            _fill(raw, content)
+            behind.do(digest.update, content)
+            begin += len(content)
+
     with _reading(file), open(file, "rb", buffering=0) as raw, _Behind(AHEAD) as behind:
         size = raw.read(8)
         head = raw.read(int.from_bytes(size, "little"))
@@ -90,13 +100,16 @@ def stream(
         digest.update(size + head)
         entries = {name: entry for name, entry in json.loads(head).items() if name != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            yield name, tensor(name, entry)
+            if name.endswith(skip):
+                pass_over(name, entry)
+            else:
+                yield name, tensor(name, entry)
         behind.catch_up()
     if hashes is not None:
         hashes[file.name] = digest.hexdigest()
 
 
-def mapped(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def mapped(file: Path, dtype: torch.dtype | None = None, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """As `stream`, but tensors that are not converted stay in the file, and memory holds what of it is in use.
 
     Where a tensor begins in memory then follows from the file, and sums may differ in the last bits from those of a
@@ -104,6 +117,8 @@ def mapped(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, 
     """
     with _opened(file) as opened:
         for name in opened.keys():  # noqa: SIM118
+            if name.endswith(skip):
+                continue
             value = opened.get_tensor(name)
             if not value.is_floating_point() or not all(map(_finite, value.reshape(-1).split(PIECE))):
                 raise _unusable(file, name)

@@ -421,14 +421,15 @@ def lineage(run: Run) -> str:
     rows: list[tuple[str, Any]] = []
     for key, value in run.lineage.items():
         for one in value if isinstance(value, list) else [value]:
-            if key not in ("config", "metrics", "split") and one not in (None, ""):
+            if key not in ("config", "metrics", "split") and one not in (None, "", {}):
                 told = joined(" · ", *map(str, one.values())) if isinstance(one, dict) else one
                 rows.append((LABELS.get(key, key), code(told)))
     if run.lineage and not run.lineage.get("parents"):
         rows.append(("parent", "none, trained from scratch"))
-    for label, digest in (
-        ("tokenizer fingerprint", run.data.get("tokenizer")),
-        ("SHA-256 of the weights", get(run.weights, "files", "model.safetensors", "sha256")),
-    ):
-        rows.append((label, code(digest) if digest else None))
+    weights = [
+        entry.get("sha256") for name, entry in mappings(run.weights.get("files")) if name.endswith(".safetensors")
+    ]
+    for label, digest in (("tokenizer fingerprint", run.data.get("tokenizer")), ("SHA-256 of the weights", weights)):
+        told = joined(", ", *map(str, digest)) if isinstance(digest, list) else digest
+        rows.append((label, code(told) if told else None))
     return section("Lineage", table("facts", rows))

@@ -32,6 +32,8 @@ from gptworks.train.state import listing, newest_good, restore, using
 def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     """What the main process does: everything."""
     resolved, different = _continued(config, out)
+    if not (out / "model" / folder.MANIFEST).exists():
+        folder.guests(out / "model")  # replaced at the end: what is not ours there is a reason not to begin
     finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
         console.say(f"run      {out} is finished; --fresh starts it over")
@@ -67,7 +69,8 @@ def follow(config: Config, out: Path) -> dict[str, Any]:
         raise RunMismatch(f"rank {ranks.rank} was started with another configuration than rank 0; start all with one")
     resolved = configuration.build(plan["config"], "the main process's configuration")
     base = _base(resolved)
-    shards = shard_folder.open_shards(Path(resolved.data.shards or out / "data"))
+    place = Path(resolved.data.shards or out / "data")
+    shards = shard_folder.open_shards(place, tokenizer=base.tokenizer if base else None)
     run = setup.decide(resolved, shards, base, resolved=True)
     if plan["restore"]:
         folder.verify(Path(plan["restore"]))
@@ -146,7 +149,7 @@ def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
     path = Path(config.data.shards or out / "data")
     if listing(out / "checkpoints") and path.is_dir():
         try:
-            return shard_folder.open_shards(path)
+            return shard_folder.open_shards(path, tokenizer=base.tokenizer if base else None)
         except DataError as error:
             console.warn(f"{error}; making the shards again from the text")
     own = path.resolve() == (out / "data").resolve()
@@ -266,7 +269,7 @@ def _finish(
     if run.base and config.adapter.kind:
         build.save_adapter(out / "model", state.model, config.adapter, run.base.home, lineage)
     else:
-        build.save(out / "model", state.model, run.shards.tokenizer, lineage)
+        build.save(out / "model", state.model, run.shards.tokenizer, lineage, base=run.base)
     result["seconds"] = round(runtime.process_seconds(), 2)
     folder.write_json(out / "result.json", result)
     console.say(

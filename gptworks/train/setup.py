@@ -122,7 +122,12 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         check_ids(split, architecture.vocab_size, str(shards.path))
 
     for prompt in config.generate.prompts:
-        tokenizer.encode(prompt)  # a prompt that the vocabulary cannot spell is an error now, not after the training
+        # A prompt that cannot be continued is an error now, not after the training.
+        size, limit = len(tokenizer.front + tokenizer.encode(prompt)), architecture.max_position_embeddings
+        if size >= limit:
+            raise UsageError(
+                f"generate.prompts: {prompt[:40]!r} has {size:,} tokens; the model takes fewer than {limit:,}"
+            )
 
     config, device, dtype, more = _machine(config)
     reasons |= more

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gptworks.core import folder, runtime
-from gptworks.core.errors import DataError, RunMismatch, StorageError
+from gptworks.core.errors import DataError, RunMismatch, StorageError, UsageError
 
 
 def make(path: Path, text: str = "hello") -> None:
@@ -191,3 +191,27 @@ def test_every_bit_of_a_manifest_is_checked(tmp_path: Path) -> None:
             file.write_bytes(damaged)
             with pytest.raises(DataError):
                 folder.verify(tmp_path / "x")
+
+
+def test_what_others_put_beside_our_files_goes_along(tmp_path: Path) -> None:
+    with folder.commit(tmp_path / "d") as aside:
+        (aside / "a.txt").write_text("one")
+        (aside / "gone.txt").write_text("of the first version")
+    (tmp_path / "d" / "notes.txt").write_text("a person's")
+    (tmp_path / "d" / "more").mkdir()
+    (tmp_path / "d" / "more" / "b.txt").write_text("a person's too")
+    with folder.commit(tmp_path / "d") as aside:
+        (aside / "a.txt").write_text("two")
+    assert (tmp_path / "d" / "a.txt").read_text() == "two" and not (tmp_path / "d" / "gone.txt").exists()
+    assert (tmp_path / "d" / "notes.txt").read_text() == "a person's"
+    assert (tmp_path / "d" / "more" / "b.txt").read_text() == "a person's too"
+    assert set(folder.verify(tmp_path / "d")["files"]) == {"a.txt"}
+
+
+def test_a_folder_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "corpus.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="corpus.txt"), folder.commit(tmp_path / "d") as aside:
+        (aside / "a.txt").write_text("one")
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["corpus.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]

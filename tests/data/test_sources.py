@@ -81,6 +81,19 @@ def test_text_column_is_found_and_named(tmp_path: Path, row: dict[str, Any], col
     assert findings.columns == {column: 1}
 
 
+def test_a_usual_column_is_taken_whatever_its_first_row_holds(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": null, "id": "doc-1"}\n{"text": "T", "id": "doc-2"}')
+    with pytest.raises(DataError, match="null, not text"):
+        documents(path)
+    assert documents(path, max_bad_rows=0.5) == ["T"]
+
+
+@pytest.mark.parametrize("row", [{"messages": [{"role": "user"}], "source": "web"}, {"conversations": [], "id": "x"}])
+def test_what_lies_beside_a_conversation_is_not_taken_for_the_text(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="cannot tell which column is the text"):
+        documents(write(tmp_path / "a.jsonl", json.dumps(row)))
+
+
 def test_text_column_is_chosen(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "no", "body": "yes"}')
     assert documents(path, text_column="body") == ["yes"]

@@ -137,3 +137,36 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, family, sto
         [sys.executable, "-c", MEASURE, str(tmp_path / "model")], capture_output=True, text=True, check=True
     )
     assert 1.0 < int(done.stdout) / size < 1.2
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_masks_that_old_folders_store_are_passed_over(tmp_path, mmap):
+    """Of any type, and with values that are not finite: they are no weights."""
+    saved = tiny.model(family="gpt2")
+    build.save(tmp_path / "m", saved, tiny.tokenizer(), {})
+    for name in ("gptworks.json", "manifest.json"):  # as of another program
+        (tmp_path / "m" / name).unlink()
+    file = tmp_path / "m" / "model.safetensors"
+    mask = torch.ones(1, 1, 4, 4).tril()
+    kinds = {"bias": mask.bool(), "masked_bias": torch.tensor(-torch.inf, dtype=torch.float16)}
+    extra = {f"transformer.h.{layer}.attn.{name}": value.clone() for layer in (0, 1) for name, value in kinds.items()}
+    extra["transformer.h.1.attn.bias"] = mask.to(torch.uint8)
+    save_file({**load_file(file), **extra}, file)
+    found = build.load(tmp_path / "m", mmap=mmap).model
+    ids = tiny.tokens(1, 8)
+    assert torch.equal(found(ids), saved(ids))
+
+
+def test_what_a_base_has_beside_its_weights_goes_along(tmp_path):
+    saved, tokenizer = tiny.model(family="qwen3"), tiny.tokenizer()
+    build.save(tmp_path / "base", saved, tokenizer, {})
+    base = tmp_path / "base"
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    (base / "manifest.json").unlink()
+    (base / "gptworks.json").unlink()
+    loaded = build.load(base)
+    build.save(tmp_path / "tuned", loaded.model, loaded.tokenizer, {}, base=loaded)
+    again = build.load(tmp_path / "tuned")
+    assert again.stop_ids == loaded.stop_ids and {3, 5} <= set(again.stop_ids)
+    assert (tmp_path / "tuned" / "chat_template.jinja").read_text() == "{{ messages }}"
