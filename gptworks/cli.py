@@ -26,9 +26,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from gptworks import __version__
+        from importlib.metadata import version
 
-        _put(f"gptworks {__version__}\n")
+        _put(f"gptworks {version('gptworks')}\n")
         raise typer.Exit
 
 
