@@ -176,7 +176,7 @@ def losses_of_whole_lines(run: Path) -> list[tuple[int, float, float]]:
 
 
 def test_stopped_between_the_last_checkpoint_and_the_model_folder(straight, tiny_config, tmp_path, monkeypatch):
-    def killed(*arguments):
+    def killed(*arguments, **options):
         raise SystemExit("killed")
 
     config, out = tiny_config(**STEADY), tmp_path / "run"
