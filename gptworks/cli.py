@@ -143,7 +143,7 @@ def _dry_run(config: Any, as_json: bool) -> str:
 
     check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
-        raise DataError(f"{config.model.path}: no such model folder")
+        raise UsageError(f"model.path={config.model.path}: no such folder, and no name on the hub")
     reasons: dict[str, str] = {}
     asked = config
     if not config.model.path:

@@ -652,8 +652,8 @@ def test_a_signal_ends_a_command_with_75(cli: Callable[..., Outcome], monkeypatc
     refused(cli("evaluate", "model", "--data", "text"), 75, "SIGTERM", "run the same command")
 
 
-def test_a_dry_run_from_a_model_that_is_not_there_is_65(cli: Callable[..., Outcome]) -> None:
-    refused(cli("train", "laptop", "model=nowhere", "--dry-run"), 65, "nowhere: no such model folder")
+def test_a_dry_run_from_a_model_that_is_not_there_is_64(cli: Callable[..., Outcome]) -> None:
+    refused(cli("train", "laptop", "model=nowhere", "--dry-run"), 64, "model.path=nowhere", "no such folder")
     assert cli("train", "lora", "data.train=x.txt", "--dry-run").code == 0  # whose model is still to be named
 
 
