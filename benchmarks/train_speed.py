@@ -99,7 +99,7 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
     shape = {"context": job["context"], "threads": torch.get_num_threads(), "compile": job["compile"]}
     train = Train(optimizer=job["optimizer"], max_steps=10**6, **rates, **shape)
     rows = rows_of(job)
-    workers, _ = setup._workers(Config(train=train), config, device, rows)
+    workers = job["workers"] or setup._workers(Config(train=train), config, device, rows)[0]
     train = train.model_copy(update={"workers": workers})
     steps = job["warmup"] + job["steps"]
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (steps + 2) * rows * job["context"] + 2)
@@ -144,6 +144,7 @@ def main() -> None:
     arguments.add_argument("--who", nargs="+", choices=WHO, default=["ours", "transformers", "textbook"])
     arguments.add_argument("--tokens", type=int, default=4096, help="of a step; at least one row")
     arguments.add_argument("--micro-batch", type=int, help="rows of our forward passes (default: the whole step)")
+    arguments.add_argument("--workers", type=int, help="of ours, as train.workers (default: as a run chooses)")
     arguments.add_argument("--steps", type=int, default=5, help="timed, after --warmup")
     arguments.add_argument("--warmup", type=int, default=2)
     arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -164,7 +165,8 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {who: [] for who in options.who}
         for _ in range(options.runs):  # in turns, so that all meet the same machine
             for who in options.who:
-                job = {**common, "who": who, "size": size, "context": context, "micro_batch": options.micro_batch}
+                job = {**common, "who": who, "size": size, "context": context, "micro_batch": options.micro_batch,
+                       "workers": options.workers}  # fmt: skip
                 done = child([sys.executable, __file__, json.dumps(job)])
                 found[who].append(json.loads(done["stdout"].splitlines()[-1]))
         rate = max([rate, *(one["matmul_flops"] for each in found.values() for one in each)])
