@@ -637,6 +637,7 @@ def test_an_eval_file_is_read_with_the_runs_own_settings(
 def test_fresh_sets_nothing_but_a_run_aside(cli: Callable[..., Outcome], tiny_overrides: list[str], out: str) -> None:
     Path("papers").mkdir()
     Path("papers/thesis.txt").write_text("years of work")
+    Path("papers/data").mkdir()  # a name that a run has too
     refused(cli("train", "../r.yaml", *tiny_overrides, "--fresh", "--out", out), 64, "choose another --out")
     assert Path("papers/thesis.txt").read_text() == "years of work"
 

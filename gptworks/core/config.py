@@ -452,8 +452,9 @@ def _takes_text(annotation: Any) -> bool:
 
 # What others call our keys: nanoGPT's and Hugging Face's names.
 ELSEWHERE = {
-    "batch_size": "train.batch_tokens", "beta1": "train.betas", "block_size": "train.context", "d_model":
-    "model.hidden_size", "dtype": "train.precision", "epochs": "train.max_epochs", "eval_interval": "train.eval_every",
+    "batch_size": "train.batch_tokens", "beta1": "train.betas", "block_size": "train.context",
+    "d_model": "model.hidden_size", "dtype": "train.precision", "epochs": "train.max_epochs",
+    "eval_interval": "train.eval_every",
     "gradient_accumulation_steps": "train.micro_batch", "grad_clip": "train.clip", "learning_rate": "train.lr",
     "lr_scheduler_type": "train.schedule", "max_iters": "train.max_steps", "max_seq_length": "train.context",
     "n_embd": "model.hidden_size", "n_head": "model.num_attention_heads", "n_layer": "model.num_hidden_layers",

@@ -159,8 +159,9 @@ def _shards(config: Config, base: Loaded | None, out: Path) -> Shards:
 def set_aside(out: Path) -> None:
     """Moves an old run out of the way, to `out.1`, `out.2`, ... Raises UsageError for a folder that is none."""
     if out.exists():
-        there = {path.name for path in out.iterdir()} - {".lock"}
-        if (there and not there & {"config.yaml", "data", "model", "checkpoints"}) or out.resolve() == Path.cwd():
+        there = any(path.name != ".lock" for path in out.iterdir())
+        marks = ("config.yaml", "checkpoints", f"data/{folder.MANIFEST}", f"model/{folder.MANIFEST}")
+        if (there and not any((out / mark).exists() for mark in marks)) or out.resolve() == Path.cwd():
             raise UsageError(f"--fresh sets an old run aside, and {out} is none; choose another --out")
         number = 1
         while out.with_name(f"{out.name}.{number}").exists():

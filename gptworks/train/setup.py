@@ -75,20 +75,15 @@ class Run:
 
 def check(config: Config) -> None:
     """Raises UsageError for what is wrong whatever the text is, before anything is read or written."""
-    _check_given(config)
-    check_values(config)
-
-
-def _check_given(config: Config) -> None:
-    """What a recipe leaves to its user is there."""
     if "???" in (config.data.train if isinstance(config.data.train, list) else [config.data.train]):
         raise UsageError("this recipe trains on a text of yours: add data.train=FILE (a file, folder or glob)")
     if config.model.path == "???":
         raise UsageError("this recipe starts from a model of yours: add model=FOLDER")
+    check_values(config)
 
 
 def check_values(config: Config) -> None:
-    """What the keys say, each by itself and together. Raises UsageError."""
+    """The part of `check` that holds before a recipe's own text and model are named. Raises UsageError."""
     if config.adapter.base not in (None, "fp32", "bf16"):
         scheme(config.adapter.base)
     resolve("optimizer", OPTIMIZERS, config.train.optimizer)
@@ -319,7 +314,7 @@ def _layout(
     derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
     wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
-    masked = config.data.mask_documents and device.type == "cpu"  # a GPU's kernels write out no attention matrix
+    masked = config.data.mask_documents and device.type != "cuda"  # whose kernels write out no attention matrix
     free = int(runtime.available_memory(device) * 0.9) // (ranks.per_machine if device.type == "cpu" else 1)
     a_row = row_bytes(architecture, train.context, element, masked)
 
