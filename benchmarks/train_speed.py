@@ -106,7 +106,8 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
     loader = Loader(Stream(ids, np.zeros(1, dtype=np.int64), len(ids)), job["context"], rows, 1)
     model = build.fresh(config, 1)
     model = (attach(model, adapter, 1) if adapter else model).to(device)
-    layout = Layout(device, dtype, job["micro_batch"] or -(-rows // workers), job["compile"])
+    micro_batch = job["micro_batch"] or setup.useful_rows(device, rows, job["context"], workers)
+    layout = Layout(device, dtype, micro_batch, job["compile"])
     seconds: list[float] = []
 
     def watch(state: State, m: Any) -> None:
@@ -143,7 +144,7 @@ def main() -> None:
     arguments.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096])
     arguments.add_argument("--who", nargs="+", choices=WHO, default=["ours", "transformers", "textbook"])
     arguments.add_argument("--tokens", type=int, default=4096, help="of a step; at least one row")
-    arguments.add_argument("--micro-batch", type=int, help="rows of our forward passes (default: the whole step)")
+    arguments.add_argument("--micro-batch", type=int, help="rows of our forward passes (default: as a run chooses)")
     arguments.add_argument("--workers", type=int, help="of ours, as train.workers (default: as a run chooses)")
     arguments.add_argument("--steps", type=int, default=5, help="timed, after --warmup")
     arguments.add_argument("--warmup", type=int, default=2)
@@ -157,8 +158,7 @@ def main() -> None:
         options.who = ["ours", "experts"]
     if options.lora:
         options.who = [who for who in options.who if who != "textbook"]
-    print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "to ours"))
-    rows, rate = [], 0.0
+    rows: list[dict[str, Any]] = []
     names = ("tokens", "steps", "warmup", "precision", "optimizer", "compile", "lora", "moe")
     common = {name: getattr(options, name) for name in names}
     for size, context in product(options.sizes, options.contexts):
@@ -169,19 +169,26 @@ def main() -> None:
                        "workers": options.workers}  # fmt: skip
                 done = child([sys.executable, __file__, json.dumps(job)])
                 found[who].append(json.loads(done["stdout"].splitlines()[-1]))
-        rate = max([rate, *(one["matmul_flops"] for each in found.values() for one in each)])
-        for who, each in found.items():
-            speeds = [one["tokens_per_second"] for one in each]
-            pairs = zip(speeds, (one["tokens_per_second"] for one in found.get("ours", each)), strict=True)
-            ratio = statistics.median(speed / ours for speed, ours in pairs)
-            peak = statistics.median(one["peak_bytes"] for one in each) / 1e9
-            used = spread([100 * one["flops"] / rate for one in each], 0)
-            print(
-                ROW.format(size, context, WHO[who], spread(speeds, 0), used, f"{peak:.2f}", f"{ratio:.2f}"), flush=True
-            )
-            rows.append({"size": size, "context": context, "who": who, "runs": each})
-    print(f"best matmul rate: {rate / 1e9:.0f} GFLOP/s")
-    write(options.json, {"options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": rows})
+                speed = found[who][-1]["tokens_per_second"]
+                print(f"{size} {context} {WHO[who]}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+        rows += [{"size": size, "context": context, "who": who, "runs": each} for who, each in found.items()]
+        write(options.json, {"options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": rows})
+    show(rows, common)
+
+
+def show(rows: list[dict[str, Any]], common: dict[str, Any]) -> None:
+    rate = max(one["matmul_flops"] for row in rows for one in row["runs"])
+    asked = ", ".join(f"{name} {value}" for name, value in common.items())
+    print(f"{asked}; shares of {rate / 1e9:.0f} GFLOP/s, the best matmul rate that any found")
+    print(ROW.format("size", "context", "who", "tokens/s", "% of matmul rate", "peak GB", "to ours"))
+    speeds = {(row["size"], row["context"], row["who"]): [r["tokens_per_second"] for r in row["runs"]] for row in rows}
+    for row, (place, own) in zip(rows, speeds.items(), strict=True):
+        pairs = zip(own, speeds.get((*place[:2], "ours"), own), strict=True)
+        ratio = statistics.median(speed / ours for speed, ours in pairs)
+        peak = statistics.median(one["peak_bytes"] for one in row["runs"]) / 1e9
+        used = spread([100 * one["flops"] / rate for one in row["runs"]], 0)
+        size, context, who = place
+        print(ROW.format(size, context, WHO[who], spread(own, 0), used, f"{peak:.2f}", f"{ratio:.2f}"))
 
 
 if __name__ == "__main__":

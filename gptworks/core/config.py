@@ -234,7 +234,7 @@ class Train(Section):
         None, "stop after so many evaluations without improvement, and keep the best weights"
     )
     batch_tokens: Literal["full"] | Count | None = fixed(None, "tokens per optimizer step; 'full': the whole corpus")
-    micro_batch: Count | None = fixed(None, "rows per forward pass; None: as many as fit")
+    micro_batch: Count | None = fixed(None, "rows per forward pass; None: as many as fit and gain")
     context: Annotated[int, BeforeValidator(_whole), Field(ge=2, le=10_000_000)] | None = fixed(
         None, "tokens a row sees at once"
     )
@@ -268,7 +268,7 @@ class Train(Section):
         "auto", "of the forward and backward pass; fp8: bf16 with the blocks' products in float8 (H100 and later)"
     )
     compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
-    deterministic: Literal["auto"] | bool = fixed("auto", "bit-for-bit repeatable kernels; auto: on the CPU")
+    deterministic: Literal["auto"] | bool = fixed("auto", "repeatable to the bit, where kernels are; auto: on a CPU")
     threads: Count | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
     workers: Count | None = fixed(None, "of these, how many compute micro-batches of their own, side by side")
     reduce: Literal["sum", "canonical"] = fixed(

@@ -183,8 +183,8 @@ def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0
     import torch
 
     def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
 
     best = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (512, 1024):

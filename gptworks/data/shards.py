@@ -2,7 +2,7 @@
 
 A data folder holds the tokenizer, and for each split (`train`, `eval`) the ids of all its documents in one flat file
 and the position at which every document starts. `validation.jsonl` is the held-out text itself, so that anyone can
-run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the run reports.
+run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the run reports, rounding aside.
 """
 
 import hashlib

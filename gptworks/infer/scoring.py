@@ -91,9 +91,11 @@ def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stri
 def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16) -> dict[str, float]:
     """How evenly the experts of a model are used on the first `rows` blocks of a stream: the load of the busiest, where
     1 is an even share, and how many are not used at all, over all layers."""
-    device, routing = next(model.parameters()).device, list[Tensor]()
+    device, routing, was_training = next(model.parameters()).device, list[Tensor](), model.training
     batch = next(batched(blocks(stream, context), rows)).to(device)
+    model.eval()
     model(batch.tokens, routing=routing)
+    model.train(was_training)
     shares = load(routing, model.config.num_experts_per_tok)
     return {"expert_busiest": float(shares.max()) * shares.shape[1], "experts_unused": int((shares == 0).sum())}
 

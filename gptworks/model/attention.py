@@ -196,6 +196,11 @@ class Attention(nn.Module):
             assert not dropout, "FlexAttention has none"
             y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads)
         else:
+            grouped = self.kv_heads != self.heads
+            if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+                # Flash attention alone knows groups, and it takes neither; without it the scores are written out.
+                k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+                grouped = False
             y = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -203,7 +208,7 @@ class Attention(nn.Module):
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None and T > 1,
-                enable_gqa=self.kv_heads != self.heads,
+                enable_gqa=grouped,
                 scale=self.scale,
             )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))

@@ -62,7 +62,8 @@ class SparseMLP(nn.Module):
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows [M, K] of x, up to ends[0] times the first of weights [E, N, K], up to ends[1] times the second, ..."""
     weights = weights.to(x.dtype)
-    if x.is_cuda and not any(size * x.element_size() % 16 for size in weights.shape[1:]):  # as its kernel wants them
+    aligned = not any(size * x.element_size() % 16 for size in weights.shape[1:])
+    if x.is_cuda and x.dtype == torch.bfloat16 and aligned:  # as its kernel wants them
         return F.grouped_mm(x, weights.mT, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([rows @ weight.T for rows, weight in zip(x.split(sizes), weights.unbind(), strict=True)])

@@ -13,16 +13,19 @@ class Part:
 
     trained: int  # parameters with a gradient
     added: int  # of these, beside those of the architecture: adapters
+    multiplied: int  # of these, the architecture's that are multiplied: not the tables that are looked up
     weights: int  # bytes of all
 
     @classmethod
     def of(cls, model: Transformer) -> "Part":
         own = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B, layer.magnitude)}
         trained = [p for p in model.parameters() if p.requires_grad]
+        tables = {id(p) for name, p in model.named_parameters() if ".embed_" in name} - {id(model.lm_head.weight)}
         tensors = [*model.parameters(), *model.buffers()]
         return cls(
             sum(p.numel() for p in trained),
             sum(p.numel() for p in trained if id(p) in own),
+            sum(p.numel() for p in trained if id(p) not in own | tables),
             sum(t.numel() * t.element_size() for t in tensors),
         )
 
@@ -31,11 +34,11 @@ def flops_per_token(config: ModelConfig, context: int, part: Part | None = None)
     """Training FLOPs a token: 6 for each parameter that is multiplied (the input tables are looked up, the head is
     not, and of the experts a token meets its own), plus causal attention, 6 * layers * heads * channels * context
     (Chowdhery et al. 2022, appendix B, halved for the causal mask). A layer with a window W counts W (2 - W / context)
-    for the context. A frozen parameter has no gradient and costs 4."""
+    for the context. A frozen parameter has no gradient and costs 4, as if something below it were trained."""
     multiplied = blocks_parameters(config, active=True) + config.vocab_size * config.hidden_size
     windows = (min(config.window(layer) or context, context) for layer in range(config.num_hidden_layers))
     seen = sum(wide * (2 - wide / context) for wide in windows)  # twice the mean of a row
-    frozen = max(multiplied - (part.trained - part.added), 0) if part else 0
+    frozen = max(multiplied - part.multiplied, 0) if part else 0
     added = part.added if part else 0
     return 6.0 * (multiplied + added) - 2.0 * frozen + 6 * config.num_attention_heads * config.head_dim * seen
 

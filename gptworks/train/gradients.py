@@ -1,6 +1,6 @@
 """The gradient of a step out of micro-batches, threads and processes.
 
-`sum` adds up as things come, thread by thread. `canonical` adds in one fixed tree over the micro-batches of the whole
+`sum` adds up micro-batch by micro-batch. `canonical` adds in one fixed tree over the micro-batches of the whole
 step, halves and halves of halves, of which each process computes a subtree: 1, 2 or 4 processes then agree in every
 bit, at the price of one more copy of the gradient for each level of the tree.
 """
@@ -71,21 +71,12 @@ def accumulate(
         seed_everything(train.seed, step, rows.first)
         part = forward(rows)
         (part / weight).backward()
-        losses.append(part.detach().double())
+        losses.append(part.detach())
 
-    def share(several: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-        """The losses of some micro-batches and the gradient of their sum, kept apart from `.grad`."""
-        parts: list[Tensor] = []
-        total: list[Tensor] = []
-        for rows in several:
-            part = forward(rows)
-            gradients = list(torch.autograd.grad(part / weight, parameters))
-            parts.append(part.detach().double())
-            if total:
-                torch._foreach_add_(total, gradients)
-            else:
-                total = gradients
-        return parts, total
+    def apart(rows: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss of a micro-batch and its gradient, kept apart from `.grad`."""
+        part = forward(rows)
+        return part.detach(), torch.autograd.grad(part / weight, parameters)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if train.reduce == "canonical":
@@ -101,12 +92,13 @@ def accumulate(
         for rows in micro_batches:
             backward(rows)
     else:
-        workers = min(train.workers or 1, len(micro_batches))
-        for parts, gradients in threads.map(share, [micro_batches[w::workers] for w in range(workers)]):
-            losses += parts
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-    total = float(torch.stack(losses).sum()) if losses else 0.0
+        workers = train.workers or 1
+        for begin in range(0, len(micro_batches), workers):  # rounds: behind a slow thread gradients would pile up
+            for part, found in threads.map(apart, micro_batches[begin : begin + workers]):
+                losses.append(part)
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    total = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
     if ranks.started:
         for parameter in parameters:
             if parameter.grad is None:  # no rows for this process

@@ -276,15 +276,24 @@ class Budget:
     """
 
     def __init__(
-        self, config: Config, course: Course, most: int, eval_seconds: float, state: State, record: Callable[[], None]
+        self,
+        config: Config,
+        course: Course,
+        most: int | None,
+        eval_seconds: float,
+        state: State,
+        record: Callable[[], None],
     ) -> None:
+        """`most` is None where the plan is an earlier process's."""
         assert config.train.checkpoint_every
-        self.eval_seconds = eval_seconds
+        self.eval_seconds, self.evaluated, self.first = eval_seconds, 0, 0.0
         self.train, self.course, self.most, self.every = config.train, course, most, config.train.checkpoint_every
         self.record, self.from_step, self.started = record, state.step, time.perf_counter()
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         flat = flat_share(self.train)
+        self.first = self.first or m.seconds  # with what is compiled and allocated once
+        self.evaluated += self.course.due(state.step, self.train.eval_every or self.course.planned)
         if (
             self.from_step
             or not self.train.time_budget_s
@@ -300,13 +309,13 @@ class Budget:
     def _decide(self, state: State, flat: float) -> Change | None:
         train, length = self.train, self.course.length
         assert train.time_budget_s and train.eval_every
-        each, every = self.eval_seconds, train.eval_every
-        evaluated = sum(self.course.due(step, every) for step in range(1, state.step + 1))
-        spent = time.perf_counter() - self.started - each * evaluated
-        pace = max(spent, state.seconds) / state.step  # with samples and checkpoints
+        if self.most is None or state.step == 1:
+            return None
+        spent = time.perf_counter() - self.started - self.eval_seconds * self.evaluated
+        pace = (max(spent, state.seconds) - self.first) / (state.step - 1)  # with samples and checkpoints
         # As many evaluations as planned, however long the run gets: their distance stretches with it.
-        to_come = max(math.ceil(self.course.planned / every) - evaluated, 1)
-        left = train.time_budget_s - process_seconds() - 2.0 - each * to_come
+        to_come = max(math.ceil(self.course.planned / train.eval_every) - self.evaluated, 1)
+        left = train.time_budget_s - process_seconds() - 2.0 - self.eval_seconds * to_come
         steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
         if state.step < round((train.warmup or 0.0) * steps) or abs(steps - length) <= 0.02 * length:
             return None

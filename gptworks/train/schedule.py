@@ -64,10 +64,17 @@ class Course:
         return found
 
     def due(self, step: int, every: int) -> bool:
-        """Whether this step is one in `every` (stretched as a time budget stretched the run), or the last."""
-        before = (c for c in reversed(self.changes) if c.stretch and c.length and c.step < step)
-        stretched = next((c.length for c in before if c.length), self.planned)
-        return step % -(-every * stretched // self.planned) == 0 or step == self.length
+        """Whether an interval of `every` steps ends here (stretched as a time budget stretched the run), or the run.
+        One that ended before a stretch does not end again."""
+
+        def ended(by: int, length: int) -> int:
+            return by * self.planned // (every * length)
+
+        most, length = 0, self.planned
+        for change in self.changes:
+            if change.stretch and change.length and change.step < step:
+                most, length = max(most, ended(change.step, length)), change.length
+        return step == self.length or ended(step, length) > max(most, ended(step - 1, length))
 
     def decay_from(self, step: int) -> Change:
         """The decay that begins now: as long, beside what came before, as a planned one; never beyond the end."""

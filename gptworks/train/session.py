@@ -26,7 +26,7 @@ from gptworks.train.hooks import Budget, Checkpointer, Evaluator, Logger, Metric
 from gptworks.train.objectives import NextToken
 from gptworks.train.range_test import RangeTest, range_test
 from gptworks.train.schedule import Course
-from gptworks.train.state import listing, newest_good, restore, using
+from gptworks.train.state import State, listing, newest_good, restore, using
 
 
 def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
@@ -327,13 +327,17 @@ def replay(out: Path) -> dict[str, Any]:
     shard_folder.same_data(shards, facts.get("data"))
     target = setup.decide(resolved, shards, base, True).state
     restore(target, newer)
-    if resolved.train.patience is None:
-        run.state.best, target.best = {}, {}
     first, course = run.state.step, Course(resolved.train)
     evaluator = Evaluator(None, shards, resolved, course, run.eval_rows)
+
+    def evaluate(state: State, m: loop.StepMetrics) -> None:
+        evaluator(state, m)  # and go on: what ends a run may have been asked for later
+
     run.state.stopped = None
     objective = NextToken(resolved.train)
-    loop.run(run.state, run.loader, objective, resolved.train, run.layout, course, [evaluator], until=target.step)
+    loop.run(run.state, run.loader, objective, resolved.train, run.layout, course, [evaluate], until=target.step)
+    if resolved.train.patience is None or not target.best:  # dropped, or asked for, since
+        run.state.best, target.best = {}, {}
     difference = run.state.difference(target)
     return {
         "verdict": "identical to the bit" if difference is None else difference,

@@ -2,7 +2,7 @@
 
 What depends on the clock or the machine is decided here, becomes numbers in the run's config.yaml with their reasons,
 and is read back when the run continues. One decision may follow later: `hooks.Budget` plans a time budget anew from the
-run's own pace, and keeps that in the state.
+run's own pace, and writes that there too (`train.changes`).
 """
 
 import fnmatch
@@ -12,6 +12,7 @@ import shutil
 import statistics
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 
@@ -48,6 +49,7 @@ COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
 COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.3}
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
+PASS_TOKENS = 1024  # of a forward pass, for each thread; more gain nothing and take memory (docs/log.md)
 CALIBRATION_SECONDS = 6.0  # of steps, before a plan that stays
 FIRST_SECONDS = 1.0  # before one that the run's own pace replaces
 EVALUATED_ROWS = 64  # of the validation text, to time an evaluation
@@ -68,7 +70,7 @@ class Run:
     layout: Layout
     eval_rows: int
     stop_ids: tuple[int, ...]
-    most_steps: int  # what limits other than the clock allow
+    most_steps: int | None  # what limits other than the clock allow; None where the length is an earlier process's
     eval_seconds: float  # of an evaluation, where a time budget was planned
     part: Part | None  # that is trained, where it is not all
 
@@ -134,7 +136,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         reasons |= more
     model = None if base is None else _from(base, config)
     part = Part.of(model) if model is not None and (config.adapter.kind or config.train.freeze) else None
-    config, layout, more = _layout(config, architecture, device, dtype, part)
+    config, layout, more = _layout(config, architecture, device, dtype, part, resolved)
     reasons |= more
     if model is None:
         model = build.fresh(architecture, config.train.seed)
@@ -157,7 +159,7 @@ def decide(config: Config, shards: Shards, base: Loaded | None, resolved: bool =
         state.model.use_float8()
     state.optimizers = make_optimizers(state.model, train)
     eval_rows = max(1, min(64, 16384 // train.context))
-    most_steps, eval_seconds = 10**15, 0.0
+    most_steps, eval_seconds = None, 0.0
     if not resolved:
         config, most_steps, eval_seconds, more = _length(config, state, loader, layout, shards, eval_rows)
         reasons |= more
@@ -269,7 +271,7 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     device = runtime.device()
     threads = train.threads
     if threads is None:
-        threads, why = torch.get_num_threads(), "this machine's cores"
+        threads, why = _usual_threads(), "this machine's cores"
         if ranks.world > 1:  # torchrun sets OMP_NUM_THREADS=1, which says nothing about the machine
             threads = max(runtime.cores() // ranks.per_machine, 1)
             why += f", shared by {ranks.per_machine} processes"
@@ -295,7 +297,9 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     else:
         on = train.deterministic
     # use_deterministic_algorithms also imports the compiler, three seconds; `_rhythm` calls it where we compile.
-    torch.set_deterministic_debug_mode(("default", "warn", "error")[(1 + (device.type == "cpu")) if on else 0])
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or products there differ from run to run
+    torch.set_deterministic_debug_mode("default" if not on else "error" if device.type == "cpu" else "warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)
     if device.type == "cpu":
@@ -306,11 +310,22 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     return with_values(config, derived.values), device, dtype, derived.reasons
 
 
+@cache
+def _usual_threads() -> int:
+    """torch's own choice, before a run of this process made another."""
+    return torch.get_num_threads()
+
+
 def _layout(
-    config: Config, architecture: ModelConfig, device: torch.device, dtype: torch.dtype, part: Part | None = None
+    config: Config,
+    architecture: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    part: Part | None,
+    resolved: bool,
 ) -> tuple[Config, Layout, dict[str, str]]:
     """Workers, and rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would
-    fit."""
+    fit; a run that has begun cannot take fewer rows and is only warned."""
     derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
     wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
@@ -322,9 +337,12 @@ def _layout(
     copies = bool(train.ema) + (train.patience is not None and device.type == "cpu") + bool(train.time_budget_s)
     state = state_bytes(architecture, train.optimizer, device.type, part, copies)
 
+    trained = part.trained if part else parameter_count(architecture)
+    if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
+        state += 4 * trained * (math.ceil(math.log2(max(wanted, 2))) + 3 * (ranks.world > 1))
+
     def rows_of_each(workers: int) -> int:
-        gradients = (workers - 1) * 4 * (part.trained if part else parameter_count(architecture))
-        return (free - state - gradients) // a_row // workers
+        return (free - state - 4 * trained * (workers - 1)) // a_row // workers
 
     workers, why = _workers(config, architecture, device, wanted)
     if train.workers is None:
@@ -337,7 +355,11 @@ def _layout(
         needed = step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type, part, copies)
         return needed / 1e9
 
-    if fits < 1:
+    if resolved:
+        if fits < min(train.micro_batch or 1, wanted):
+            rows = train.micro_batch or 1
+            console.warn(f"a step needs about {need(train.context, rows):.1f} GB and {free / 1e9:.1f} GB are free")
+    elif fits < 1:
         context = train.context
         short = next((c for c in (2**e for e in range(20, 3, -1)) if c < context and need(c, 1) <= free / 1e9), None)
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
@@ -349,14 +371,13 @@ def _layout(
                 f"train.reduce=canonical shares out whole micro-batches: {batch_rows(config)} rows a step do not "
                 f"divide into micro-batches of {train.micro_batch} on {ranks.world} process{'es' * (ranks.world > 1)}"
             )
-        if train.micro_batch > fits and min(train.micro_batch, wanted) > fits:
+        if min(train.micro_batch, wanted) > fits and not resolved:
             raise OutOfMemory(
                 f"train.micro_batch={train.micro_batch} needs about {need(train.context, train.micro_batch):.1f} GB "
                 f"and {free / 1e9:.1f} GB are free; train.micro_batch={fits} fits"
             )
         return with_values(config, derived.values), Layout(device, dtype, train.micro_batch), derived.reasons
-    cap = max(1, (16384 if device.type == "cpu" else 2**20) // train.context)  # larger gains nothing
-    micro = max(1, min(-(-wanted // workers), fits, cap))
+    micro = max(1, min(fits, useful_rows(device, wanted, train.context, workers)))
     if train.reduce == "canonical":
         rows = batch_rows(config)
         shares = max(ranks.world, math.gcd(rows, 8))  # so that a run may move to as many as eight processes
@@ -366,10 +387,18 @@ def _layout(
                 f"train.reduce=canonical: the {rows} rows of a step (train.batch_tokens) do not divide among "
                 f"{ranks.world} processes"
             )
-    elif wanted > micro and train.batch_tokens != "full":  # equal micro-batches, as many for each worker
-        micro = -(-wanted // (workers * -(-wanted // (workers * micro))))
+    elif wanted > micro and train.batch_tokens != "full":  # as many for each worker, and if it can be all of one size
+        fewest = -(-wanted // (workers * micro))
+        even = (n for n in range(fewest, 2 * fewest) if wanted % (workers * n) == 0)
+        micro = -(-wanted // (workers * next(even, fewest)))
     derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
     return with_values(config, derived.values), Layout(device, dtype, int(micro)), derived.reasons
+
+
+def useful_rows(device: torch.device, rows: int, context: int, workers: int) -> int:
+    """Rows of a forward pass beyond which nothing is gained, when workers share the rows of a step."""
+    tokens = PASS_TOKENS * max(torch.get_num_threads() // workers, 1) if device.type == "cpu" else 2**20
+    return min(-(-rows // workers), max(tokens // context, 1))
 
 
 def _workers(config: Config, architecture: ModelConfig, device: torch.device, rows: int) -> tuple[int, str]:
@@ -456,7 +485,7 @@ def _steps_in_budget(
     def timer(_: State, m: StepMetrics) -> str | None:
         runtime.interrupts.check()
         times.append(m.seconds)
-        return "timed" if len(times) >= 3 and time.perf_counter() - began > enough else None
+        return "timed" if len(times) >= 2 and time.perf_counter() - began > enough else None
 
     endless = Course(train.model_copy(update={"max_steps": 10**9, "changes": []}))
     run(trial, loader, NextToken(train), train, replace(layout, compile=False), endless, [timer])

@@ -139,8 +139,9 @@ class Saving(threading.Thread):
     """Writes `checkpoints/step-N` beside the training, then removes all but the newest two.
 
     Nothing is copied on a CPU: the weights rest during the forward and backward passes, and who changes them waits for
-    `read` first (`State.settle`). `facts` (data identity, threads, versions) are kept beside the counters and checked
-    by who reads them. What goes wrong is raised by `finish`, and nothing is said to be saved before it is durable.
+    `read` first (`State.settle`). `facts` (identity of data and base; threads and versions, to look at) are kept beside
+    the counters for who reads them. What goes wrong is raised by `finish`, and nothing is said to be saved before it is
+    durable.
     """
 
     def __init__(self, state: State, checkpoints: Path, facts: dict[str, Any]) -> None:
@@ -274,9 +275,7 @@ def restore(state: State, path: Path) -> dict[str, Any]:
     state.best = best
     for (number, name, slot), value in slots.items():
         parameter = parameters[name]
-        on_cpu = value.ndim == 0 and slot == "step" and not parameter.is_cuda
-        place = torch.device("cpu") if on_cpu else parameter.device
-        state.optimizers[number].state[parameter][slot] = value.to(place)
+        state.optimizers[number].state[parameter][slot] = value.to(parameter.device)
     for key in COUNTERS:
         setattr(state, key, facts[key])
     state.cursor = cursor

@@ -12,6 +12,7 @@ from gptworks.infer.scoring import expert_use
 from gptworks.model import build
 from gptworks.model.config import active_parameter_count, parameter_count
 from gptworks.model.experts import SparseMLP, balance_loss, load
+from gptworks.model.transformer import Transformer
 from gptworks.plan.cost import flops_per_token
 from gptworks.train.objectives import NextToken
 
@@ -99,6 +100,14 @@ def test_training_lowers_the_loss_uses_every_expert_and_goes_on_after_a_stop(opt
     assert last < 0.9 * first
     used = expert_use(done.model, tiny.stream(), tiny.CONTEXT)
     assert used["experts_unused"] == 0 and used["expert_busiest"] < 3
+
+
+def test_the_use_of_experts_is_looked_at_without_dropout():
+    model = tiny.model(**SHAPE)
+    dropped = Transformer(model.config.with_dropout(0.5)).train()
+    dropped.load_state_dict(model.state_dict())
+    assert expert_use(dropped, tiny.stream(), tiny.CONTEXT) == expert_use(model, tiny.stream(), tiny.CONTEXT)
+    assert dropped.training and not model.training
 
 
 def test_muon_turns_each_expert_by_itself():

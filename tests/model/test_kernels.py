@@ -7,9 +7,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from gptworks.core.config import Train
+from gptworks.core.config import Adapter, Train
 from gptworks.data.loader import Batch
 from gptworks.model import build, kernels
+from gptworks.model.adapters import attach
 from gptworks.model.attention import Float8Linear
 from gptworks.train.objectives import NextToken
 
@@ -163,3 +164,27 @@ def test_a_model_learns_in_float8_about_as_in_bf16_and_is_evaluated_in_bf16():
         plain.dtype = torch.bfloat16
         assert torch.equal(made.model(rows.tokens), plain(rows.tokens))
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"family": "qwen3", "num_key_value_heads": 2}, {"family": "gpt2"}, {"family": "qwen3_moe", "num_experts": 4}],
+    ids=lambda parts: parts["family"],
+)
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+def test_a_step_as_the_compiler_traces_it_has_the_same_loss_and_gradients(parts, adapted):
+    """Without its code generation, which needs a C++ compiler and a minute."""
+    train = tiny.settings()
+    if adapted and "num_experts" in parts:
+        pytest.skip("adapters are for dense models")
+    model = tiny.model(**parts).train()
+    if adapted:
+        model = attach(model, Adapter(kind="lora", rank=4, base="fp32"), 1).train()
+    batch = Batch(tiny.tokens(2, tiny.CONTEXT), tiny.tokens(2, tiny.CONTEXT, seed=1), torch.ones(2, tiny.CONTEXT))
+    loss_sum = NextToken(train).loss_sum
+    found = []
+    for made in (loss_sum, torch.compile(loss_sum, dynamic=False, backend="aot_eager")):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss = made(model, batch)
+        found.append((loss.detach(), list(torch.autograd.grad(loss, parameters))))
+    assert_near(*found, 1e-5)

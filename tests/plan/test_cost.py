@@ -10,9 +10,12 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gptworks.core import runtime
 from gptworks.core.config import Config
-from gptworks.model.config import parameter_count
-from gptworks.plan.cost import flops_per_token, row_bytes, state_bytes, step_bytes
+from gptworks.core.errors import OutOfMemory
+from gptworks.model.config import blocks_parameters, parameter_count
+from gptworks.plan.cost import Part, flops_per_token, row_bytes, state_bytes, step_bytes
+from gptworks.train import setup
 
 
 @pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)
@@ -31,6 +34,14 @@ def test_flops_follow_the_formula():
     matrices = 3 * (4 * 64 * 64 + 3 * 64 * config.intermediate_size) + 1000 * 64
     attention = 6 * 3 * 64 * 128
     assert flops_per_token(config, 128) == pytest.approx(6 * matrices + attention, rel=0.01)  # norms are the 1 %
+
+
+def test_frozen_blocks_save_a_third_and_tables_were_never_multiplied():
+    model = tiny.model(family="llama")
+    assert not model.config.tie_word_embeddings
+    setup.freeze(model, ["model.layers.*"])
+    saved = flops_per_token(model.config, 32) - flops_per_token(model.config, 32, Part.of(model))
+    assert saved == pytest.approx(2 * blocks_parameters(model.config), abs=2 * 32)  # the last norm learns
 
 
 def test_a_window_costs_what_it_lets_be_seen():
@@ -126,18 +137,35 @@ def test_memory_grows_with_what_it_should():
     assert one_more == 4 * parameter_count(config)
 
 
-def test_an_impossible_step_names_what_fits(monkeypatch):
-    from gptworks.core import runtime
-    from gptworks.core.errors import OutOfMemory
-    from gptworks.train import setup
+@pytest.mark.parametrize("rows, fitting, expected", [(512, 125, 64), (8, 8, 8), (7, 4, 4), (12, 5, 4), (13, 12, 7)])
+def test_micro_batches_are_of_one_size_if_that_takes_less_than_twice_as_many(rows, fitting, expected, monkeypatch):
+    config = Config.model_validate({"train": {"context": 32, "batch_tokens": 32 * rows, "threads": 1}})
+    architecture = tiny.shape()
+    room = state_bytes(architecture, "muon") + (fitting + 0.5) * row_bytes(architecture, 32, 4, False)
+    monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
+    monkeypatch.setattr(setup, "PASS_TOKENS", 10**6)
+    layout = setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)[1]
+    assert layout.micro_batch == expected
 
+
+@pytest.mark.parametrize("threads, workers, rows", [(1, 1, 4), (2, 1, 8), (2, 2, 4), (8, 2, 16)])
+def test_a_forward_pass_on_a_processor_has_a_thousand_tokens_a_thread(threads, workers, rows, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert setup.useful_rows(torch.device("cpu"), 1000, 256, workers) == rows
+    assert setup.useful_rows(torch.device("cpu"), 3, 256, 1) == 3
+    assert setup.useful_rows(torch.device("cpu"), 3, 10**6, workers) == 1
+
+
+def test_an_impossible_step_names_what_fits(monkeypatch, capsys):
     config = Config.model_validate({"train": {"context": 32, "batch_tokens": 1024, "micro_batch": 32, "threads": 1}})
     architecture = tiny.shape()
     room = state_bytes(architecture, "muon") + 5.5 * row_bytes(architecture, 32, 4, False)
     monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
     with pytest.raises(OutOfMemory, match=r"train.micro_batch=5 fits") as refused:
-        setup._layout(config, architecture, torch.device("cpu"), torch.float32)
+        setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)
     assert refused.value.code == 77
+    layout = setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, True)[1]
+    assert layout.micro_batch == 32 and "a step needs about" in capsys.readouterr().err  # as it was begun
     monkeypatch.setattr(runtime, "available_memory", lambda device: 1000)
     with pytest.raises(OutOfMemory, match="smaller model"):
-        setup._layout(config, architecture, torch.device("cpu"), torch.float32)
+        setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)

@@ -9,6 +9,7 @@ from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core import folder
 from gptworks.core.errors import Preempted, RunMismatch
+from gptworks.train import loop
 from gptworks.train.hooks import Checkpointer
 from gptworks.train.schedule import Course
 
@@ -169,3 +170,15 @@ def test_without_patience_a_run_gives_its_last_weights_again(train, tmp_path):
     again = train(**{"train.max_steps": 24})
     assert again["weights"] == "last" and again["eval"]["loss"] < patient["eval"]["loss"]
     assert lifecycle.verify(tmp_path / "run")["identical"]
+
+
+def test_what_would_end_a_run_now_does_not_end_its_replay_nor_differ_from_it(train, tmp_path, monkeypatch):
+    """The replay from 8 to 12 was run without patience and with a target that was far."""
+    steady = {"train.max_steps": 20, "train.eval_every": 2}
+    train(stop=12, **steady, **{"train.target_loss": 0.1})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(**steady, **{"train.target_loss": 5.0, "train.patience": 9})
+    found = lifecycle.verify(tmp_path / "run")
+    assert (found["from_step"], found["to_step"], found["identical"]) == (8, 12, True)

@@ -284,7 +284,9 @@ def test_a_plan_leaves_time_for_the_evaluations_that_are_to_come(every, steps, m
     state = tiny.state(tiny.settings())
     state.step, state.seconds = 10, 10.0
     course = Course(config.train)
-    change = hooks.Budget(config, course, 10**6, 5.0, state, lambda: None)._decide(state, 1.0)
+    budget = hooks.Budget(config, course, 10**6, 5.0, state, lambda: None)
+    budget.first = 1.0
+    change = budget._decide(state, 1.0)
     assert change.length == steps
     course.changes.append(change)
     evaluations = sum(course.due(step, every) for step in range(11, steps + 1))
@@ -323,3 +325,14 @@ def test_losses_are_those_of_the_day_they_were_pinned(optimizer):
     settings, found = tiny.settings(optimizer=optimizer), []
     tiny.run(tiny.state(settings, dropout=0.1), settings, 8, hooks=[lambda s, m: found.append(m.loss)])
     assert found == pytest.approx(GOLDEN[optimizer], rel=1e-5), json.dumps(found)
+
+
+def test_threads_are_the_machines_and_not_those_of_an_earlier_run_in_this_process():
+    setup._usual_threads.cache_clear()
+    torch.set_num_threads(2)
+    chosen = []
+    for threads in (None, 1, None):
+        config, *_ = setup._machine(configuration.load(None, {"train.threads": threads, "train.context": 32}))
+        chosen.append(config.train.threads)
+    setup._usual_threads.cache_clear()
+    assert chosen == [2, 1, 2]

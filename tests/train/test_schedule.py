@@ -73,7 +73,11 @@ def test_a_time_budget_stretches_the_intervals_and_a_person_does_not():
     by_hand = course(changes=(Change(step=20, length=200),))
     assert [s for s in range(1, 201) if by_clock.due(s, 25)] == [50, 100, 150, 200]
     later = course(changes=(Change(step=50, length=200, stretch=True),))  # what was due before it stays due in a replay
-    assert [s for s in range(1, 201) if later.due(s, 25)] == [25, 50, 100, 150, 200]
+    assert [s for s in range(1, 201) if later.due(s, 25)] == [25, 50, 150, 200]  # and is not due twice
+    twice = course(changes=(Change(step=52, length=108, stretch=True), Change(step=60, length=96, stretch=True)))
+    assert [s for s in range(1, 97) if twice.due(s, 25)] == [25, 50, 72, 96]
+    shorter = course(changes=(Change(step=50, length=60, stretch=True),))
+    assert [s for s in range(1, 61) if shorter.due(s, 25)] == [25, 50, 60]
     assert [s for s in range(1, 201) if by_hand.due(s, 25)] == list(range(25, 201, 25))
 
 
