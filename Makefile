@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow peers campaign check format benchmark clean
+.PHONY: demo test test-slow peers campaign check format clean
 demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluation -> samples -> report
 	$(BIN)/gptworks run laptop --out runs/demo
 

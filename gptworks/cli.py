@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gptworks.core.errors import DataError, GptworksError, UsageError
-from gptworks.core.log import console
+from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
+from gptworks.core.log import PRINTABLE, console
 
 app = typer.Typer(
     help="A GPT-style language model through its whole life: text, tokenizer, training, evaluation, generation.",
@@ -28,7 +28,7 @@ def _version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        _put(f"gptworks {version('gptworks')}\n")
+        _do(lambda: _put(f"gptworks {version('gptworks')}\n"), False)
         raise typer.Exit
 
 
@@ -48,7 +48,7 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.", show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an old run in the folder aside and start over.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say only warnings and results.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="On standard error, only warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and do nothing.")]
 Folder = Annotated[
@@ -97,42 +97,51 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 def _one_line(message: str, most: int = 1000) -> str:
     """A message may quote what a user gave, which may be of any length."""
-    line = " ".join(message.split())
+    line = " ".join(message.split()).translate(PRINTABLE)
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _print(result: Any, as_json: bool, lines: Callable[[Any], str]) -> None:
-    _put((json.dumps(result, ensure_ascii=False) if as_json else lines(result)) + "\n")
+    _put((_json(result) if as_json else lines(result)) + "\n")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=(getattr(sys.stdout, "encoding", None) or "").lower() != "utf-8")
 
 
 def _put(text: str) -> None:
-    """Writes a result to standard output; a reader who has seen enough (`| head -1`) is no error."""
+    """Writes to standard output. Raises StorageError; a reader who has seen enough (`| head -1`) is no error."""
     try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        print(text.translate(PRINTABLE) if sys.stdout and sys.stdout.isatty() else text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries it again as it ends
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from None
+        raise StorageError(f"standard output: {error.strerror or error}; free space or write it elsewhere") from None
 
 
 def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None, fresh: bool, as_json: bool,
            quiet: bool, debug: bool, dry_run: bool) -> None:  # fmt: skip
     console.quiet = quiet
 
-    def work() -> Any:
+    def work() -> None:
+        for given in (recipe, str(out or "")):
+            if re.search("[\ud800-\udfff]", given):
+                raise UsageError(f"{given!r}: the name is not valid UTF-8, as the run writes it down; choose another")
         from gptworks.core import config as configuration
 
         config = configuration.load(recipe, overrides)
         folder = out or Path("runs") / Path(recipe).stem
         if dry_run:
-            return _dry_run(config, as_json)
+            _put(_dry_run(config, as_json) + "\n")
+            return
         from gptworks import lifecycle
 
         result = getattr(lifecycle, name)(config, folder, recipe, fresh)
-        return json.dumps(result, ensure_ascii=False) if as_json and result else None
+        if as_json and result:
+            _put(_json(result) + "\n")
 
-    printed = _do(work, debug)
-    if printed:
-        _put(printed + "\n")
+    _do(work, debug)
 
 
 def _dry_run(config: Any, as_json: bool) -> str:
@@ -146,8 +155,11 @@ def _dry_run(config: Any, as_json: bool) -> str:
         raise UsageError(f"model.path={config.model.path}: no such folder, and no name on the hub")
     reasons: dict[str, str] = {}
     asked = config
-    if not config.model.path:
-        vocab = {"char": 66, "bytes": 259}.get(config.tokenizer.kind, config.tokenizer.vocab_size)
+    model, tokenizer = config.model, config.tokenizer
+    sized = model.depth or (model.hidden_size and model.num_hidden_layers)
+    unread = tokenizer.path or tokenizer.kind == "char"  # so we do not know how many ids it has
+    if not model.path and (sized or not unread):
+        vocab = 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
         config, reasons, architecture = derive_shape(config, vocab)
         config, more = derive_training(config, architecture, 10**9)
         for key in ("train.batch_tokens", "train.max_tokens", "train.momentum"):
@@ -156,21 +168,21 @@ def _dry_run(config: Any, as_json: bool) -> str:
                 more[key] = "decided once the data is counted"
         reasons |= more
     if as_json:
-        return json.dumps(config.model_dump(mode="json"), ensure_ascii=False)
+        return _json(config.model_dump(mode="json"))
     return configuration.dump(config, asked, reasons).rstrip()
 
 
 @app.command()
 def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
         quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False) -> None:  # fmt: skip
-    """Do every stage the recipe names; run it again and it continues."""
+    """Do every stage the recipe names; run it again and it continues. --json prints the result."""
     _stage("run", recipe, overrides, out, fresh, json, quiet, debug, dry_run)
 
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
           quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False) -> None:  # fmt: skip
-    """Make tokenizer and shards where missing, then train; run it again and it continues."""
+    """Make tokenizer and shards where missing, then train; run it again and it continues. --json prints the result."""
     _stage("train", recipe, overrides, out, fresh, json, quiet, debug, dry_run)
 
 
@@ -194,7 +206,7 @@ def evaluate(
 
         return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column, against)
 
-    _print(_do(work, debug), json, _evaluation)
+    _do(lambda: _print(work(), json, _evaluation), debug)
 
 
 def _evaluation(found: dict[str, Any]) -> str:
@@ -243,7 +255,7 @@ def generate(
     """Continue a prompt, streaming."""
     console.quiet = quiet
 
-    def work() -> Any:
+    def work() -> None:
         from gptworks import lifecycle
         from gptworks.infer.engine import Generation
         from gptworks.infer.sampling import Sampling
@@ -253,7 +265,7 @@ def generate(
         how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
         if prompts is not None:
             try:
-                texts = [line for line in prompts.read_text(encoding="utf-8").split("\n") if line]
+                texts = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line]
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{prompts}: cannot read the prompts: {error}") from None
         else:
@@ -261,7 +273,8 @@ def generate(
         options: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_eos": ignore_eos}
         if json:
             results = lifecycle.generate(folder, texts, how, max_new_tokens, **options)
-            return results[0] if prompt is not None else {"results": results}
+            _put(_json(results[0] if prompt is not None else {"results": results}) + "\n")
+            return
         engine = lifecycle.engine_of(folder)
         for text in texts:
             made = Generation(text)
@@ -271,11 +284,8 @@ def generate(
                 _put(part)
             _put("\n")
             console.say(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]")
-        return None
 
-    result = _do(work, debug)
-    if result is not None:
-        _print(result, True, str)
+    _do(work, debug)
 
 
 @app.command()
@@ -323,7 +333,7 @@ def merge(
 
         return lifecycle.merge(folder, out, data, dtype, lossy)
 
-    _print(_do(work, debug), json, _merged)
+    _do(lambda: _print(work(), json, _merged), debug)
 
 
 def _merged(found: dict[str, Any]) -> str:
@@ -356,7 +366,7 @@ def export(
 
         return lifecycle.export(folder, format, out, type, data, tokens, dry_run)
 
-    _print(_do(work, debug), json, _export)
+    _do(lambda: _print(work(), json, _export), debug)
 
 
 def _export(result: dict[str, Any]) -> str:
@@ -380,7 +390,7 @@ def push(
 
         return {"url": lifecycle.push(folder, name, private)}
 
-    _print(_do(work, debug), json, lambda result: result["url"])
+    _do(lambda: _print(work(), json, lambda result: result["url"]), debug)
 
 
 @app.command()
@@ -396,7 +406,7 @@ def report(
 
         return {"report": str(lifecycle.report(folder))}
 
-    _print(_do(work, debug), json, lambda result: result["report"])
+    _do(lambda: _print(work(), json, lambda result: result["report"]), debug)
 
 
 @app.command()
@@ -410,48 +420,58 @@ def verify(
     def work() -> Any:
         from gptworks import lifecycle
 
-        return lifecycle.verify(folder)
+        found = lifecycle.verify(folder)
+        _print(found, json, lambda result: result["verdict"])
+        return found["identical"]
 
-    result = _do(work, debug)
-    _print(result, json, lambda found: found["verdict"])
-    if not result["identical"]:
+    if not _do(work, debug):
         raise SystemExit(65)
 
 
 @app.command()
 def recipes(json: Json = False) -> None:
     """List the built-in recipes."""
-    from gptworks.core import config as configuration
 
-    found = {
-        name: configuration.recipe_text(name).splitlines()[0].lstrip("# ") for name in configuration.recipe_names()
-    }
-    _print(found, json, lambda rows: "\n".join(f"{name:<18}{text}" for name, text in rows.items()))
+    def work() -> None:
+        from gptworks.core import config as configuration
+
+        found = {
+            name: configuration.recipe_text(name).splitlines()[0].lstrip("# ") for name in configuration.recipe_names()
+        }
+        _print(found, json, lambda rows: "\n".join(f"{name:<24}{text}" for name, text in rows.items()))
+
+    _do(work, False)
 
 
 @app.command()
 def env(json: Json = False) -> None:
     """Print what a bug report needs."""
-    import torch
 
-    from gptworks.core import runtime
+    def work() -> None:
+        import torch
 
-    device = runtime.device()
-    found = runtime.versions() | {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "cuda": torch.version.cuda or "none",
-        "bf16 units": "yes" if runtime.has_bf16(device) else "no",
-        "threads": str(torch.get_num_threads()),
-        "memory free": f"{runtime.available_memory(device) / 2**30:.1f} GiB",
-        "matmul fp32": f"{runtime.matmul_rate(device, torch.float32) / 1e9:.0f} GFLOP/s",
-    }
-    _print(found, json, lambda rows: "\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+        from gptworks.core import runtime
+
+        device = runtime.device()
+        found = runtime.versions() | {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "cuda": torch.version.cuda or "none",
+            "bf16 units": "yes" if runtime.has_bf16(device) else "no",
+            "threads": str(torch.get_num_threads()),
+            "memory free": f"{runtime.available_memory(device) / 2**30:.1f} GiB",
+            "matmul fp32": f"{runtime.matmul_rate(device, torch.float32) / 1e9:.0f} GFLOP/s",
+        }
+        _print(found, json, lambda rows: "\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+
+    _do(work, False)
 
 
 def main() -> None:
     """The console script. A wrong option is exit code 64, as every usage error."""
+    if hasattr(sys.stdout, "reconfigure"):  # a name or a text may have what its encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except Exception as error:  # typer's own: unknown command or option, missing argument
         if type(error).__name__ in ("Abort", "Exit"):
             raise SystemExit(getattr(error, "exit_code", 75)) from None
@@ -459,5 +479,7 @@ def main() -> None:
             raise
         said = error.format_message() or type(error).__name__
         help_alone = type(error).__name__ == "NoArgsIsHelpError"
-        print(said if help_alone else f"error: {said} (gptworks --help)", file=sys.stderr)
+        print(said if help_alone else f"error: {_one_line(said)} (gptworks --help)", file=sys.stderr)
         raise SystemExit(64) from None
+    if code:  # typer gives it back: of Ctrl-C outside of `_do`
+        raise SystemExit(code)

@@ -20,6 +20,8 @@ from gptworks.core.log import console
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 from gptworks.data import shards as shard_folder
+from gptworks.data.findings import Findings
+from gptworks.data.sources import Source
 from gptworks.export.exporter import export as write_export
 from gptworks.infer import comparison
 from gptworks.infer.chat import Conversation, Spelling
@@ -166,7 +168,7 @@ def chat(
 ) -> Conversation:
     """A conversation that has not begun, spelled as the model folder says."""
     loaded = load(model)
-    spelling = Spelling.of(loaded.home, loaded.tokenizer)
+    spelling = Spelling.of(loaded.template_home, loaded.tokenizer)
     if not spelling.taught:
         console.say(f"{loaded.name} has no chat template: it was not taught to answer, it continues text")
     return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
@@ -265,8 +267,19 @@ def export(
     loaded = model if isinstance(model, Loaded) else build.load(model)
     if loaded.adapter:
         loaded = replace(loaded, model=adapters.merge(loaded.model).eval())
-    documents = shard_folder.read_documents(data, configuration.build({}, "export").data)
-    return write_export(loaded, format, out, kind, "".join(documents)[: 16 * tokens], tokens, dry_run)
+    return write_export(loaded, format, out, kind, _beginning(data, 16 * tokens), tokens, dry_run)
+
+
+def _beginning(data: str, characters: int) -> str:
+    """So much of a text as it is, which is read no further. Raises DataError."""
+    text = ""
+    for piece in Source(data, configuration.build({}, "export").data).pieces(Findings(data)):
+        text += piece.text
+        if len(text) >= characters:
+            break
+    if not text:
+        raise DataError(f"{data}: no text")
+    return text[:characters]
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -275,7 +288,7 @@ def verify(path: Path) -> dict[str, Any]:
     if not (path / "config.yaml").is_file():
         manifest = folder.verify(path)
         return {"verdict": "every file matches its SHA-256", "identical": True, "files": len(manifest["files"])}
-    with runtime.hold(path):
+    with runtime.hold(path, reading=True):
         return session.replay(path)
 
 
@@ -285,17 +298,20 @@ def verify(path: Path) -> dict[str, Any]:
 def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
     """Every stage the recipe names, in order; returns one result for all of them, which adds to the training's."""
     result: dict[str, Any] = {}
+    file, trained = out / "result.json", False  # by this process
     if "train" not in config.stages:
         if not (out / "model").is_dir():
             raise DataError(f"{out}: no model here yet; the stages {', '.join(config.stages)} come after train")
-        if (out / "result.json").is_file():
-            result = folder.read_json(out / "result.json")
+        if file.is_file():
+            result = folder.read_json(file)
     for stage in config.stages:
         if stage == "train":
+            before = file.read_bytes() if file.is_file() else b""
             result = train(config, out, recipe, fresh)
             fresh = False
             if not ranks.main or config.train.find_lr:
                 return result  # the main process alone goes on; a range test leaves no model
+            trained = file.read_bytes() != before
         elif stage == "evaluate":
             held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
             result["evaluation"] = evaluate(out / "model", str(held_out), config.train.context)
@@ -308,19 +324,19 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
                 console.say(f"sample   {made['tokens']} tokens, {made['tokens_per_second']:.0f} tokens/s")
                 console.say((made["prompt"] + made["text"]).strip())
         elif stage == "report":
-            _write_result(out, result, "train" in config.stages)
+            _write_result(out, result, trained)
             result["report"] = str(report(out))
             console.say(f"report   {result['report']}")
-    _write_result(out, result, "train" in config.stages)
+    _write_result(out, result, trained)
     return result
 
 
-def _write_result(out: Path, result: dict[str, Any], whole: bool) -> None:
+def _write_result(out: Path, result: dict[str, Any], trained: bool) -> None:
     """A result.json says that the training is finished, so there is none without its figures. Time and memory are those
-    of the `whole` run, not of stages that came later by themselves."""
+    of the process that `trained`, and of the stages in it, not of one that came later."""
     if "steps" not in result:
         return
-    if whole:
+    if trained:
         result["seconds"] = round(runtime.process_seconds(), 2)
         result["peak_memory_bytes"] = runtime.peak_memory()
     folder.write_json(out / "result.json", result)

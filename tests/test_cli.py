@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from gptworks.core import runtime
+from gptworks.core.log import console
 
 
 @dataclass
@@ -276,6 +277,14 @@ def test_dry_run_writes_nothing_and_prints_the_configuration(
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize(("kind", "known"), [("bytes", True), ("char", False)])
+def test_a_dry_run_leaves_a_shape_open_that_follows_from_the_text(
+    cli: Callable[..., Outcome], kind: str, known: bool
+) -> None:
+    outcome = cli("train", "laptop", f"tokenizer.kind={kind}", "--dry-run", "--json")
+    assert outcome.code == 0 and (json.loads(outcome.out)["model"]["hidden_size"] is not None) == known
+
+
 # -- --json ------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +310,7 @@ def test_json_of_generate_is_one_object(cli: Callable[..., Outcome], finished_ru
     found = one_object(generate(cli, finished_run / "model", "--json", "--seed", 1))
     names = {"text", "tokens", "finish_reason", "tokens_per_second", "prompt_tokens_per_second"}
     assert names <= set(found) and found["tokens"] <= 4
-    (tmp_path / "prompts.txt").write_text("the king\nthe queen\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffthe king\nthe queen\n", encoding="utf-8")  # as Windows writes it
     prompts = ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 3]
     found = one_object(cli("generate", finished_run / "model", *prompts, "--json"))
     assert [made["prompt"] for made in found["results"]] == ["the king", "the queen"]
@@ -360,6 +369,19 @@ def test_generated_text_goes_to_standard_output_alone(cli: Callable[..., Outcome
     assert "tokens/s" in outcome.err and "tokens/s" not in outcome.out
 
 
+def test_control_characters_do_not_reach_a_terminal(
+    cli: Callable[..., Outcome], finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(cli("evaluate", "\x1b[31mnothere", "--data", "x"), 65, "\ufffd[31mnothere")
+    console.say("\x1b[2J")
+    console.warn("\x9b2J")
+    assert capsys.readouterr().err == "\ufffd[2J\nwarning: \ufffd2J\n"
+    asked = ["generate", finished_run / "model", "--prompt", "the \x1b[2J", "--max-new-tokens", 1]
+    assert cli(*asked).out.startswith("the \x1b[2J")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli(*asked).out.startswith("the \ufffd[2J")
+
+
 def test_same_seed_gives_the_same_text(cli: Callable[..., Outcome], finished_run: Path) -> None:
     texts = {generate(cli, finished_run / "model", "--seed", 3).out for _ in range(2)}
     assert len(texts) == 1
@@ -378,6 +400,40 @@ def test_a_closed_pipe_is_no_error(finished_run: Path) -> None:
     command = f"{sys.executable} -m gptworks recipes | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["recipes", "--version"])
+def test_a_result_that_cannot_be_written_is_74(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        asked = [sys.executable, "-m", "gptworks", command]
+        done = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 74 and done.stderr.startswith("error: standard output: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_standard_output_cannot_encode_is_escaped(encoding: str) -> None:
+    shown, found = (
+        subprocess.run(
+            [sys.executable, "-m", "gptworks", "recipes", *more],
+            env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True,
+        ).stdout
+        for more in ([], ["--json"])
+    )  # fmt: skip
+    assert b"\\u7ea2" in shown and "红" in json.loads(found)["hongloumeng"]
+
+
+def test_a_result_that_names_what_is_not_utf8_is_printed(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(finished_run, name)
+    assert one_object(cli("report", name, "--json"))["report"] == f"{name}/report.html"
+
+
+def test_ctrl_c_ends_a_small_command_too(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "device", interrupted)
+    refused(cli("env"), 75, "Ctrl-C")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
@@ -450,6 +506,16 @@ def test_a_wrong_export_is_one_line_and_leaves_nothing(
     pytest.importorskip("gguf")
     refused(cli("export", finished_run / "model", *options), code, *words)
     assert os.listdir() == []
+
+
+def test_an_export_reads_no_more_of_a_text_than_it_compares(
+    cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    source = tmp_path / "mine.py"
+    source.write_text("def documents():\n    yield 'the king ' * 5000\n    raise ValueError('read on')\n")
+    command = ["export", finished_run / "model", "--format", "gguf", "--out", "m", "--dry-run"]
+    assert cli(*command, "--data", f"{source}:documents").code == 0
 
 
 def test_weights_that_are_no_numbers_are_not_exported(cli: Callable[..., Outcome], model: Path) -> None:
@@ -596,12 +662,13 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
 # -- the stages of a run -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stages", ["evaluate,generate", "train,evaluate,generate"])
 def test_later_stages_add_to_what_the_training_gave(
-    cli: Callable[..., Outcome], tiny_run: Path, tiny_overrides: list[str]
+    cli: Callable[..., Outcome], tiny_run: Path, tiny_overrides: list[str], stages: str
 ) -> None:
     again = ["run", "../r.yaml", *tiny_overrides, "--out", tiny_run, "--json"]
     trained = json.loads((tiny_run / "result.json").read_text())
-    result = json.loads(cli(*again, "stages=evaluate,generate").out)
+    result = json.loads(cli(*again, f"stages={stages}").out)
     assert result["eval"] == trained["eval"] and result["generation"]
     assert result["evaluation"]["loss"] == pytest.approx(trained["eval"]["loss"], rel=1e-6)
     assert all(result[key] == trained[key] for key in ("steps", "seconds", "peak_memory_bytes"))
@@ -672,6 +739,26 @@ def test_a_folder_of_somebody_elses_is_never_replaced(
     Path(name, "mine.txt").write_text("years of work")
     refused(cli("train", "../r.yaml", *tiny_overrides, "--out", "."), 64, "mine.txt", "choose another --out")
     assert Path(name, "mine.txt").read_text() == "years of work" and not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html"])
+def test_a_file_of_another_program_is_never_replaced(
+    cli: Callable[..., Outcome], tiny_overrides: list[str], name: str
+) -> None:
+    Path("exp").mkdir()
+    Path("exp", name).write_text("years of work")
+    refused(cli("train", "../r.yaml", *tiny_overrides, "--out", "exp"), 64, f"exp/{name}", "choose another --out")
+    assert Path("exp", name).read_text() == "years of work" and sorted(os.listdir("exp")) == [".lock", name]
+
+
+def test_a_run_or_recipe_whose_name_is_not_utf8_is_refused_before_anything(
+    cli: Callable[..., Outcome], tiny_overrides: list[str]
+) -> None:
+    name = os.fsdecode(b"caf\xe9.yaml")
+    Path(name).write_text("model: {depth: 1}")
+    refused(cli("train", "../r.yaml", *tiny_overrides, "--out", name), 64, "caf", "UTF-8")
+    refused(cli("train", name, *tiny_overrides, "--out", "run"), 64, "caf", "UTF-8")
+    assert os.listdir() == [name]
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None
         raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
     pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
     pairs = [(SHORT.get(key, key), value) for key, value in pairs]
-    if any(key == "model.path" for key, _ in pairs):
+    if dict(pairs).get("model.path") is not None:
         shape = tree.get("model")
         tree["model"] = {k: v for k, v in shape.items() if k in BESIDE_PATH} if isinstance(shape, dict) else {}
         tree.pop("tokenizer", None)
@@ -399,9 +399,22 @@ def build(tree: dict[str, Any], where: str) -> Config:
         raise UsageError(f"{where}: {_explain(error)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value[:80]!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def _parse(text: str, where: str | None) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise UsageError(f"{where}: not valid YAML: {problem[:300]}") from None

@@ -5,10 +5,10 @@ files, or it is not there. Readers verify the manifest before they trust a byte.
 """
 
 import errno
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,8 +61,8 @@ def commit_file(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if leftover.is_file() and not _alive(leftover.name.split(".")[-2]):
+        for leftover, _ in _leftovers(path):
+            if leftover.is_file():
                 leftover.unlink(missing_ok=True)
         try:
             yield aside
@@ -127,23 +127,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _leftovers(path: Path) -> list[tuple[Path, bool]]:
+    """What processes that died left of `path`, each with whether it is an old folder that was to be replaced."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.([0-9]+)(\.old)?\.tmp")
+    found = [(entry, name.fullmatch(entry.name)) for entry in path.parent.iterdir()]
+    return [(entry, bool(match[2])) for entry, match in found if match and not _alive(int(match[1]))]
+
+
 def _clear_up(path: Path) -> None:
     """Mends what a process that died in `commit` left: the old folder goes back, a half-filled one goes away."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not leftover.is_dir() or _alive(leftover.name.split(".")[-2]):
+    for leftover, old in _leftovers(path):
+        if not leftover.is_dir():
             continue
-        if leftover.name.startswith(f".{path.name}.old.") and not path.exists():
+        if old and not path.exists():
             os.rename(leftover, path)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _alive(pid: str) -> bool:
+def _alive(pid: int) -> bool:
     """Whether another process of this number runs, which then is still at work on its folder."""
-    if not pid.isdecimal() or int(pid) == os.getpid():
+    if pid == os.getpid():
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
@@ -184,7 +191,7 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
                 fsync(folder)
             failpoint("folder.rename")
             if path.exists():
-                old = path.parent / f".{path.name}.old.{os.getpid()}.tmp"
+                old = path.parent / f".{path.name}.{os.getpid()}.old.tmp"
                 os.rename(path, old)
                 try:
                     os.rename(aside, path)
@@ -224,10 +231,17 @@ def guests(path: Path, ours: set[str] | None = None) -> list[Path]:
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copies a file or folder durably, since the original goes away."""
     if source.is_dir():
-        shutil.copytree(source, target, symlinks=True)
+        shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
     else:
-        shutil.copy2(source, target, follow_symlinks=False)
+        _copy_file(source, target)
+
+
+def _copy_file(source: str | Path, target: str | Path) -> None:
+    shutil.copy2(source, target, follow_symlinks=False)
+    if not os.path.islink(target):
+        fsync(Path(target))
 
 
 def _is_entry(entry: Any) -> bool:

@@ -3,6 +3,9 @@
 import sys
 import time
 
+# A table for str.translate: control characters, with which a text could steer the terminal, become U+FFFD.
+PRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 
 class Console:
     """Standard output belongs to results (`--json`), so everything here goes to standard error."""
@@ -20,19 +23,19 @@ class Console:
         """A line that stays."""
         if not self.quiet and not self.muted:
             self.clear()
-            print(text, file=sys.stderr, flush=True)
+            print(text.translate(PRINTABLE), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """A line that stays, even when quiet."""
         if self.muted:
             return
         self.clear()
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {text.translate(PRINTABLE)}", file=sys.stderr, flush=True)
 
     def live(self, text: str) -> None:
         """A line that the next one overwrites; shown on a terminal only."""
         if self.terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{text.translate(PRINTABLE)}", end="", file=sys.stderr, flush=True)
             self._live = True
 
     def clear(self) -> None:

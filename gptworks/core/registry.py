@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import GptworksError, UsageError
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -16,7 +16,10 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def resolve(kind: str, table: dict[str, str], name: str) -> Any:
-    """The object `name` stands for: a row of `table`, or `path/to/mine.py:Thing` of the user's own."""
+    """The object `name` stands for: a row of `table`, or `path/to/mine.py:Thing` of the user's own.
+
+    Raises UsageError, also for whatever the user's file raises when it is loaded.
+    """
     if name in table:
         module, _, attribute = table[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -28,7 +31,13 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec and spec.loader
     module_object = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module_object)
+    try:
+        spec.loader.exec_module(module_object)
+    except GptworksError:  # a signal to stop, for one
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{kind} {name!r}: {path} cannot be loaded: {problem} (--debug shows where)") from error
     if not hasattr(module_object, attribute):
         raise UsageError(f"{kind} {name!r}: {path} defines no {attribute!r}")
     return getattr(module_object, attribute)

@@ -291,18 +291,21 @@ interrupts = Interrupts()
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keeps every other process out of a run folder while the block runs (released even by kill -9)."""
+def hold(folder: Path, reading: bool = False) -> Iterator[None]:
+    """Keeps every other process out of a run folder while the block runs (released even by kill -9); with `reading`,
+    those that write, and the folder itself may be read-only. Raises RunMismatch and StorageError."""
+    lock, advice = folder / ".lock", "verify a copy of it" if reading else "choose another --out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a+")  # noqa: SIM115
+        handle = open(lock, "r" if reading and lock.exists() else "a+")  # noqa: SIM115
     except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror}: choose another --out") from error
+        raise StorageError(f"{folder}: {error.strerror}: {advice}") from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunMismatch(
-                f"{folder}: another process is working on this run; wait for it, or choose another --out"
-            ) from None
+            fcntl.flock(handle, (fcntl.LOCK_SH if reading else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            otherwise = "" if reading else ", or choose another --out"
+            raise RunMismatch(f"{folder}: another process is working on this run; wait for it{otherwise}") from None
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be locked: {error.strerror}: {advice}") from error
         yield

@@ -1,16 +1,19 @@
 """From files to documents: one reader for each format, and one rule for the rows that nobody can read.
 
-A row is held whole, and one of more than `ROW` characters is unreadable; everything else is streamed.
+A row is held whole, and one of more than `ROW` characters is unreadable (but in the validation text that we wrote
+ourselves); everything else is streamed.
 """
 
 import csv
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, UsageError
 from gptworks.data.findings import Findings, Piece
@@ -150,27 +153,37 @@ def _too_long() -> Unreadable:
     return Unreadable(f"longer than {ROW:,} characters")
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[tuple[int, str | None]]:
-    """Numbered lines without their ends; None in place of one that is longer than a row may be."""
+def _lines(blocks: Iterable[str], most: int) -> Iterator[tuple[int, str | None]]:
+    """Numbered lines without their ends; None in place of one that has more than `most` characters."""
     number, size, parts = 0, 0, list[str]()
     for block in blocks:
         *ended, rest = block.split("\n")
         for line in ended:
             number, size = number + 1, size + len(line)
             parts.append(line)
-            yield number, "".join(parts) if size <= ROW else None
+            yield number, "".join(parts) if size <= most else None
             size, parts = 0, []
         size += len(rest)
-        parts = [*parts, rest] if size <= ROW else []
+        parts = [*parts, rest] if size <= most else []
     if size:
-        yield number + 1, "".join(parts) if size <= ROW else None
+        yield number + 1, "".join(parts) if size <= most else None
 
 
 def jsonl_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
     """One JSON object or string a line."""
-    lines = _lines(decoded(path, options, findings))
+    lines = _lines(decoded(path, options, findings), sys.maxsize if _ours(path) else ROW)
     rows = ((number, _parsed(line)) for number, line in lines if line is None or line.strip())
     yield from _documents(path, rows, options, findings)
+
+
+def _ours(path: Path) -> bool:
+    """Whether this is the validation text of a data folder, in which a whole .txt file may have become one row."""
+    if path.name != "validation.jsonl":
+        return False
+    try:
+        return path.name in folder.read_manifest(path.parent)["files"]
+    except DataError:
+        return False
 
 
 # -- .json -------------------------------------------------------------------------------------------------------
@@ -305,7 +318,7 @@ class _Lines:
 
 def table_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
     """Comma- or tab-separated rows (RFC 4180) under a header that names the columns."""
-    lines = _Lines(_lines(decoded(path, options, findings)))
+    lines = _Lines(_lines(decoded(path, options, findings), ROW))
     csv.field_size_limit(ROW)  # of the process; the default, 131,072, is shorter than many documents
     reader = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
 

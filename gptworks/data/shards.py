@@ -26,6 +26,7 @@ from gptworks.core.log import Progress, console, count
 from gptworks.core.runtime import process_seconds
 from gptworks.data import findings as found
 from gptworks.data.findings import Findings, Piece
+from gptworks.data.formats import ROW
 from gptworks.data.sources import Source, findings_of, listed, sources_of
 from gptworks.data.split import Split
 from gptworks.data.tokenizer import Tokenizer, sample
@@ -103,6 +104,11 @@ class Writer:
             self._write(self.tokenizer.encode_array(piece.text))
         else:  # ids may depend on the whole document
             self._waiting.append(piece.text)
+            if sum(map(len, self._waiting)) > ROW:
+                raise DataError(
+                    f"document {len(self.starts):,} of the {self.split} split has more than {ROW:,} characters, which "
+                    "this tokenizer can only encode at once: cut the text into shorter ones, as with data.separator"
+                )
 
     def close(self) -> dict[str, int]:
         self._end()
@@ -168,7 +174,7 @@ def prepare(
         console.say(f"data     shards are rewritten: {damage or change}")
     else:
         folder.guests(path, FILES)  # others' files are a reason not to begin
-    tokenizer = _build(data, asked, given, Split(data, sources, held), sources + held, settings, path)
+    tokenizer = _build(data, asked, given, sources, held, settings, path)
     return open_shards(path, verified=True, tokenizer=tokenizer)
 
 
@@ -227,6 +233,13 @@ def _stamps(sources: list[Source]) -> list[dict[str, Any]]:
     return [stamp for source in sources for stamp in source.stamp()]
 
 
+def _refuse_changed(stamps: list[dict[str, Any]], sources: list[Source]) -> None:
+    """Raises DataError if a file is no longer what it was when these stamps were taken."""
+    for before, after in zip(stamps, _stamps(sources), strict=True):
+        if before != after:
+            raise DataError(f"{before['path']}: changed while it was read; run again once nothing writes to it")
+
+
 def _reason_to_rewrite(path: Path, settings: dict[str, Any], sources: list[Source]) -> tuple[str, str]:
     """What is damaged, and what is not as asked; empty if nothing is."""
     try:
@@ -257,7 +270,7 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], sources: lis
     return ""
 
 
-def _make_tokenizer(asked: TokenizerConfig, split: Split, size: int) -> Tokenizer:
+def _make_tokenizer(asked: TokenizerConfig, split: Split) -> Tokenizer:
     start = process_seconds()
     if asked.kind == "bytes":
         return Tokenizer.of_bytes()
@@ -269,7 +282,7 @@ def _make_tokenizer(asked: TokenizerConfig, split: Split, size: int) -> Tokenize
             raise DataError(f"{len(alphabet):,} different characters; tokenizer.kind=bpe suits this text")
         made = Tokenizer.train_characters(alphabet)
     else:
-        texts = sample((piece.text for piece, held in split.pieces() if not held), size, asked.sample_bytes)
+        texts = sample((piece.text for piece, held in split.pieces() if not held), asked.sample_bytes)
         made = Tokenizer.train_bpe(texts, asked.vocab_size, asked.pattern)
     console.say(f"tokens   {len(made):,} ids, {asked.kind}, trained in {process_seconds() - start:.1f} s")
     return made
@@ -279,14 +292,17 @@ def _build(
     data: Data,
     asked: TokenizerConfig,
     given: Tokenizer | None,
-    split: Split,
     sources: list[Source],
+    held: list[Source],
     settings: dict[str, Any],
     path: Path,
 ) -> Tokenizer:
-    """Writes the folder; returns its tokenizer. `sources` are those of the training text, then of `data.eval`."""
+    """Writes the folder; returns its tokenizer. `held` are the sources of `data.eval`."""
+    stamps = _stamps(sources + held)
+    split = Split(data, sources, held)
+    sources = sources + held
     size = sum(source.size for source in sources)
-    tokenizer = given or _make_tokenizer(asked, split, sum(source.size for source in sources[: len(data.places)]))
+    tokenizer = given or _make_tokenizer(asked, split)
     if tokenizer.start_id is None:
         raise DataError("the tokenizer names neither bos_token nor eos_token: add one to its tokenizer_config.json")
     if tokenizer.engine == "tokenizers" and size > 20_000_000:
@@ -309,7 +325,8 @@ def _build(
                     keep(piece)
         facts["splits"] = {name: writer.close() for name, writer in writers.items()}
         known |= {f"{name}.tokens": writer.hash.hexdigest() for name, writer in writers.items()}
-        facts |= {"dtype": writers["train"].dtype.str, "sources": _stamps(sources), "source_sha256": _hashes(sources)}
+        facts |= {"dtype": writers["train"].dtype.str, "sources": stamps, "source_sha256": _hashes(sources)}
+        _refuse_changed(stamps, sources)
         facts["found"] = _table(findings, writers, facts["splits"], data)
         facts["findings"] = found.lines(facts["found"])
         _refuse_empty(facts["splits"], data)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptworks.core.config import Data
-from gptworks.core.errors import DataError, UsageError
+from gptworks.core.errors import DataError, GptworksError, UsageError
 from gptworks.core.registry import nearest, resolve
 from gptworks.core.runtime import interrupts
 from gptworks.data import formats, text
@@ -30,6 +30,8 @@ class Source:
 
     def __init__(self, place: str, options: Data, number: int = 0) -> None:
         """`number`: which source of the corpus this is."""
+        if not place:
+            raise UsageError("data.train or --data is empty: name a file, a folder, a glob or a built-in text")
         self.place, self.options, self.number = place, options, number
         self.files: list[Path] = []
         self.function: Callable[[], Iterable[str]] | None = None
@@ -38,9 +40,13 @@ class Source:
             self.files = [Path(str(resources.files("gptworks") / "data" / "texts" / BUILTIN[place]))]
         elif place in TABLE or re.search(r"\.py:\w+$", place):
             self.function = resolve("data source", TABLE, place)
+            if not callable(self.function):
+                raise UsageError(f"{place}: not a function; name one that yields documents (str)")
             self.code = [] if place in TABLE else [Path(place.rpartition(":")[0])]
         else:
             self.files = _found(place)
+        for file in self.files + self.code:
+            _refuse_odd_name(file.resolve())
 
     @property
     def size(self) -> int:
@@ -72,11 +78,26 @@ class Source:
     def _pieces(self, findings: Findings) -> Iterator[Piece]:
         for file in self.files:
             yield from formats.read(file, self.options, findings)
-        for number, document in enumerate(self.function() if self.function else (), 1):
+        for number, document in enumerate(self._yielded(), 1):
+            if not isinstance(document, str):
+                raise DataError(f"{self.place}: document {number} is not text (str) but {type(document).__name__}")
             try:
                 yield from text.pieces([text.without_surrogates(document, self.options, findings)])
-            except (text.Unreadable, AttributeError) as error:
+            except text.Unreadable as error:
                 raise DataError(f"{self.place}: document {number} is not text: {error}") from None
+
+    def _yielded(self) -> Iterator[Any]:
+        """What the function yields; whatever it raises becomes a DataError."""
+        number = 0
+        try:
+            for document in self.function() if self.function else ():
+                number += 1
+                yield document
+        except GptworksError:  # a signal to stop, for one
+            raise
+        except Exception as error:
+            problem = f"failed at document {number + 1}: {type(error).__name__}: {error}"
+            raise DataError(f"{self.place}: {problem} (--debug shows where)") from error
 
 
 def sources_of(places: list[str], options: Data, first: int = 0) -> list[Source]:
@@ -115,6 +136,14 @@ def _found(place: str) -> list[Path]:
                 f"give {known} (plain, .gz or .zst)"
             )
     return found
+
+
+def _refuse_odd_name(file: Path) -> None:
+    """A name that is not UTF-8 could not be kept in the manifest. Raises DataError."""
+    try:
+        str(file).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{str(file)!r}: the file's name is not UTF-8; rename it") from None
 
 
 def listed(places: list[str]) -> str:

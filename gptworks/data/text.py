@@ -1,7 +1,8 @@
 """From a file's bytes to pieces of text: unpacked, decoded, cut.
 
 A document is handed out in pieces of about a megabyte, cut only where no token of a known split pattern can span, so
-that memory stays bounded however large a file is and the ids are those of the whole text.
+that memory stays bounded however large a file is and the ids are those of the whole text. (For a tokenizer that is
+not `cuttable`, `shards.Writer` joins the pieces of a document again.)
 """
 
 import codecs

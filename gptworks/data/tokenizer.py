@@ -5,11 +5,13 @@ library with `encode_special_tokens=True`: text that looks like a control token 
 """
 
 import hashlib
+import heapq
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,11 @@ class Tokenizer:
     @property
     def front(self) -> list[int]:
         """What the tokenizer itself puts before a text: bos, for some."""
-        return self.backend.encode("", add_special_tokens=True).ids
+        try:
+            found = self.backend.encode("a", add_special_tokens=True)
+        except Exception:  # a vocabulary without that letter; plain Exceptions of the library
+            found = self.backend.encode("", add_special_tokens=True)
+        return [id for id, _ in takewhile(itemgetter(1), zip(found.ids, found.special_tokens_mask, strict=True))]
 
     @property
     def end_id(self) -> int | None:
@@ -263,6 +269,9 @@ class Tokenizer:
         config = folder.read_json(config_file) if config_file.is_file() else {}
         if not isinstance(config, dict):
             raise DataError(f"{config_file}: not a JSON object")
+        if "added_tokens_decoder" not in config and (older := file.parent / "special_tokens_map.json").is_file():
+            named = folder.read_json(older)
+            config = {**config, **(named if isinstance(named, dict) else {})}
         if (not path.is_dir() or not file.is_file()) and (found := sentencepiece.find(path)):
             return cls(*sentencepiece.load(found, config))
         if not file.is_file():
@@ -375,16 +384,27 @@ def _gigatoken(state: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
     return encode if same else None
 
 
-def sample(pieces: Iterable[str], total: int, limit: int) -> list[str]:
-    """At most `limit` characters spread evenly over a stream of `total` bytes, so that training fits into memory."""
-    kept, taken, seen = [], 0, 0
-    share = min(limit / max(total, 1), 1.0)
-    size = min(max(limit // 64, 1024), 65536)
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
+
+
+def sample(pieces: Iterable[str], limit: int) -> list[str]:
+    """At most `limit` bytes spread evenly over a stream of any length, so that training fits into memory.
+
+    Part n draws the fraction of n times the golden ratio, and the lowest are kept: the gaps between such n have at most
+    three lengths (Slater 1967, Gaps and steps for the sequence n theta mod 1).
+    """
+    size = min(max(limit // 64, 1), 65536)  # of a part, in characters
+    kept: list[tuple[int, int, bytes]] = []  # a heap of (-draw, number, part)
+    number = taken = 0
+    bound = 2**64  # all kept draw less
     for text in pieces:
         for start in range(0, len(text), size):
-            part = text[start : start + size]
-            if taken <= seen * share and taken < limit:
-                kept.append(part[: limit - taken])
-                taken += len(kept[-1])
-            seen += len(part)
-    return kept
+            number += 1
+            if (drawn := number * GOLDEN % 2**64) < bound:
+                part = text[start : start + size].encode("utf-8", "replace")
+                heapq.heappush(kept, (-drawn, number, part))
+                taken += len(part)
+                while taken > limit:
+                    highest, _, part = heapq.heappop(kept)
+                    bound, taken = -highest, taken - len(part)
+    return [part.decode("utf-8") for _, _, part in sorted(kept, key=itemgetter(1))]

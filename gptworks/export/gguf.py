@@ -95,6 +95,9 @@ class GGUF(Exporter):
         vocabulary, remarks = gguf_tokenizer.fields(loaded)
         self.notes += remarks
         self.fields = self._model_fields() | vocabulary
+        for key, value in self.fields.items():
+            if type(value) is int and value >= 2**32:
+                raise DataError(f"{loaded.path}: a gguf file has no room for {key} = {value:,}")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors()}
         for name in self.shapes:
             part, leaf = name.split(".")[-2:]

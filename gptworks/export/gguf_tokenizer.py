@@ -40,7 +40,7 @@ def fields(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
             f"{loaded.path}: llama.cpp cannot do what the tokenizer does: {why}; --format onnx takes it"
         ) from None
     named = {f"tokenizer.ggml.{key}": value for key, value in found.items() if value is not None}
-    spelling = Spelling.of(loaded.home, loaded.tokenizer)
+    spelling = Spelling.of(loaded.template_home, loaded.tokenizer)
     return named | ({"tokenizer.chat_template": spelling.source} if spelling.taught and spelling.source else {}), notes
 
 
@@ -48,6 +48,8 @@ def _fields(loaded: Loaded, notes: list[str]) -> dict[str, Any]:
     tokenizer = loaded.tokenizer
     state = json.loads(tokenizer.backend.to_str())
     vocab: dict[str, int] = state["model"]["vocab"]
+    if not isinstance(vocab, dict):
+        raise DataError(f"its vocabulary is of the kind {state['model']['type']}")
     pieces = state["model"]["type"] == "BPE" and state["model"].get("byte_fallback")
     spelled = {token: token for token in vocab}
     kinds = dict.fromkeys(vocab, NORMAL)

@@ -162,6 +162,8 @@ class ONNX(Exporter):
         for name in FILES:
             if (self.loaded.home / name).is_file():
                 shutil.copyfile(self.loaded.home / name, path / name)
+        if not (path / "tokenizer.json").is_file():  # it was of another kind
+            self.loaded.tokenizer.save(path)
         batch, time, total = (torch.export.Dim(name) for name in ("batch", "time", "total"))
         past = torch.export.Dim("past")
         example = (torch.zeros(2, 3).long(), torch.tensor([[5, 6, 7]] * 2), torch.ones(2, 8).long(), self._past(2, 5))

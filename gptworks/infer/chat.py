@@ -160,6 +160,11 @@ def _template(path: Path, tokenizer: Tokenizer) -> tuple[str | None, str]:
     return found, where
 
 
+def _clean(text: str) -> str:
+    """Without the broken bytes that a terminal may send."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class Conversation:
     """What was said, and the model that answers. Whole turns go in and out: a message and its reply."""
 
@@ -167,7 +172,7 @@ class Conversation:
         self, engine: Engine, spelling: Spelling, how: Sampling, max_new_tokens: int, system: str | None = None
     ) -> None:
         self.spelling, self.how, self.max_new_tokens = spelling, how, max_new_tokens
-        self.system = [_message("system", system)] if system else []
+        self.system = [_message("system", _clean(system))] if system else []
         self.turns: list[Messages] = []
         self.dropped = 0  # turns, from the oldest, that the model is not shown any more
         ids, self._stop = spelling.ends(self.system)
@@ -187,7 +192,7 @@ class Conversation:
 
         Raises DataError for a message that does not fit into the context by itself.
         """
-        text = text.encode("utf-8", "replace").decode("utf-8")  # a terminal may send broken bytes
+        text = _clean(text)
         ids = self._fit(_message("user", text))
         left = self.engine.model.config.max_position_embeddings - len(ids)
         how = self.how if self.how.seed is None else replace(self.how, seed=mix(self.how.seed, len(self.turns)))

@@ -1,11 +1,12 @@
 """From scores to the next token: repetition penalty, temperature, top-k, top-p, min-p."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import NotFinite, UsageError
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class Sampling:
 
 
 def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generator) -> int:
-    """The next token, given scores [V] and the ids of the text so far."""
+    """The next token, given scores [V] and the ids of the text so far. Raises NotFinite."""
     scores = logits.float().cpu()
+    if not -math.inf < float(scores.max()) < math.inf:  # nor is it where one is NaN
+        raise NotFinite("the model's scores are not finite: its weights are too large, or not what they should be")
     if how.repetition_penalty != 1.0 and len(seen):
         unique = seen.unique()
         values, scores = scores[unique], scores.clone()

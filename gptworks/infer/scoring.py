@@ -96,7 +96,8 @@ def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16)
     model.eval()
     model(batch.tokens, routing=routing)
     model.train(was_training)
-    shares = load(routing, model.config.num_experts_per_tok)
+    real = (batch.weights > 0).flatten()  # the last block is filled up
+    shares = load([logits[real] for logits in routing], model.config.num_experts_per_tok)
     return {"expert_busiest": float(shares.max()) * shares.shape[1], "experts_unused": int((shares == 0).sum())}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptworks.core import folder
 from gptworks.core.errors import GptworksError, Preempted, UsageError
-from gptworks.core.log import console
+from gptworks.core.log import PRINTABLE, console
 from gptworks.core.runtime import interrupts
 from gptworks.infer.chat import Conversation
 from gptworks.infer.engine import Generation
@@ -24,7 +24,6 @@ WHY = {
     "length": "cut off after --max-new-tokens",
     "context": "cut off: the context is full",
 }
-PRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Terminal:

@@ -21,13 +21,15 @@ from gptworks.model import card, hub, peft
 from gptworks.model import weights as weight_files
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.families import BUFFERS, FAMILIES, from_hf_config
+from gptworks.model.lowbit import SCHEMES
 from gptworks.model.transformer import Transformer, sinusoids
 
 LINEAGE = "gptworks.json"
 TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
 SHARD = 5_000_000_000  # bytes of a weight file, as transformers cuts them
-SMALL = ["config.json", "tokenizer.json", INDEX]  # checked against the manifest before, weights while they are read
+# Checked against the manifest before, weights while they are read.
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", TEMPLATE, INDEX, LINEAGE]
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
 
@@ -49,6 +51,11 @@ class Loaded:
     def home(self) -> Path:
         """Where tokenizer and chat template are."""
         return self.base or self.path
+
+    @property
+    def template_home(self) -> Path:
+        """Where the chat template is: an adapter's folder may have its own."""
+        return self.path if (self.path / TEMPLATE).is_file() else self.home
 
     @property
     def name(self) -> str:
@@ -85,6 +92,8 @@ def load(
         return _load_adapted(path, dropout)
     if (path / "config.yaml").is_file() and not (path / "config.json").exists():
         raise DataError(f"{path} is a run; its model is {path / 'model'}")
+    if (path / ADAPTER).is_file():
+        console.warn(f"{path}: the adapter beside the model is not applied; it wants a folder of its own")
     raw = folder.read_json(path / "config.json")
     if not isinstance(raw, dict):
         raise DataError(f"{path / 'config.json'}: not a JSON object")
@@ -111,6 +120,12 @@ def load(
     if config.family == "gpt2" and table is not None and _is_sinusoidal(table):
         config = replace(config, positions="sinusoidal")
         del weights["model.embed_positions.weight"]
+    head, embedding = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
+    if head is not None and config.tie_word_embeddings:
+        if head is embedding or torch.equal(head, embedding):
+            del weights["lm_head.weight"]
+        else:  # as transformers: what the file has apart is not tied
+            config = replace(config, tie_word_embeddings=False)
     if dropout is not None:
         config = config.with_dropout(dropout)
     with torch.device("meta"):  # without memory
@@ -150,7 +165,8 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
         raise DataError(f"{path / ADAPTER}: names no base_model_name_or_path; write the base's folder there")
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     if lineage:
-        folder.verify(path, [ADAPTER, ADAPTER_WEIGHTS])
+        folder.verify(path, [ADAPTER, ADAPTER_WEIGHTS, LINEAGE])
+    parent, held = _begun(lineage, path / LINEAGE)
     revision = raw.get("revision")
     named = hub.local(raw["base_model_name_or_path"], revision if isinstance(revision, str) else None)
     if not named.is_dir():
@@ -158,10 +174,8 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
                         f"{path / ADAPTER}")  # fmt: skip
     if not (named / "config.json").is_file():
         raise DataError(f"{path}: is an adapter for {named}, which is no model folder")
-    parents = lineage.get("parents") if isinstance(lineage, dict) else None
-    held = lineage["config"]["adapter"]["base"] if parents else None
     base = load_base(named, dropout, held)
-    if parents and parents[0]["sha256"] != base.weights_sha256:
+    if parent is not None and parent != base.weights_sha256:
         raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
     file = path / ADAPTER_WEIGHTS
     weight_files.read_shapes(file, 3 * len(list(base.model.modules())))
@@ -173,6 +187,20 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
         raise DataError(f"{path}: {error}") from None
     settings = settings.model_copy(update={"base": held})
     return replace(base, path=path, model=model.eval(), lineage=lineage, adapter=settings, base=named)
+
+
+def _begun(lineage: Any, file: Path) -> tuple[str | None, str | None]:
+    """What an adapter's folder says of its base: the SHA-256 of its weights, and how it was held. Raises DataError; for
+    a scheme of somebody's own too, since it would be code that a folder has run."""
+    try:
+        if not lineage or not lineage["parents"]:
+            return None, None
+        parent, held = lineage["parents"][0]["sha256"], lineage["config"]["adapter"]["base"]
+    except (KeyError, IndexError, TypeError):
+        raise DataError(f"{file}: not what a training writes") from None
+    if not isinstance(parent, str) or held not in (None, "fp32", "bf16", *SCHEMES):
+        raise DataError(f"{file}: says the base is held as {str(held)[:80]!r}, which is none of ours")
+    return parent, held
 
 
 def _is_sinusoidal(table: Tensor) -> bool:
@@ -198,7 +226,11 @@ def read_weights(
     if claimed > 4 * held or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
     with torch.device("meta"):  # shapes without values
-        compare(Transformer(config), _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path), path)
+        described = Transformer(replace(config, tie_word_embeddings=False))
+        laid_out = _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path)
+    if config.tie_word_embeddings:
+        _both(laid_out)
+    compare(described, laid_out, path)
     missing = Counter(_together(name) for name in shapes if not name.endswith(BUFFERS))
     waiting = defaultdict[str, dict[str, Tensor]](dict)
     weights: dict[str, Tensor] = {}
@@ -212,7 +244,18 @@ def read_weights(
             del value  # so that what is mapped to another tensor goes before the next one comes
             if len(waiting[group]) == missing[group]:
                 weights |= _mapped(waiting.pop(group), config, path)
+    if config.tie_word_embeddings:
+        _both(weights)
     return weights
+
+
+def _both(weights: dict[str, Tensor]) -> None:
+    """Where one matrix is embedding and head, a file may have it under either name, or under both."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    one = next((weights[name] for name in names if name in weights), None)
+    if one is not None:
+        for name in names:
+            weights.setdefault(name, one)
 
 
 def _together(name: str) -> str:
@@ -229,8 +272,8 @@ def _most_tensors(config: ModelConfig) -> int:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / INDEX
-    if index.is_file():
+    index, whole = path / INDEX, path / "model.safetensors"
+    if index.is_file() and not whole.is_file():  # transformers' order
         read = folder.read_json(index)
         listing = read.get("weight_map") if isinstance(read, dict) else None
         names = list(listing.values()) if isinstance(listing, dict) else []
@@ -240,7 +283,7 @@ def _weight_files(path: Path) -> list[Path]:
         if any(file.parent != path for file in files):
             raise DataError(f"{index}: names a file outside the folder")
     else:
-        files = [path / "model.safetensors"]
+        files = [whole]
     if not files[0].is_file():
         pickles = [name for name in PICKLES if (path / name).is_file()]
         if pickles:
@@ -278,8 +321,9 @@ def compare(model: Transformer, weights: dict[str, Tensor], where: str | Path) -
 
 
 def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json's and the tokenizer's."""
+    """The ids that end a text: generation_config.json's, or config.json's where there is none, and the tokenizer's."""
     file = path / "generation_config.json"
+    file = file if file.is_file() else path / "config.json"
     raw = folder.read_json(file) if file.is_file() else {}
     listed = raw.get("eos_token_id") if isinstance(raw, dict) else raw
     ids = listed if isinstance(listed, list) else [listed] if listed is not None else []
@@ -333,7 +377,7 @@ def save(
             }
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         tokenizer.save(aside)
-        if base and (template := base.home / TEMPLATE).is_file():
+        if base and (template := base.template_home / TEMPLATE).is_file():
             shutil.copyfile(template, aside / TEMPLATE)
         (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card.text(path, lineage), encoding="utf-8")

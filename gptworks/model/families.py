@@ -129,7 +129,8 @@ class Family:
         if "use_sliding_window" in self.defaults and not self._said(raw, "use_sliding_window"):
             window = None
         if self.sliding == "most":
-            each = self._said(raw, "sliding_window_pattern")
+            fixed = raw["model_type"] == "gemma2"  # whose class does not read the key
+            each = self.defaults["sliding_window_pattern"] if fixed else self._said(raw, "sliding_window_pattern")
             slide = [(n + 1) % each != 0 for n in range(layers)]
         elif self.sliding == "none" or window is None:
             slide = [False] * layers
@@ -175,6 +176,9 @@ class Family:
         share = _number(given, "partial_rotary_factor", raw, key, self.defaults.get(key, 1.0))
         if share > 1 or (share != 1 and self.share is None):
             raise ValueError(f"{key} {share:g}: a {raw['model_type']} model turns every channel")
+        first = raw.get("original_max_position_embeddings")
+        if first is not None and given.get("rope_type", given.get("type")) in ("llama3", "yarn"):  # it goes first there
+            given = {**given, "original_max_position_embeddings": first}
         scaling = rope.checked(given, theta, length)
         if scaling and scaling["rope_type"] not in self.scalings:
             raise ValueError(f"a {raw['model_type']} model with {scaling['rope_type']} rotary positions is not read")
@@ -215,8 +219,6 @@ class Family:
             if sorted(each) != list(range(config.num_experts)):
                 raise ValueError(f"{name} has {len(each)} experts, the configuration {config.num_experts}")
             ours[name] = torch.stack([each[number] for number in range(config.num_experts)])
-        if config.tie_word_embeddings:
-            ours.pop("lm_head.weight", None)
         if config.positions == "sinusoidal":  # the fixed table
             ours.pop("model.embed_positions.weight", None)
         return ours

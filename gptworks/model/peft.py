@@ -140,6 +140,8 @@ def read(model: Transformer, raw: Raw, tensors: dict[str, Tensor], base: str | N
             raise DataError(f"the adapter of {name} has {', '.join(sorted(found))} and not {', '.join(sorted(leaves))}")
         parts = modules[name]
         columns, outputs = next(iter(parts.values())).in_features, sum(p.out_features for p in parts.values())
+        if found[A].ndim != 2 or not len(found[A]):
+            raise DataError(f"{A} of {name} is {list(found[A].shape)[:8]}, which has no rank")
         rank = len(found[A])
         expected = {A: (rank, columns), B: (outputs, rank), MAGNITUDE: (outputs,)}
         for leaf, value in found.items():
@@ -176,7 +178,7 @@ def _by_name(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _by_pattern(patterns: Any, name: str, usual: float) -> float:
-    """The value of the first pattern that a module's name ends with. PEFT takes any expression; here it is a name."""
+    """The value of the first pattern that matches a module's name as in PEFT; here a pattern is a name."""
     if not isinstance(patterns, dict):
         raise DataError("adapter_config.json: alpha_pattern is not an object")
     for pattern, value in patterns.items():
@@ -184,6 +186,6 @@ def _by_pattern(patterns: Any, name: str, usual: float) -> float:
             raise DataError(
                 f"adapter_config.json has alpha_pattern {pattern[:80]}: {str(value)[:80]}, which is not read"
             )
-        if f".{name}".endswith("." + pattern.strip("^$")):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return float(value)
     return usual

@@ -120,7 +120,7 @@ def mapped(file: Path, dtype: torch.dtype | None = None, skip: tuple[str, ...] =
             if name.endswith(skip):
                 continue
             value = opened.get_tensor(name)
-            if not value.is_floating_point() or not all(map(_finite, value.reshape(-1).split(PIECE))):
+            if value.dtype not in FLOATING.values() or not all(map(_finite, value.reshape(-1).split(PIECE))):
                 raise _unusable(file, name)
             yield name, value.to(dtype or value.dtype)
 

@@ -178,9 +178,9 @@ def get(tree: Any, *names: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: a log may hold null, NaN or text where a value was expected."""
+    """A number that can be drawn, or None: a log may hold null, NaN or text where a value was expected."""
     try:
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(float(value)) < 1e300
     except OverflowError:
         return None
     return float(value) if usable else None

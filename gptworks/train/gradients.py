@@ -98,6 +98,7 @@ def accumulate(
                 losses.append(part)
                 for parameter, gradient in zip(parameters, found, strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                del found, gradient  # or they would be there through the next round
     total = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
     if ranks.started:
         for parameter in parameters:

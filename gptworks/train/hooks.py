@@ -50,7 +50,7 @@ class Metrics:
         if not self.path.is_file():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):  # a sample may have other ends of lines in it
             try:
                 row = json.loads(line)
                 if row["step"] <= from_step:

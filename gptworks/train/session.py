@@ -32,6 +32,8 @@ from gptworks.train.state import State, listing, newest_good, restore, using
 def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     """What the main process does: everything."""
     resolved, different = _continued(config, out)
+    if resolved is None:
+        _check_nothing_is_replaced(out)
     if not (out / "model" / folder.MANIFEST).exists():
         folder.guests(out / "model")  # replaced at the end: what is not ours there is a reason not to begin
     finished = resolved is not None and (out / "result.json").is_file() and (out / "model").is_dir()
@@ -57,6 +59,15 @@ def lead(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
     return _train(run, out, recipe)
+
+
+def _check_nothing_is_replaced(out: Path) -> None:
+    """Raises UsageError where a folder without a run has files under the names that a run writes."""
+    for name in ("metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html"):
+        if (out / name).exists():
+            raise UsageError(
+                f"{out / name}: is of no run (there is no config.yaml) and would be replaced; choose another --out"
+            )
 
 
 def follow(config: Config, out: Path) -> dict[str, Any]:
@@ -304,9 +315,13 @@ def _lineage(
 
 
 def find_lr(config: Config, out: Path) -> RangeTest:
-    """A learning-rate range test in place of training; a run in `out` stays as it is."""
+    """A learning-rate range test in place of training; a run in `out` stays as it is, and its text is the one tested.
+
+    Raises RunMismatch if what is asked now differs from that run in a `fixed` key.
+    """
     if ranks.world > 1:
         raise UsageError("train.find_lr=true is for one process")
+    _continued(config, out)
     base = _base(config)
     return range_test(setup.decide(config, _shards(config, base, out), base))
 

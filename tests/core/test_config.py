@@ -172,6 +172,19 @@ def test_hostile_recipe_file_is_a_usage_error(tmp_path: Path, text: str) -> None
         config.load(str(recipe))
 
 
+@pytest.mark.parametrize("text", ["train: {lr: 1}\ntrain: {seed: 2}", "train: {lr: 1, seed: 1, lr: 2}"])
+def test_a_key_that_is_there_twice_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError, match=r"mine\.yaml: .*'(train|lr)' is there twice"):
+        config.load(str(recipe))
+
+
+def test_a_key_beside_a_merged_mapping_is_there_once() -> None:
+    text = "a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c, x: 3}"
+    assert config._parse(text, "recipe") == {"a": {"x": 1}, "b": {"c": {"x": 2}}, "d": {"x": 3}}
+
+
 @pytest.mark.parametrize(
     "recipe", ["nothere.yaml", "a\0b.yaml", "x" * 5000 + ".yaml", "shakespear_char", "laptop.json"], ids=range(5)
 )
@@ -225,6 +238,10 @@ def test_list_overrides_take_commas_or_brackets() -> None:
 
 def test_model_is_short_for_model_path() -> None:
     assert config.load(None, ["model=some/folder"]).model.path == "some/folder"
+
+
+def test_no_model_folder_keeps_the_recipes_shape_and_tokenizer() -> None:
+    assert config.load("laptop", ["model=null"]).model_dump() == config.load("laptop").model_dump()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A folder either has its name, its manifest and all its files, or it is not there."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,21 @@ def dead_process() -> int:
 
 def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path: Path) -> None:
     number = dead_process()
-    make(tmp_path / f".x.old.{number}.tmp", "old")  # killed between the two renames
+    make(tmp_path / f".x.{number}.old.tmp", "old")  # killed between the two renames
     make(tmp_path / f".x.{number}.tmp", "new")
     with pytest.raises(RuntimeError), folder.commit(tmp_path / "x"):
         raise RuntimeError
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x" / "a.txt").read_text() == "old"
+
+
+def test_what_was_left_of_a_longer_name_is_not_touched(tmp_path: Path) -> None:
+    number = dead_process()
+    theirs = [tmp_path / f".x.v2.{number}.old.tmp", tmp_path / f".x.old.{number}.tmp"]  # of x.v2 and of x.old
+    for path in theirs:
+        make(path)
+    make(tmp_path / "x")
+    assert all(path.is_dir() for path in theirs)
 
 
 def test_a_folder_another_process_is_filling_is_left_alone(tmp_path: Path) -> None:
@@ -180,6 +190,43 @@ def test_a_held_run_refuses_a_second_process_and_is_free_again_afterwards(tmp_pa
         pass
 
 
+def test_who_reads_a_run_keeps_writers_out_and_lets_readers_in(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    reading = runtime.hold(run, reading=True)
+    with reading, runtime.hold(run, reading=True), pytest.raises(RunMismatch, match="another"), runtime.hold(run):
+        pass
+    with runtime.hold(run), pytest.raises(RunMismatch, match="wait for it$"), runtime.hold(run, reading=True):
+        pass
+
+
+def test_a_run_on_a_read_only_disk_may_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime.hold(tmp_path):
+        pass
+
+    def read_only(path: Path, mode: str) -> Any:
+        if mode != "r":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open(path, mode)
+
+    monkeypatch.setattr(runtime, "open", read_only, raising=False)
+    with runtime.hold(tmp_path, reading=True):
+        pass
+    with pytest.raises(StorageError, match="Read-only file system: choose another --out"), runtime.hold(tmp_path):
+        pass
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(StorageError, match="verify a copy"), runtime.hold(tmp_path, reading=True):
+        pass
+
+
+def test_a_disk_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match="cannot be locked: No locks available"), runtime.hold(tmp_path):
+        pass
+
+
 def test_every_bit_of_a_manifest_is_checked(tmp_path: Path) -> None:
     make(tmp_path / "x")
     file = tmp_path / "x" / folder.MANIFEST
@@ -206,6 +253,24 @@ def test_what_others_put_beside_our_files_goes_along(tmp_path: Path) -> None:
     assert (tmp_path / "d" / "notes.txt").read_text() == "a person's"
     assert (tmp_path / "d" / "more" / "b.txt").read_text() == "a person's too"
     assert set(folder.verify(tmp_path / "d")["files"]) == {"a.txt"}
+
+
+def test_what_others_put_beside_our_files_is_durable_before_the_original_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "d")
+    (tmp_path / "d" / "more").mkdir()
+    for name in ("notes.txt", "more/b.txt"):
+        (tmp_path / "d" / name).write_text("a person's")
+    (tmp_path / "d" / "link").symlink_to("nowhere")
+    synced: list[str] = []
+    sync, remove = folder.fsync, folder.shutil.rmtree
+    monkeypatch.setattr(folder, "fsync", lambda path: synced.append(path.name) or sync(path))
+    monkeypatch.setattr(folder.shutil, "rmtree", lambda path, **how: synced.append("gone") or remove(path, **how))
+    make(tmp_path / "d")
+    assert {"notes.txt", "b.txt", "more"} <= set(synced[: synced.index("gone")])
+    assert (tmp_path / "d" / "more" / "b.txt").read_text() == "a person's"
+    assert os.readlink(tmp_path / "d" / "link") == "nowhere"
 
 
 def test_a_folder_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
+from gptworks.data import formats, split
 from gptworks.data import shards as module
-from gptworks.data import split
 from gptworks.data import text as texts_module
 from gptworks.data.findings import Piece
 from gptworks.data.shards import Shards, Stream, Writer, encode_documents, open_shards, prepare, read_documents
@@ -313,6 +313,18 @@ def test_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) -> Non
     assert len(shards.tokenizer.encode("zyzzyva")) == 7
 
 
+@pytest.mark.parametrize("kind", ["jsonl.gz", "function"])
+def test_a_tokenizer_learns_from_the_end_of_a_text_whose_length_nobody_knows(tmp_path: Path, kind: str) -> None:
+    rows = [story(i) for i in range(300)] + [f"Zyzzyva zyzzyva {i}" for i in range(300)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    code = f"import json\n\ndef rows():\n    return [json.loads(line)['text'] for line in open({str(path)!r})]\n"
+    (tmp_path / "mine.py").write_text(code)
+    place = {"jsonl.gz": tmp_path / "a.jsonl.gz", "function": f"{tmp_path / 'mine.py'}:rows"}[kind]
+    shards = build(tmp_path / "d", place, {"vocab_size": 500, "sample_bytes": 20_000})
+    assert len(shards.tokenizer.encode(" zyzzyva")) == 1
+
+
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_documents_cut_in_pieces_give_the_ids_of_the_whole(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -336,6 +348,15 @@ def test_a_tokenizer_of_unknown_kind_encodes_whole_documents(tmp_path: Path, mon
         text[: int(len(text) * 0.9)],
         text[int(len(text) * 0.9) :],
     ]
+
+
+def test_a_document_too_long_to_be_encoded_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "cuttable", property(lambda self: False))
+    monkeypatch.setattr(texts_module, "PIECE", 300)
+    monkeypatch.setattr(module, "ROW", 2000)
+    (tmp_path / "a.txt").write_text(story(1) * 40)
+    with pytest.raises(DataError, match=r"document 1 of the train split .* data\.separator"):
+        build(tmp_path / "d", tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("size, dtype", [(65_536, "<u2"), (65_537, "<u4")])
@@ -388,6 +409,17 @@ def test_validation_text_is_the_held_out_text(tmp_path: Path) -> None:
         assert stream.bytes == shards.eval.bytes == len("".join(documents).encode())
 
 
+def test_validation_text_is_read_again_however_long_a_document_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "ROW", 200)
+    (tmp_path / "a.txt").write_text("".join(story(i) for i in range(60)))
+    shards = build(tmp_path / "d", tmp_path / "a.txt")
+    assert read_documents(str(shards.path / "validation.jsonl"), Data()) == texts(shards, shards.eval)
+    with pytest.raises(DataError, match="longer than"):  # a file of this name that is not ours
+        read_documents(str(jsonl(tmp_path / "validation.jsonl", texts(shards, shards.eval))), Data())
+
+
 # -- written once ------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +455,18 @@ def test_new_text_rewrites_even_at_the_same_size(tmp_path: Path, text_file: Path
     assert any("SEVEN" in text for text in texts(again, again.train))
     with pytest.raises(RunMismatch, match="not the one this run began with"):
         module.same_data(again, first.identity)
+
+
+def test_text_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close_late(writer: Writer, close: Any = Writer.close) -> dict[str, int]:
+        text_file.write_text(text_file.read_text() + text_file.read_text())
+        return close(writer)
+
+    monkeypatch.setattr(Writer, "close", close_late)
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        build(tmp_path / "d", text_file)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 from functools import cache
 from pathlib import Path
@@ -174,6 +175,19 @@ def test_folder_without_text_and_empty_list_are_refused(tmp_path: Path) -> None:
         documents([])
 
 
+def test_an_empty_place_is_not_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "private.txt", "text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is empty: name a file"):
+        documents("")
+
+
+def test_a_file_name_that_is_not_utf8_is_refused_unread(tmp_path: Path) -> None:
+    write(tmp_path / os.fsdecode(b"caf\xe9.txt"), "text")
+    with pytest.raises(DataError, match=r"caf\\udce9\.txt.* is not UTF-8"):
+        sources_of([str(tmp_path)], Data())
+
+
 def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
     findings = Findings()
     write(tmp_path / "a.txt", "")
@@ -257,6 +271,23 @@ def test_own_source_is_a_function_in_a_file(tmp_path: Path) -> None:
     assert documents(f"{code}:rows") == ["one", "two \ufffd"]
     with pytest.raises(GptworksError, match="defines no"):
         documents(f"{code}:nothing")
+
+
+@pytest.mark.parametrize(
+    "code, kind, said",
+    [
+        ("def rows(:\n", UsageError, r"mine\.py cannot be loaded: SyntaxError"),
+        ("1 / 0\n", UsageError, r"mine\.py cannot be loaded: ZeroDivisionError"),
+        ("rows = 5\n", UsageError, "not a function"),
+        ("def rows():\n    pass\n", DataError, "failed at document 1: TypeError: 'NoneType'"),
+        ("def rows():\n    yield 'one'\n    1 / 0\n", DataError, "failed at document 2: ZeroDivisionError"),
+        ("def rows():\n    yield b'one'\n", DataError, r"document 1 is not text \(str\) but bytes"),
+    ],
+)
+def test_a_mistake_in_an_own_source_is_named(tmp_path: Path, code: str, kind: type[GptworksError], said: str) -> None:
+    file = write(tmp_path / "mine.py", code)
+    with pytest.raises(kind, match=said):
+        documents(f"{file}:rows")
 
 
 # -- cutting -----------------------------------------------------------------------------------------------------

@@ -356,7 +356,7 @@ def test_begin_and_end_tokens_of_a_llama_kind_frame_a_document() -> None:
 def test_sample_stays_within_its_limit_and_is_spread_evenly(document: int, limit: int) -> None:
     total = 10_000_000
     text = "".join(f"{i:07d}\n" for i in range(total // 8))  # each line says where it is
-    kept = sample((text[i : i + document] for i in range(0, total, document)), total, limit)
+    kept = sample((text[i : i + document] for i in range(0, total, document)), limit)
     size = sum(map(len, kept))
     assert 0.9 * limit <= size <= limit
     tenths = [0] * 10
@@ -370,7 +370,12 @@ def test_sample_stays_within_its_limit_and_is_spread_evenly(document: int, limit
 
 def test_sample_of_a_small_corpus_is_all_of_it() -> None:
     texts = ["abc" * 50_000, "", "x", "yz" * 100]
-    assert "".join(sample(texts, sum(map(len, texts)), 10**9)) == "".join(texts)
+    assert "".join(sample(texts, 10**9)) == "".join(texts)
+
+
+def test_the_limit_of_a_sample_is_in_bytes() -> None:
+    kept = sample(["红楼梦" * 100_000] * 3, 90_000)
+    assert 0.9 * 90_000 <= sum(len(part.encode()) for part in kept) <= 90_000
 
 
 def test_a_copied_tokenizer_folder_needs_nothing_else(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import exported
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from gptworks import lifecycle
 from gptworks.core.errors import DataError, StorageError, UsageError
@@ -294,6 +294,29 @@ def test_a_tokenizer_with_more_than_the_file_can_say_is_refused(case: str, make)
         state["model"]["vocab"]["[PAD329]"] = 325
     own = Tokenizer(type(exported.tokenizer().backend).from_str(json.dumps(state)), {"eos_token": "<|im_end|>"})
     refused(make("llama", own), "more than one token" if case == "front" else "spelled alike")
+
+
+def test_a_token_after_a_text_is_not_put_before_it(make, tmp_path: Path) -> None:
+    state = json.loads(exported.tokenizer().backend.to_str())
+    state["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}},
+                                                 {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}},
+    }  # fmt: skip
+    own = Tokenizer(type(exported.tokenizer().backend).from_str(json.dumps(state)), {"eos_token": "<|im_end|>"})
+    assert own.front == []
+    lifecycle.export(make("llama", own), "gguf", tmp_path / "m.gguf")
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_scores_of_a_unigram_vocabulary_are_refused(make) -> None:
+    own = exported.tokenizer()
+    vocab = [(token, -1.0) for token, _ in sorted(own.backend.get_vocab().items(), key=lambda item: item[1])]
+    refused(make("llama", with_state(own, lambda b: setattr(b, "model", models.Unigram(vocab, 0, False)))), "Unigram")
+
+
+def test_a_number_that_a_file_has_no_room_for_is_refused(make) -> None:
+    refused(make("llama", max_position_embeddings=5 * 10**9), "no room for", "context_length")
 
 
 def test_unicode_normalisation_is_said(make, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import NotFinite, UsageError
 from gptworks.infer.sampling import Sampling, choose
 
 V = 12
@@ -97,6 +97,13 @@ def test_extreme_temperatures_neither_overflow_nor_fail(temperature):
     tokens = {choose(LOGITS, NOTHING, Sampling(temperature=temperature), torch.Generator()) for _ in range(3)}
     if temperature < 1:
         assert tokens == {int(LOGITS.argmax())}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_choose_nothing(score, temperature):
+    with pytest.raises(NotFinite):
+        choose(torch.tensor([0.0, score, 1.0]), NOTHING, Sampling(temperature=temperature), torch.Generator())
 
 
 def test_choosing_leaves_the_logits_alone():

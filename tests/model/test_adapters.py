@@ -325,6 +325,42 @@ def test_an_adapter_for_another_model_is_refused(tokenizer, tmp_path):
         build.load(tmp_path / "gpt_neox-adapter")
 
 
+@pytest.mark.parametrize("held", ["mine.py:SCHEME", "int3", 7, ["nf4"], ...])
+def test_what_an_adapter_folder_says_of_its_base_is_not_trusted(held, tokenizer, tmp_path, monkeypatch):
+    """Least of all a scheme of its own, which would be code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("open('ran', 'w')")
+    _, base = opened("mistral", tokenizer, tmp_path / "base")
+    parent = {"path": "base", "sha256": base.weights_sha256}
+    lineage = {"parents": [parent], "config": {"adapter": {"base": held}} if held is not ... else None}
+    adapter = settings()
+    build.save_adapter(
+        tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, tmp_path / "base", lineage
+    )
+    with pytest.raises(DataError, match="none of ours|not what a training writes"):
+        build.load(tmp_path / "adapter")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 32)])
+def test_an_adapter_without_a_rank_is_refused(shape, tokenizer, tmp_path):
+    _, base = opened("mistral", tokenizer, tmp_path / "base")
+    adapter = settings()
+    build.save_adapter(tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, tmp_path / "base", {})
+    (tmp_path / "adapter" / "gptworks.json").unlink()
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_A" in name)
+    save_file(weights | {name: torch.zeros(shape)}, file)
+    with pytest.raises(DataError, match="has no rank"):
+        build.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("pattern, meant", [("q_proj", 64), ("^q_proj", 8), ("self_attn.q_proj$", 64), ("proj", 8)])
+def test_a_pattern_of_alphas_matches_as_in_peft(pattern, meant):
+    assert peft._by_pattern({pattern: 64}, "model.layers.0.self_attn.q_proj", 8) == meant
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

@@ -253,8 +253,63 @@ def test_a_config_that_is_no_config_is_refused(foreign, text):
 )  # fmt: skip
 def test_a_broken_shard_index_is_refused(foreign, index):
     (foreign / "model.safetensors.index.json").write_text(index)
+    (foreign / "model.safetensors").rename(foreign / "model-00001-of-00002.safetensors")
     refused(foreign, "safetensors")
 
 
 def test_a_missing_folder_is_refused(tmp_path):
     refused(tmp_path / "nowhere", "no such model folder")
+
+
+# -- as transformers reads them --------------------------------------------------------------------------------------
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(foreign):
+    edit(foreign, tie_word_embeddings=True)
+    rewrite(foreign, lambda w: w.pop("lm_head.weight", None))
+    tied = build.load(foreign).model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    table = tied.model.embed_tokens.weight.detach().clone()
+    rewrite(foreign, lambda w: w.update({"lm_head.weight": 2 * table}))
+    apart = build.load(foreign).model
+    assert torch.equal(apart.lm_head.weight, 2 * table) and torch.equal(apart.model.embed_tokens.weight, table)
+    assert not apart.config.tie_word_embeddings
+    rewrite(foreign, lambda w: w.pop("model.embed_tokens.weight"))
+    alone = build.load(foreign).model
+    assert alone.lm_head.weight is alone.model.embed_tokens.weight and torch.equal(alone.lm_head.weight, 2 * table)
+
+
+def test_a_whole_file_goes_before_an_old_index(foreign):
+    (foreign / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    build.load(foreign)
+
+
+def test_an_end_that_only_the_configuration_names_ends_a_text(foreign):
+    edit(foreign, eos_token_id=[7, 8])
+    (foreign / "generation_config.json").unlink()
+    assert {7, 8} <= set(build.load(foreign).stop_ids)
+    (foreign / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert 9 in build.load(foreign).stop_ids and 7 not in build.load(foreign).stop_ids
+
+
+def test_an_adapter_beside_a_model_is_not_passed_over_in_silence(foreign, capsys):
+    (foreign / "adapter_config.json").write_text("{}")
+    build.load(foreign)
+    assert "adapter beside the model is not applied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "gptworks.json"])
+def test_a_changed_small_file_in_a_folder_of_ours_is_found(ours, name):
+    (ours / name).write_text((ours / name).read_text().replace("{", "{ ", 1))
+    refused(ours, f"{name}: .* damaged")
+
+
+def test_special_tokens_of_an_older_folder_stand_in_a_file_of_their_own(foreign):
+    file = foreign / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("added_tokens_decoder", None)
+    file.write_text(json.dumps(config))
+    (foreign / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "e"}}))
+    assert build.load(foreign).tokenizer.eos_id == tiny.tokenizer().encode("e")[0]
+    file.write_text(json.dumps(config | {"added_tokens_decoder": {}}))
+    assert build.load(foreign).tokenizer.eos_id == tiny.tokenizer().eos_id

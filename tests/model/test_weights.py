@@ -103,10 +103,10 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     build.save(tmp_path / "m", tiny.model(vocab_size=31), tiny.tokenizer(), {})
     for name in ("gptworks.json", "manifest.json"):
         (tmp_path / "m" / name).unlink()
-    first = tmp_path / "m" / "model.safetensors"
+    first = (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "first.safetensors")
     (tmp_path / "m" / "second.safetensors").write_bytes(first.read_bytes())
     (tmp_path / "m" / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}'
+        '{"weight_map": {"a": "first.safetensors", "b": "second.safetensors"}}'
     )
     with pytest.raises(DataError, match="in another file of the folder too"):
         build.load(tmp_path / "m")

@@ -228,7 +228,7 @@ def test_a_run_in_progress_shows_where_it_is(full: Path) -> None:
 
 
 def test_null_and_nonsense_values_never_raise_or_print_nan(full: Path) -> None:
-    values = [None, float("nan"), float("inf"), "x", True, [1], 10**400, 2.5]
+    values = [None, float("nan"), float("inf"), "x", True, [1], 10**400, 1e308, -1e308, 2.5]
     tags = ("train/loss", "eval/loss", "train/grad_norm")
     odd = [{"step": step} | dict.fromkeys(tags, value) for step, value in enumerate(values)]
     write_rows(full, [*odd, [], 3, None, {"step": None}, {"step": "x"}, {"sample": "y"}, {"step": 9, "sample": None}])

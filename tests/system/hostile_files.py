@@ -288,8 +288,10 @@ KINDS: dict[str, Kind] = {
     **{f"weights {name}": Kind(in_model(name, Payload.zipped, "model.safetensors")) for name in PICKLES},
     "weights model.safetensors": Kind(in_model("model.safetensors", raw)),
     "weights model.safetensors, a zip": Kind(in_model("model.safetensors", Payload.zipped)),
-    "model.safetensors.index.json": Kind(in_model("model.safetensors.index.json", raw)),
-    "model.safetensors.index.json, names": Kind(in_model("model.safetensors.index.json", index_of)),
+    "model.safetensors.index.json": Kind(in_model("model.safetensors.index.json", raw, "model.safetensors")),
+    "model.safetensors.index.json, names": Kind(
+        in_model("model.safetensors.index.json", index_of, "model.safetensors")
+    ),
     **{name: Kind(in_model(name, raw)) for name in JSON_FILES},
     **{f"{name}, fields": Kind(in_fields(name), ANY) for name in JSON_FILES},
     "gptworks.json": Kind(in_model("gptworks.json", raw)),

@@ -17,7 +17,7 @@ from gptworks import lifecycle
 from gptworks.core import folder, runtime
 from gptworks.core.errors import DataError, Preempted, RunMismatch
 from gptworks.model import build
-from gptworks.train.hooks import Checkpointer
+from gptworks.train.hooks import Checkpointer, Metrics
 from gptworks.train.state import listing
 
 STEPS = 12
@@ -163,6 +163,16 @@ def test_metrics_have_each_step_once_after_a_resume_from_an_older_checkpoint(
     assert [step for step, _, _ in losses(out)] == list(range(1, STEPS + 1))
     assert losses(out) == losses(straight())
     assert end_state(out) == end_state(straight())
+
+
+def test_a_sample_with_line_ends_of_every_kind_is_one_row_after_a_resume(tmp_path):
+    sample = "a\u2028b\x85c\nd"
+    for step in (0, 1):
+        metrics = Metrics(tmp_path, step, tensorboard=False)
+        if not step:
+            metrics.text(1, "sample", sample)
+        metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["sample"] == sample
 
 
 def losses_of_whole_lines(run: Path) -> list[tuple[int, float, float]]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from gptworks import lifecycle
 from gptworks.core import folder
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import RunMismatch, UsageError
 from gptworks.train import hooks, loop, state
 from gptworks.train.objectives import NextToken
 from gptworks.train.state import spike_limit
@@ -219,3 +219,9 @@ def test_the_range_test_proposes_a_rate_and_trains_nothing(tiny_config, tmp_path
     assert "<svg" in page and f"train.lr={found['lr']:g}" in page
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "config.yaml").exists()
     assert lifecycle.train(tiny_config(**{"train.lr": found["lr"]}), tmp_path / "run")["steps"] == 12
+
+
+def test_the_range_test_in_a_run_is_of_the_text_that_was_asked_for(tiny_config, tiny_run, tmp_path):
+    (tmp_path / "other.txt").write_text("the sea " * 5000)
+    with pytest.raises(RunMismatch, match="data.train"):
+        lifecycle.train(tiny_config(**{"train.find_lr": True, "data.train": str(tmp_path / "other.txt")}), tiny_run)
