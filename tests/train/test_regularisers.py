@@ -41,7 +41,7 @@ def test_z_loss_adds_the_square_of_the_log_partition():
     scores, _, weights = logits(model, rows)
     z = float((scores.detach().exp().sum(-1).log().square() * weights).sum())
     plain = NextToken(tiny.settings()).loss_sum(model, rows).item()
-    assert float(NextToken(tiny.settings(z_loss=0.01)).loss_sum(model, rows)) == pytest.approx(
+    assert NextToken(tiny.settings(z_loss=0.01)).loss_sum(model, rows).item() == pytest.approx(
         plain + 0.01 * z, rel=1e-6
     )
 
