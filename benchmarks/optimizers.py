@@ -21,7 +21,8 @@ arguments = parser(__doc__ or "")
 arguments.add_argument("optimizers", nargs="*", choices=[*RATES, []], help="default: all")
 arguments.add_argument("--target", type=float, default=2.1, help="nats a character")
 arguments.add_argument("--most", type=int, default=1500, help="steps to give up after")
-arguments.add_argument("--seeds", dest="runs", type=int, default=3, help="another name for --runs")
+arguments.add_argument("--seeds", dest="runs", type=int, help="another name for --runs")
+arguments.set_defaults(runs=3)
 options = arguments.parse_args()
 
 
