@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow peers campaign check format clean
+.PHONY: demo test test-slow peers campaign check format clean gpu gpu-wheels
 demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluation -> samples -> report
 	$(BIN)/gptworks run laptop --out runs/demo
 
@@ -25,6 +25,12 @@ peers: $(INSTALLED)  ## what we export, in llama.cpp; builds llama-cpp-python fr
 
 campaign: $(INSTALLED)  ## hostile and damaged inputs, all of them: one table, and JSON (ARGUMENTS="--json FILE NAME ...")
 	OMP_NUM_THREADS=1 $(BIN)/python tests/system/campaign.py $(ARGUMENTS)
+
+gpu:  ## all that is to be learnt from one NVIDIA GPU in eight minutes, without installing (ARGUMENTS="--tiny": a rehearsal)
+	$(PYTHON) benchmarks/gpu.py $(ARGUMENTS)
+
+gpu-wheels:  ## for a machine without a network: the wheels it may lack, into benchmarks/.gpu/wheels
+	$(PYTHON) benchmarks/gpu.py --prepare wheels
 
 check: $(INSTALLED)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from gptworks.core.config import Model, Train
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Stream
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.model import build
+from gptworks.model import build, kernels, transformer
 from gptworks.model.config import ModelConfig, build_config
 from gptworks.model.transformer import Transformer
 from gptworks.train import loop
@@ -103,3 +103,12 @@ def run(started: State, train: Train, until: int, total: int = 12, micro_batch: 
     objective = options.pop("objective", None) or NextToken(train)
     rows = options.pop("loader", None) or loader()
     return loop.run(started, rows, objective, train, layout, course, until=until, **options)
+
+
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    """Has that backend take what is compiled: to generate code takes a C++ compiler and half a minute."""
+    torch.compiler.reset()
+    block = torch.compile(transformer._apply, backend=backend, dynamic=False)
+    loss = torch.compile(kernels._loss_and_gradient, backend=backend)
+    monkeypatch.setattr(transformer, "_compiled", lambda: block)
+    monkeypatch.setattr(kernels, "_compiled_loss_and_gradient", lambda: loss)

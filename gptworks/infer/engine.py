@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from gptworks.core.errors import DataError, UsageError
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.attention import KeyValueCache
+from gptworks.model.lowbit import LowBitLinear
 from gptworks.model.transformer import Transformer
 
 
@@ -103,6 +105,7 @@ class Engine:
         config, device = self.model.config, next(self.model.parameters()).device
         limit = config.max_position_embeddings
         cache = KeyValueCache(config.num_hidden_layers, limit) if cached else None
+        step = Step(self.model, recorded=device.type == "cuda" and can_record(self.model))
         generator = torch.Generator().manual_seed(how.seed if how.seed is not None else secrets.randbits(63))
         control = set(self.tokenizer.control_tokens.values())
         text = _Text(self.tokenizer, stop, [i for i in ids if i not in control])
@@ -110,12 +113,12 @@ class Engine:
         window = feed = ids  # what the model sees, and what of it the cache does not have yet
         start, first = time.perf_counter(), 0.0
         while True:
-            hidden = self.model(torch.tensor([feed], device=device), cache=cache)
-            logits = self.model.logits(hidden[0, -1])
+            logits = step(feed, cache)
             if not first:
                 first = time.perf_counter()
                 result.prompt_tokens_per_second = len(ids) / max(first - start, 1e-9)
-            token = choose(logits, torch.tensor(ids), how, generator)
+            seen = torch.tensor(ids if how.repetition_penalty != 1.0 else [])
+            token = choose(logits, seen, how, generator)
             if token in self.stop_ids and not ignore_eos:
                 result.finish_reason = "stop"
                 break
@@ -136,6 +139,61 @@ class Engine:
         result.text = text.shown
         steps = len(result.tokens) - (result.finish_reason != "stop" or text.stopped)
         result.tokens_per_second = max(steps, 0) / max(time.perf_counter() - first, 1e-9)
+
+
+def can_record(model: Transformer) -> bool:
+    """Whether a step waits nowhere for the processor: the codes of low-bit layers have their levels copied over, and
+    experts may be computed one after another."""
+    return not model.config.num_experts and not any(isinstance(layer, LowBitLinear) for layer in model.modules())
+
+
+class Step:
+    """Scores of the next token [V], after tokens that a cache has and those that are given.
+
+    Starting the kernels of a step takes a GPU's host several times as long as the GPU takes to run them. `recorded`, a
+    step of one token is recorded once as a CUDA graph, and then started whole.
+    """
+
+    def __init__(self, model: Transformer, recorded: bool) -> None:
+        self.model, self.recorded = model, recorded
+        self.device = next(model.parameters()).device
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.cache: KeyValueCache | None = None  # that the graph reads and writes
+        self.room = 0  # of the cache when the graph was made
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
+
+    def __call__(self, tokens: list[int], cache: KeyValueCache | None) -> Tensor:
+        if not self.recorded or cache is None or len(tokens) > 1 or not cache.length:
+            return self._scores(torch.tensor([tokens], device=self.device), cache)
+        if self.cache is not cache or cache.length >= self.room:
+            self._record(cache)
+        assert self.graph
+        self.token.fill_(tokens[0])
+        self.graph.replay()
+        cache.length += 1  # its tensor moves in the graph
+        return self.logits
+
+    def _scores(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+        return self.model.logits(self.model(tokens, cache=cache)[0, -1])
+
+    def _record(self, cache: KeyValueCache) -> None:
+        self.graph = None  # its memory goes before the next one's comes
+        length = cache.length
+        cache.fix()
+        assert cache.place is not None
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up at the first use, which cannot be recorded
+            self._scores(self.token, cache)
+        torch.cuda.current_stream().wait_stream(aside)
+        cache.length = length
+        cache.place.fill_(length)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._scores(self.token, cache)
+        cache.length = length
+        self.cache, self.room = cache, cache.room
 
 
 class _Text:

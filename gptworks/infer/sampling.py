@@ -40,14 +40,23 @@ class Sampling:
 
 def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generator) -> int:
     """The next token, given scores [V] and the ids of the text so far. Raises NotFinite."""
+    greedy = how.temperature < 1e-6  # 0, or so near it that a division by it would overflow
+    if greedy and how.repetition_penalty == 1.0:
+        highest = logits.max(0)
+        score, token = torch.stack((highest.values.double(), highest.indices.double())).tolist()  # one wait for a GPU
+        _check_finite(score)
+        return int(token)
+    places = None
+    if logits.is_cuda and 0 < how.top_k < len(logits) and how.repetition_penalty == 1.0:
+        logits, indices = logits.topk(how.top_k)  # the rest has no chance, and would be copied and sorted here
+        places = indices.tolist()
     scores = logits.float().cpu()
-    if not -math.inf < float(scores.max()) < math.inf:  # nor is it where one is NaN
-        raise NotFinite("the model's scores are not finite: its weights are too large, or not what they should be")
+    _check_finite(float(scores.max()))
     if how.repetition_penalty != 1.0 and len(seen):
         unique = seen.unique()
         values, scores = scores[unique], scores.clone()
         scores[unique] = torch.where(values > 0, values / how.repetition_penalty, values * how.repetition_penalty)
-    if how.temperature < 1e-6:  # 0, or so near it that the division below would overflow
+    if greedy:
         return int(scores.argmax())
     scores = (scores - scores.max()) / how.temperature  # the likeliest at 0: no temperature overflows
     if 0 < how.top_k < len(scores):
@@ -59,4 +68,10 @@ def choose(logits: Tensor, seen: Tensor, how: Sampling, generator: torch.Generat
         probabilities[order[drop]] = 0
     if how.min_p > 0:
         probabilities[probabilities < how.min_p * probabilities.max()] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    token = int(torch.multinomial(probabilities, 1, generator=generator))
+    return token if places is None else places[token]
+
+
+def _check_finite(highest: float) -> None:
+    if not -math.inf < highest < math.inf:  # nor is it where one is NaN
+        raise NotFinite("the model's scores are not finite: its weights are too large, or not what they should be")

@@ -22,8 +22,12 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None
+        if x.is_cuda and x.dtype == torch.float32 and x.numel() == self.in_features and not torch.is_grad_enabled():
+            # Of one row: a product of matrices would leave most of the GPU idle.
+            row = x.flatten()
+            return (weight @ row if bias is None else torch.addmv(bias, weight, row)).view(*x.shape[:-1], -1)
+        return F.linear(x, weight, bias)
 
 
 class Float8Linear(Linear):
@@ -78,7 +82,13 @@ def make_head_norm(config: ModelConfig, heads: int) -> nn.Module:
 
 
 class KeyValueCache:
-    """Keys and values of what was seen, per layer, [B, K, length, C]. Grows by doubling up to `limit`."""
+    """Keys and values of what was seen, per layer, [B, K, length, C]. Grows by doubling up to `limit`.
+
+    After `fix` the length is a tensor, so that a step of one token is the same kernels at the same addresses each time
+    and can be recorded: attention then goes over all the room there is, with a mask.
+    """
+
+    place: Tensor | None = None  # [1] int64, where the next token goes, once fixed
 
     def __init__(self, layers: int, limit: int) -> None:
         self.length = 0
@@ -86,20 +96,52 @@ class KeyValueCache:
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
 
+    @property
+    def room(self) -> int:
+        """Tokens that there is memory for."""
+        return 0 if self._keys[0] is None else self._keys[0].shape[2]
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, K, T, C] and returns all of the layer so far, [B, K, S, C]; `length` moves with `advance`."""
+        if self.place is not None:
+            old_keys, old_values = self._keys[layer], self._values[layer]
+            assert old_keys is not None and old_values is not None and keys.shape[2] == 1
+            return old_keys.index_copy_(2, self.place, keys), old_values.index_copy_(2, self.place, values)
         end = self.length + keys.shape[2]
+        self._reserve(layer, keys, values, end)
         old_keys, old_values = self._keys[layer], self._values[layer]
-        if old_keys is None or old_values is None or old_keys.shape[2] < end:
-            room = min(max(2 * end, 64), max(self.limit, end))
-            self._keys[layer] = old_keys = _grown(old_keys, keys, room)
-            self._values[layer] = old_values = _grown(old_values, values, room)
+        assert old_keys is not None and old_values is not None
         old_keys[:, :, self.length : end] = keys
         old_values[:, :, self.length : end] = values
         return old_keys[:, :, :end], old_values[:, :, :end]
 
+    def _reserve(self, layer: int, keys: Tensor, values: Tensor, end: int) -> None:
+        old_keys, old_values = self._keys[layer], self._values[layer]
+        if old_keys is None or old_values is None or old_keys.shape[2] < end:
+            room = min(max(2 * end, 64), max(self.limit, end))
+            self._keys[layer] = _grown(old_keys, keys, room)
+            self._values[layer] = _grown(old_values, values, room)
+
+    def fix(self) -> None:
+        """Makes room for one token more, and `place` the next one's. What was recorded before has other addresses then,
+        where the room grew."""
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            assert keys is not None and values is not None, "nothing was seen"
+            self._reserve(layer, keys, values, self.length + 1)
+        assert self._keys[0] is not None
+        self.place = torch.tensor([self.length], device=self._keys[0].device)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Of the next token, once fixed: bool [1, 1, 1, room]."""
+        assert self.place is not None
+        places = torch.arange(self.room, device=self.place.device)
+        seen = places <= self.place
+        return (seen if window is None else seen & (places > self.place - window))[None, None, None]
+
     def advance(self, tokens: int) -> None:
         self.length += tokens
+        if self.place is not None:
+            self.place += tokens
 
 
 def _grown(old: Tensor | None, like: Tensor, room: int) -> Tensor:
@@ -151,6 +193,14 @@ def capped_attention(
     return (F.dropout(shares, dropout).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
+def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(Q K^T * scale) V of one new token, q [B, H, 1, C], over all the room of a fixed cache, [B, K, S, C], with
+    its mask; torch's own kernels leave a head to one of a GPU's many processors here."""
+    heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, H/K, C]
+    scores = torch.where(mask, (heads * scale) @ k.mT, -torch.inf)
+    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).reshape(q.shape)
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(C)) V for each head, with a causal mask, then the output projection."""
 
@@ -195,6 +245,9 @@ class Attention(nn.Module):
 
             assert not dropout, "FlexAttention has none"
             y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads)
+        elif cache is not None and cache.place is not None:
+            assert mask is not None
+            y = attention_of_one(q, k, v, mask, self.scale or self.head_dim**-0.5)
         else:
             grouped = self.kv_heads != self.heads
             if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):

@@ -12,6 +12,12 @@ LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 LOGITS_ROWS = 512
 
 
+def logits_rows(vocab_size: int, device: str) -> int:
+    """Rows of scores that are made at a time."""
+    rows = max(LOGITS_ROWS, LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]) // (4 * vocab_size))
+    return rows if device == "cpu" else 1 << rows.bit_length() - 1  # all of one size, as compiled code wants them
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder. Sizes are counts; dropouts are probabilities; `family` is the class its folder opens as."""

@@ -1,11 +1,13 @@
 """Forward and backward passes written by hand where eager torch makes many passes over memory.
 
-Each has its plain form beside it, which the tests compare with, and which the compiler gets of all but the head (it
-fuses by itself); `FUSED = False` makes every one plain. Sums and statistics are in float32 whatever the precision of
-the input. None can be differentiated twice. Shapes: B batch, T time, H heads, C channels a head, D width, V vocabulary,
-N targets.
+Each has its plain form beside it, which the tests compare with, and which the compiler gets (it fuses by itself); the
+head's stays by hand, with the compiler for what is done with its logits. `FUSED = False` makes every one plain. Sums
+and statistics are in float32 whatever the precision of the input. None can be differentiated twice. Shapes: B batch,
+T time, H heads, C channels a head, D width, V vocabulary, N targets.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from gptworks.model.config import LOGITS_BYTES, LOGITS_ROWS
+from gptworks.model.config import logits_rows
 
 FUSED = True
 
@@ -128,6 +130,7 @@ def cross_entropy_sum(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     cap: float | None = None,  # the model's `final_logit_softcapping`
+    compiled: bool = False,  # whether what is done with the logits is
 ) -> Tensor:
     """Weighted sum of losses in nats: cross-entropy, as asked with smoothed targets (Szegedy et al. 2016, section 7)
     and z_loss * logsumexp^2 (Chowdhery et al. 2022, section 5).
@@ -135,7 +138,7 @@ def cross_entropy_sum(
     The logits [N, V] are never whole in memory: their gradient is taken chunk by chunk, in the forward pass.
     """
     if FUSED:
-        return _CrossEntropy.apply(hidden, head, targets, weights, label_smoothing, z_loss, cap)
+        return _CrossEntropy.apply(hidden, head, targets, weights, label_smoothing, z_loss, cap, compiled)
     logits = softcap(F.linear(hidden, head.to(hidden.dtype)).float(), cap)
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
     if z_loss:
@@ -144,8 +147,55 @@ def cross_entropy_sum(
 
 
 def _chunks(rows: int, head: Tensor) -> list[slice]:
-    size = max(LOGITS_ROWS, LOGITS_BYTES.get(head.device.type, LOGITS_BYTES["cuda"]) // (4 * len(head)))
+    size = logits_rows(len(head), head.device.type)
     return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _aligned(head: Tensor) -> Tensor:
+    """The head with rows of zeros added, on a GPU, to a multiple of 64: products with other sizes are slow there."""
+    return F.pad(head, (0, 0, 0, -len(head) % 64)) if head.is_cuda else head
+
+
+def _loss_and_gradient(
+    logits: Tensor,  # [n, V or more], what the head gives
+    target: Tensor,  # [n, 1]
+    w: Tensor,  # [n, 1]
+    size: int,  # V
+    smoothing: float,
+    z_loss: float,
+    cap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of losses, and its gradient by the logits in their precision, zero beyond V."""
+    dtype, places = logits.dtype, torch.arange(logits.shape[1], device=logits.device)
+    logits = softcap(logits.float(), cap)
+    if logits.shape[1] > size:  # filled up, not cut: a GPU reads whole words of rows of an even size
+        logits = torch.where(places < size, logits, -torch.inf)
+    logs = torch.log_softmax(logits, -1)
+    hit = logs.gather(1, target)
+    losses = -(1 - smoothing) * hit
+    if smoothing:
+        losses -= smoothing * logs[:, :size].mean(-1, keepdim=True)
+    scale = w
+    if z_loss:
+        log_sum = logits.gather(1, target) - hit
+        losses += z_loss * log_sum.square()
+        scale = w * (1 + 2 * z_loss * log_sum)
+    grad = logs.exp_().mul_(scale)  # softmax * scale, less each target's share of the weight
+    if smoothing:
+        grad[:, :size] -= smoothing / size * w
+    if torch.compiler.is_compiling():  # which would write everything out before it scatters
+        grad = grad - (places == target) * ((1 - smoothing) * w)
+    else:
+        grad.scatter_add_(1, target, -(1 - smoothing) * w)
+    if cap is not None:  # tanh' = 1 - tanh^2
+        inner = grad[:, :size]
+        inner.addcmul_(inner, logits[:, :size].div_(cap).square_(), value=-1)
+    return (losses * w).sum(), grad.to(dtype)
+
+
+@cache
+def _compiled_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_gradient)
 
 
 class _CrossEntropy(Function):
@@ -159,48 +209,33 @@ class _CrossEntropy(Function):
         smoothing: float,
         z_loss: float,
         cap: float | None,
+        compiled: bool,
     ) -> Tensor:
-        head = weight.to(hidden.dtype)
+        head = _aligned(weight.to(hidden.dtype))
         grad_hidden, trained = torch.empty_like(hidden), ctx.needs_input_grad[1]
         grad_head = torch.zeros_like(weight) if trained else None
         total = hidden.new_zeros((), dtype=torch.float32)
+        work = _compiled_loss_and_gradient() if compiled else _loss_and_gradient
         for rows in _chunks(len(hidden), head):
             h, target, w = hidden[rows], targets[rows, None], weights[rows, None]
-            logits = softcap(F.linear(h, head).float(), cap)  # [n, V]
-            logs = torch.log_softmax(logits, -1)
-            hit = logs.gather(1, target)
-            losses = -(1 - smoothing) * hit
-            if smoothing:
-                losses -= smoothing * logs.mean(-1, keepdim=True)
-            scale = w
-            if z_loss:
-                log_sum = logits.gather(1, target) - hit
-                losses += z_loss * log_sum.square()
-                scale = w * (1 + 2 * z_loss * log_sum)
-            total += (losses * w).sum()
-            grad = logs.exp_().mul_(scale)  # of the logits: softmax * scale, less each target's share of the weight
-            if smoothing:
-                grad -= smoothing / len(head) * w
-            grad.scatter_add_(1, target, -(1 - smoothing) * w)
-            if cap is not None:  # tanh' = 1 - tanh^2
-                grad.addcmul_(grad, logits.div_(cap).square_(), value=-1)
-            grad = grad.to(h.dtype)
+            loss, grad = work(F.linear(h, head), target, w, len(weight), smoothing, z_loss, cap)
+            total += loss
             torch.mm(grad, head, out=grad_hidden[rows])
             if grad_head is None:
                 continue
-            if head.dtype == weight.dtype:
+            if head.dtype == weight.dtype and len(head) == len(weight):
                 grad_head.addmm_(grad.T, h)
             else:
-                grad_head += grad.T @ h
+                grad_head += (grad.T @ h)[: len(weight)]
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         grad_hidden.mul_(grad)
-        return grad_hidden, None if grad_head is None else grad_head.mul_(grad), None, None, None, None, None
+        return grad_hidden, None if grad_head is None else grad_head.mul_(grad), None, None, None, None, None, None
 
 
 # -- products in float8 ------------------------------------------------------------------------------------------

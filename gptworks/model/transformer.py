@@ -5,7 +5,9 @@ knows nothing of training, adapters, sharding or compilation. Shapes: B batch, T
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,6 +70,17 @@ class Block(nn.Module):
         return x + F.dropout(y, self.dropout, self.training)
 
 
+def _apply(block: nn.Module, *arguments: Any) -> Tensor:
+    out: Tensor = block(*arguments)
+    return out
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """`_apply`, compiled once for all blocks that are alike, where the whole model at once would take minutes."""
+    return torch.compile(_apply, dynamic=False)
+
+
 class Decoder(nn.Module):
     """Embeddings and blocks; gives hidden states [B, T, D]."""
 
@@ -93,6 +106,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32  # of the computation; parameters stay as they are
+        self.compiles = False  # blocks, and the loss of the head, while it trains
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -133,7 +147,11 @@ class Transformer(nn.Module):
         decoder, config = self.model, self.config
         seen = cache.length if cache is not None else 0
         T = tokens.shape[1]
-        positions = torch.arange(seen, seen + T, device=tokens.device)[None]  # [1, T]
+        place = cache.place if cache is not None else None
+        if place is None:
+            positions = torch.arange(seen, seen + T, device=tokens.device)[None]  # [1, T]
+        else:
+            positions = place[None]
         if segments is not None:
             begins = torch.ones_like(segments, dtype=torch.bool)
             begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -142,6 +160,8 @@ class Transformer(nn.Module):
         def mask_of(window: int | None) -> Any:
             if segments is not None and self.can_flex(segments):
                 return block_mask(segments, window)
+            if cache is not None and place is not None:
+                return cache.mask(window)
             return attention_mask(T, seen, segments, window, tokens.device)
 
         mask = mask_of(None)
@@ -160,19 +180,28 @@ class Transformer(nn.Module):
         else:
             x = x + decoder.sinusoids[positions]
         x = F.dropout(x.to(self.dtype), config.embed_dropout, self.training)
+        apply = _compiled() if self.compiling else _apply
         for layer, block in enumerate(decoder.layers):
+            own: list[Tensor] | None = None if routing is None else []  # or the list's length would be compiled in
             if config.window(layer) is None:
-                x = block(x, rotary, mask, cache, routing)
+                x = apply(block, x, rotary, mask, cache, own)
             else:
-                x = block(x, local_rotary, local_mask, cache, routing)
+                x = apply(block, x, local_rotary, local_mask, cache, own)
+            if routing is not None:
+                routing.extend(own or [])
         if cache is not None:
             cache.advance(T)
         return decoder.norm(x)
 
+    @property
+    def compiling(self) -> bool:
+        """Whether what runs now is compiled: evaluations and samples come in too many shapes."""
+        return self.compiles and self.training
+
     def can_flex(self, segments: Tensor) -> bool:
         """Whether attention within segments is left to FlexAttention: compiled, on a GPU, and with no part it lacks."""
-        lacking = self.config.attn_logit_softcapping or (self.training and self.config.attention_dropout)
-        return segments.is_cuda and torch.compiler.is_compiling() and not lacking
+        lacking = self.config.attn_logit_softcapping or self.config.attention_dropout
+        return segments.is_cuda and self.compiling and not lacking
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [..., V] of hidden states [..., D]."""

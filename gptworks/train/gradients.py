@@ -51,6 +51,7 @@ def accumulate(
     micro_batch: int,
     step: int,
     threads: Executor | None = None,
+    compiles: bool = False,
 ) -> float:
     """Leaves the gradient of `loss / weight`, summed over all processes, in `.grad`; returns that loss.
 
@@ -61,6 +62,7 @@ def accumulate(
     losses: list[Tensor] = []
 
     def forward(rows: Batch) -> Tensor:
+        model.compiles = compiles and len(rows.tokens) == micro_batch  # a rest of rows is not worth a compilation
         part = loss_sum(model, rows.to(device))
         failpoint("step.loss", part)
         ranks.beat()

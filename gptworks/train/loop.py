@@ -63,7 +63,6 @@ def run(
     """
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
-    loss_sum = torch.compile(objective.loss_sum, dynamic=False) if layout.compile else objective.loss_sum
     upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
     with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or course.length) and not state.stopped:
@@ -75,7 +74,10 @@ def run(
             if weight == 0:
                 raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
             try:
-                loss = accumulate(model, batch, loss_sum, weight, train, layout.micro_batch, state.step, threads)
+                loss = accumulate(
+                    model, batch, objective.loss_sum, weight, train, layout.micro_batch, state.step, threads,
+                    layout.compile,
+                )  # fmt: skip
                 norm = _clipped(state, loss, train)
                 limit = spike_limit(state.norms, train.skip_spikes) if train.skip_spikes is not None else math.inf
                 skipped = norm > limit

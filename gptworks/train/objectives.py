@@ -38,7 +38,9 @@ class NextToken:
         hidden = model(batch.tokens, batch.segments, routing=routing).flatten(0, 1)  # [B T, D]
         targets, weights = batch.targets.flatten(), batch.weights.flatten()
         cap = model.config.final_logit_softcapping
-        loss = cross_entropy_sum(hidden, model.lm_head.weight, targets, weights, self.label_smoothing, self.z_loss, cap)
+        loss = cross_entropy_sum(
+            hidden, model.lm_head.weight, targets, weights, self.label_smoothing, self.z_loss, cap, model.compiling
+        )
         for logits in routing or []:
             balance = balance_loss(logits, model.config.num_experts_per_tok, weights) * weights.sum()
             each = self.balance * balance + self.router_z * router_z_loss(logits, weights)

@@ -33,7 +33,7 @@ from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.lowbit import scheme
 from gptworks.model.transformer import Transformer
-from gptworks.plan.cost import Part, flops_per_token, row_bytes, state_bytes, step_bytes
+from gptworks.plan.cost import Memory, Part, flops_per_token, step_memory
 from gptworks.plan.dial import Derived, derive_shape, derive_training
 from gptworks.train.hooks import check_wandb
 from gptworks.train.loop import Layout, StepMetrics, run
@@ -43,13 +43,16 @@ from gptworks.train.schedule import SCHEDULES, Course, flat_share
 from gptworks.train.state import State
 
 USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
-COMPILE_SECONDS = 60.0  # a cold compilation on a CPU
-# Of the step's time: on a CPU measured beside the hand-written kernels (docs/log.md), on a GPU a cautious share of what
-# nanoGPT's readme reports for its own step (250 to 135 ms).
-COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.3}
+# A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
+# kernels (docs/log.md), on an H100 for GPT-2 124M (docs/benchmarks.md).
+COMPILE_SECONDS = {"cpu": 30.0, "cuda": 15.0}
+COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.35}
+# Of a pass through a block, both ways, where a GPU waits for its host to start the kernels: what compiling saves.
+BLOCK_GAIN = {"cuda": 1.8e-3}
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
-PASS_TOKENS = 1024  # of a forward pass, for each thread; more gain nothing and take memory (docs/log.md)
+# Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
+PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
 CALIBRATION_SECONDS = 6.0  # of steps, before a plan that stays
 FIRST_SECONDS = 1.0  # before one that the run's own pace replaces
 EVALUATED_ROWS = 64  # of the validation text, to time an evaluation
@@ -329,21 +332,25 @@ def _layout(
     derived, train, element = Derived(), config.train, dtype.itemsize
     assert train.context
     wanted = 10**9 if train.batch_tokens == "full" else -(-batch_rows(config) // ranks.world)
-    masked = config.data.mask_documents and device.type != "cuda"  # whose kernels write out no attention matrix
     free = int(runtime.available_memory(device) * 0.9) // (ranks.per_machine if device.type == "cpu" else 1)
-    a_row = row_bytes(architecture, train.context, element, masked)
-
     # The average; the best, which is kept in the processor's memory; the model that a time budget is planned with.
     copies = bool(train.ema) + (train.patience is not None and device.type == "cpu") + bool(train.time_budget_s)
-    state = state_bytes(architecture, train.optimizer, device.type, part, copies)
-
     trained = part.trained if part else parameter_count(architecture)
-    if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
-        state += 4 * trained * (math.ceil(math.log2(max(wanted, 2))) + 3 * (ranks.world > 1))
+
+    def memory(context: int) -> Memory:
+        """Of a step that is not compiled, unless that was asked for: `auto` decides later, and takes less."""
+        compiled = train.compile is True
+        masked, kind = config.data.mask_documents and not (compiled and device.type == "cuda"), device.type
+        found = step_memory(architecture, context, train.optimizer, element, kind, masked, compiled, part, copies)
+        if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
+            levels = math.ceil(math.log2(max(wanted, 2))) + 3 * (ranks.world > 1)
+            found = replace(found, fixed=found.fixed + 4 * trained * levels)
+        return found
 
     def rows_of_each(workers: int) -> int:
-        return (free - state - 4 * trained * (workers - 1)) // a_row // workers
+        return memory(context).rows(free - 4 * trained * (workers - 1)) // workers
 
+    context = train.context
     workers, why = _workers(config, architecture, device, wanted)
     if train.workers is None:
         if rows_of_each(workers) < 1:
@@ -352,15 +359,13 @@ def _layout(
     fits = rows_of_each(workers)
 
     def need(context: int, rows: int) -> float:
-        needed = step_bytes(architecture, context, rows, train.optimizer, element, masked, device.type, part, copies)
-        return needed / 1e9
+        return memory(context).of(rows) / 1e9
 
     if resolved:
         if fits < min(train.micro_batch or 1, wanted):
             rows = train.micro_batch or 1
             console.warn(f"a step needs about {need(train.context, rows):.1f} GB and {free / 1e9:.1f} GB are free")
     elif fits < 1:
-        context = train.context
         short = next((c for c in (2**e for e in range(20, 3, -1)) if c < context and need(c, 1) <= free / 1e9), None)
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
         raise OutOfMemory(f"one row needs about {need(context, 1):.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
@@ -391,13 +396,15 @@ def _layout(
         fewest = -(-wanted // (workers * micro))
         even = (n for n in range(fewest, 2 * fewest) if wanted % (workers * n) == 0)
         micro = -(-wanted // (workers * next(even, fewest)))
-    derived.choose("train.micro_batch", int(micro), f"{a_row * micro / 1e6:.0f} MB of activations")
+    derived.choose("train.micro_batch", int(micro), f"{memory(context).row * micro / 1e6:.0f} MB of activations")
     return with_values(config, derived.values), Layout(device, dtype, int(micro)), derived.reasons
 
 
 def useful_rows(device: torch.device, rows: int, context: int, workers: int) -> int:
     """Rows of a forward pass beyond which nothing is gained, when workers share the rows of a step."""
-    tokens = PASS_TOKENS * max(torch.get_num_threads() // workers, 1) if device.type == "cpu" else 2**20
+    tokens = PASS_TOKENS.get(device.type, PASS_TOKENS["cuda"])
+    if device.type == "cpu":
+        tokens *= max(torch.get_num_threads() // workers, 1)
     return min(-(-rows // workers), max(tokens // context, 1))
 
 
@@ -537,10 +544,13 @@ def _rhythm(
     compile = train.compile
     if compile == "auto":
         alone = train.workers == 1 and train.batch_tokens != "full"
-        gain = COMPILE_GAIN.get(layout.device.type, 0.0)
-        pays = expected * gain > COMPILE_SECONDS and alone and _can_compile(layout)
-        cost = f"compiling takes {COMPILE_SECONDS:.0f} s and saves some {gain:.0%}"
-        why = f"about {duration(expected)} of training; {cost}" if alone else "for a step of one worker"
+        kind = layout.device.type
+        takes, gain = COMPILE_SECONDS.get(kind, math.inf), COMPILE_GAIN.get(kind, 0.0) * expected
+        if alone:
+            passes = total * math.ceil(batch_rows(config) / ranks.world / layout.micro_batch)
+            gain = max(gain, passes * architecture.num_hidden_layers * BLOCK_GAIN.get(kind, 0.0))
+        pays = gain > takes and alone and _can_compile(layout)
+        why = f"takes {takes:.0f} s and saves some {duration(gain)}" if alone else "for a step of one worker"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
         needs = "Triton and a C compiler" if layout.device.type == "cuda" else "a C++ compiler (g++ or clang++)"

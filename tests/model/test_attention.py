@@ -44,6 +44,38 @@ def test_cached_logits_equal_uncached(parts):
 
 
 @each
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_step_of_a_fixed_cache_has_the_logits_of_a_growing_one(parts, window):
+    """Its tensors stay where they are until they are full, as a recorded step on a GPU needs them."""
+    model, ids = tiny.model(**parts), tiny.tokens(2, tiny.CONTEXT)
+    if window:
+        kinds = ("sliding_attention", "full_attention")
+        model.config = model.model.config = replace(model.config, sliding_window=window, layer_types=kinds)
+    whole = logits(model, ids)
+    cache = KeyValueCache(2, tiny.CONTEXT)
+    logits(model, ids[:, :3], cache=cache)
+    cache.fix()
+    place, keys = cache.place, cache._keys[0]
+    for i in range(3, tiny.CONTEXT):
+        found = logits(model, ids[:, i : i + 1], cache=cache)
+        assert (found - whole[:, i : i + 1]).abs().max() < 1e-5
+        assert cache.place is place and cache._keys[0] is keys and cache.length == i + 1
+
+
+def test_a_fixed_cache_that_is_full_grows_when_it_is_fixed_again():
+    model, ids = tiny.model(context=256), tiny.tokens(1, 200)
+    whole, cache = logits(model, ids), KeyValueCache(2, 256)
+    logits(model, ids[:, :60], cache=cache)
+    rooms = set()
+    for i in range(60, 200):
+        if not cache.place or cache.length >= cache.room:
+            cache.fix()
+        rooms.add(cache.room)
+        assert (logits(model, ids[:, i : i + 1], cache=cache) - whole[:, i]).abs().max() < 1e-5
+    assert rooms == {120, 242}
+
+
+@each
 def test_the_future_does_not_change_the_past(parts):
     model, ids = tiny.model(**parts), tiny.tokens(1, 32)
     other = ids.clone()
@@ -170,14 +202,14 @@ def test_attention_weights_may_have_a_dropout_of_their_own(parts, expected):
 
 
 class Flexible(Transformer):
-    """Leaves attention to FlexAttention wherever it is."""
+    """Leaves attention to FlexAttention wherever it is compiled."""
 
     def can_flex(self, segments):
-        return True
+        return self.compiling
 
 
 @pytest.mark.parametrize("parts", [{}, {"num_key_value_heads": 1, "layer_types": True}], ids=str)
-def test_flex_attention_sees_what_the_mask_allows(parts):
+def test_flex_attention_sees_what_the_mask_allows(parts, monkeypatch):
     """On a CPU it has no backward pass, so the forward pass alone, traced as a compiled step is."""
     config = tiny.shape(**{"num_attention_heads": 2} | {k: v for k, v in parts.items() if k != "layer_types"})
     if parts.get("layer_types"):
@@ -185,14 +217,25 @@ def test_flex_attention_sees_what_the_mask_allows(parts):
     model, flexible = Transformer(config), Flexible(config)
     model.initialise(3)
     flexible.load_state_dict(model.state_dict())
-    ids, segments = tiny.tokens(2, 32), torch.tensor([[0] * 7 + [1] * 25, [0] * 20 + [1] * 5 + [2] * 7])
-    with torch.no_grad():
-        expected = model(ids, segments)
-        assert (expected - model(ids)).abs().max() > 1e-3
-        found = torch.compile(flexible, backend="eager", dynamic=False)(ids, segments)
-    assert (found - expected).abs().max() < 1e-5
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    tiny.compile_with(monkeypatch, backend)
+    flexible.train().compiles = True
+    for seed, cuts in ((0, [(7, 25), (20, 5, 7)]), (1, [(32,), (1, 30, 1)]), (2, [(3, 29), (16, 16)])):
+        ids = tiny.tokens(2, 32, seed=seed)
+        segments = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in cuts])
+        with torch.no_grad():
+            expected = model(ids, segments)
+            assert (expected - model(ids)).abs().max() > 1e-3
+            assert (flexible(ids, segments) - expected).abs().max() < 1e-5
+    assert len(made) == 1 + bool(parts.get("layer_types"))  # masks of other documents are not compiled anew
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
 def test_flex_attention_has_the_gradients_of_the_mask():
     config, train = tiny.shape(hidden_size=64, num_attention_heads=2), tiny.settings()
@@ -201,8 +244,8 @@ def test_flex_attention_has_the_gradients_of_the_mask():
     found = []
     for compiled in (False, True):
         model = build.fresh(config, 3).cuda().train()
-        loss_sum = NextToken(train).loss_sum
-        (torch.compile(loss_sum, dynamic=False) if compiled else loss_sum)(model, batch).backward()
+        model.compiles = compiled
+        NextToken(train).loss_sum(model, batch).backward()
         found.append([p.grad for p in model.parameters()])
     for plain, flex in zip(*found, strict=True):
         assert (plain - flex).norm() <= 1e-2 * plain.norm()

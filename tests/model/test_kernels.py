@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptworks.core.config import Adapter, Train
 from gptworks.data.loader import Batch
-from gptworks.model import build, kernels
+from gptworks.model import build, config, kernels
 from gptworks.model.adapters import attach
 from gptworks.model.attention import Float8Linear
 from gptworks.train.objectives import NextToken
@@ -64,8 +64,8 @@ def test_rotation_and_its_gradient_are_the_plain_ones(monkeypatch, dtype, near):
 )  # fmt: skip
 @pytest.mark.parametrize("chunk", [1, 4096, 10**9])
 def test_the_loss_of_the_head_and_its_gradients_are_the_plain_ones(monkeypatch, dtype, near, options, chunk):
-    monkeypatch.setitem(kernels.LOGITS_BYTES, "cpu", chunk)
-    monkeypatch.setattr(kernels, "LOGITS_ROWS", 7)
+    monkeypatch.setitem(config.LOGITS_BYTES, "cpu", chunk)
+    monkeypatch.setattr(config, "LOGITS_ROWS", 7)
     torch.manual_seed(1)
     N, D, V = 53, 16, 97
     hidden, head = torch.randn(N, D).to(dtype), torch.randn(V, D)
@@ -108,7 +108,7 @@ def test_the_logits_are_never_whole_in_memory():
     with Largest() as largest:
         hidden, head = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         kernels.cross_entropy_sum(hidden, head, torch.zeros(N, dtype=torch.long), torch.ones(N)).backward()
-    assert N * V / 16 < largest.size <= kernels.LOGITS_BYTES["cpu"] / 4 < N * V / 4
+    assert N * V / 16 < largest.size <= config.LOGITS_BYTES["cpu"] / 4 < N * V / 4
 
 
 @pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)
@@ -172,19 +172,53 @@ def test_a_model_learns_in_float8_about_as_in_bf16_and_is_evaluated_in_bf16():
     ids=lambda parts: parts["family"],
 )
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
-def test_a_step_as_the_compiler_traces_it_has_the_same_loss_and_gradients(parts, adapted):
-    """Without its code generation, which needs a C++ compiler and a minute."""
-    train = tiny.settings()
+def test_a_step_as_the_compiler_traces_it_has_the_same_loss_and_gradients(parts, adapted, monkeypatch):
+    train = tiny.settings(label_smoothing=0.1, z_loss=0.01, router_aux_loss=0.01 if "num_experts" in parts else 0.0)
     if adapted and "num_experts" in parts:
         pytest.skip("adapters are for dense models")
+    tiny.compile_with(monkeypatch, "aot_eager")
     model = tiny.model(**parts).train()
     if adapted:
         model = attach(model, Adapter(kind="lora", rank=4, base="fp32"), 1).train()
     batch = Batch(tiny.tokens(2, tiny.CONTEXT), tiny.tokens(2, tiny.CONTEXT, seed=1), torch.ones(2, tiny.CONTEXT))
-    loss_sum = NextToken(train).loss_sum
     found = []
-    for made in (loss_sum, torch.compile(loss_sum, dynamic=False, backend="aot_eager")):
+    for model.compiles in (False, True):
         parameters = [p for p in model.parameters() if p.requires_grad]
-        loss = made(model, batch)
+        loss = NextToken(train).loss_sum(model, batch)
         found.append((loss.detach(), list(torch.autograd.grad(loss, parameters))))
     assert_near(*found, 1e-5)
+
+
+@pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3"}], ids=lambda parts: parts["family"])
+def test_blocks_that_are_alike_are_compiled_once(parts, monkeypatch):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    tiny.compile_with(monkeypatch, backend)
+    model = tiny.model(num_hidden_layers=9, **parts).train()
+    model.compiles = True
+    for seed in (0, 1):
+        batch = Batch(tiny.tokens(2, 32, seed=seed), tiny.tokens(2, 32, seed=seed + 1), torch.ones(2, 32))
+        NextToken(tiny.settings()).loss_sum(model, batch).backward()
+    assert len(made) == 2  # a block and the loss
+    model.eval()
+    model(tiny.tokens(3, 17))
+    assert len(made) == 2  # evaluations and samples are not compiled
+
+
+@pytest.mark.parametrize("smoothing, z_loss, cap", [(0.0, 0.0, None), (0.1, 0.01, None), (0.1, 0.01, 5.0)])
+def test_a_head_with_rows_added_has_the_loss_and_gradients_of_one_without(smoothing, z_loss, cap, monkeypatch):
+    """On a GPU the head is filled up to a multiple of 64 rows."""
+    torch.manual_seed(1)
+    hidden, head = torch.randn(9, 16), torch.randn(31, 16)
+    targets, weights = torch.randint(31, (9,)), torch.rand(9)
+
+    def loss(hidden, head):
+        return kernels.cross_entropy_sum(hidden, head, targets, weights, smoothing, z_loss, cap)
+
+    plain = both(monkeypatch, loss, hidden, head)[1]
+    monkeypatch.setattr(kernels, "_aligned", lambda head: torch.nn.functional.pad(head, (0, 0, 0, 33)))
+    assert_near(both(monkeypatch, loss, hidden, head)[0], plain, 2e-6)

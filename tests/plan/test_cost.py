@@ -14,7 +14,7 @@ from gptworks.core import runtime
 from gptworks.core.config import Config
 from gptworks.core.errors import OutOfMemory
 from gptworks.model.config import blocks_parameters, parameter_count
-from gptworks.plan.cost import Part, flops_per_token, row_bytes, state_bytes, step_bytes
+from gptworks.plan.cost import Part, flops_per_token, step_memory
 from gptworks.train import setup
 
 
@@ -118,32 +118,70 @@ def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer,
     tests = str(Path(tiny.__file__).parent)
     done = subprocess.run([sys.executable, "-c", PROBE, tests, asked], capture_output=True, text=True, check=True)
     config = replace(build_config(Model(**shape), 1024, 256), **parts)
-    estimate = step_bytes(config, 256, rows, optimizer, 4)
+    estimate = step_memory(config, 256, optimizer, 4).of(rows)
     assert int(done.stdout) <= estimate < 1.6 * int(done.stdout)
 
 
 def test_memory_grows_with_what_it_should():
     config = tiny.shape(vocab_size=1000)
-    assert step_bytes(config, 32, 2, "adamw", 4) - step_bytes(config, 32, 1, "adamw", 4) == row_bytes(
-        config, 32, 4, False
-    )
-    assert row_bytes(config, 32, 2, False) < row_bytes(config, 32, 4, False) < row_bytes(config, 32, 4, True)
-    assert row_bytes(config, 64, 4, True) > 2 * row_bytes(config, 32, 4, True)  # the attention matrix is square
+
+    def row(config=config, context=32, element=4, masked=False):
+        return step_memory(config, context, "adamw", element, masked=masked).row
+
+    assert row(element=2) < row(element=4) < row(masked=True)
+    assert row(context=64, masked=True) > 2 * row(masked=True)  # the attention matrix is square
     slid = replace(config, sliding_window=16, layer_types=("sliding_attention",) * 2)  # by a mask, where it is narrow
-    assert row_bytes(slid, 32, 4, False) == row_bytes(config, 32, 4, True)
-    assert row_bytes(slid, 16, 4, False) == row_bytes(config, 16, 4, False)
-    assert state_bytes(config, "sgd") < state_bytes(config, "adamw")
-    one_more = state_bytes(config, "adamw", copies=1) - state_bytes(config, "adamw")
-    assert one_more == 4 * parameter_count(config)
+    assert row(slid) == row(masked=True)
+    assert row(slid, context=16) == row(context=16)
+    adamw = step_memory(config, 32, "adamw", 4)
+    assert adamw.of(2) - adamw.of(1) == adamw.row
+    assert step_memory(config, 32, "sgd", 4).fixed < adamw.fixed
+    assert step_memory(config, 32, "adamw", 4, copies=1).fixed - adamw.fixed == 4 * parameter_count(config)
+
+
+# Gigabytes at the peak of a step, on an H100 with torch 2.11, bf16: benchmarks/gpu.py (docs/benchmarks.md).
+GPT2 = {"124M": (768, 12, 12), "350M": (1024, 24, 16), "1.5B": (1600, 48, 25)}
+MEASURED = [
+    ("124M", 1024, "adamw", False, 64, 27.57),
+    ("124M", 1024, "adamw", False, 32, 16.47),
+    ("124M", 1024, "adamw", True, 64, 23.50),
+    ("350M", 1024, "adamw", False, 32, 38.87),
+    ("350M", 1024, "adamw", True, 32, 34.00),
+    ("1.5B", 1024, "adamw", False, 8, 54.42),
+    ("1.5B", 1024, "adamw", False, 4, 42.63),
+    ("1.5B", 1024, "adamw", True, 8, 50.50),
+    ("qwen3", 4096, "muon", False, 16, 27.85),
+    ("qwen3", 4096, "muon", False, 8, 16.38),
+    ("qwen3", 4096, "muon", True, 16, 22.97),
+]
+
+
+@pytest.mark.parametrize("shape, context, optimizer, compiled, rows, measured", MEASURED)
+def test_memory_of_a_gpu_is_what_was_measured(shape, context, optimizer, compiled, rows, measured):
+    width, layers, heads = GPT2.get(shape, GPT2["124M"])
+    parts = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    parts |= {"family": "gpt2"} if shape in GPT2 else {"family": "qwen3", "num_key_value_heads": 4}
+    config = tiny.shape(vocab_size=50257, context=context, **parts)
+    estimate = step_memory(config, context, optimizer, 2, "cuda", compiled=compiled).of(rows) / 1e9
+    assert estimate == pytest.approx(measured, rel=0.03)
+
+
+def test_a_step_whose_update_does_not_fit_has_no_rows():
+    """Muon's copies come when the activations are gone, so few rows are no help."""
+    config = tiny.shape(vocab_size=32, hidden_size=512, num_hidden_layers=6)
+    memory = step_memory(config, 32, "muon", 2, "cuda")
+    assert memory.update > memory.of(0) - memory.of(0) and memory.rows(memory.update - 1) == 0
+    assert memory.rows(memory.of(3)) == 3
 
 
 @pytest.mark.parametrize("rows, fitting, expected", [(512, 125, 64), (8, 8, 8), (7, 4, 4), (12, 5, 4), (13, 12, 7)])
 def test_micro_batches_are_of_one_size_if_that_takes_less_than_twice_as_many(rows, fitting, expected, monkeypatch):
     config = Config.model_validate({"train": {"context": 32, "batch_tokens": 32 * rows, "threads": 1}})
     architecture = tiny.shape()
-    room = state_bytes(architecture, "muon") + (fitting + 0.5) * row_bytes(architecture, 32, 4, False)
+    memory = step_memory(architecture, 32, "muon", 4)
+    room = memory.fixed + (fitting + 0.5) * memory.row
     monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
-    monkeypatch.setattr(setup, "PASS_TOKENS", 10**6)
+    monkeypatch.setitem(setup.PASS_TOKENS, "cpu", 10**6)
     layout = setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)[1]
     assert layout.micro_batch == expected
 
@@ -159,7 +197,8 @@ def test_a_forward_pass_on_a_processor_has_a_thousand_tokens_a_thread(threads, w
 def test_an_impossible_step_names_what_fits(monkeypatch, capsys):
     config = Config.model_validate({"train": {"context": 32, "batch_tokens": 1024, "micro_batch": 32, "threads": 1}})
     architecture = tiny.shape()
-    room = state_bytes(architecture, "muon") + 5.5 * row_bytes(architecture, 32, 4, False)
+    memory = step_memory(architecture, 32, "muon", 4)
+    room = memory.fixed + 5.5 * memory.row
     monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
     with pytest.raises(OutOfMemory, match=r"train.micro_batch=5 fits") as refused:
         setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)

@@ -51,6 +51,21 @@ def test_accumulation_changes_neither_loss_nor_gradient(micro_batch):
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_rows_that_are_left_over_are_not_compiled_for(monkeypatch):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    tiny.compile_with(monkeypatch, backend)
+    train = tiny.settings(clip=0)
+    state, objective, batch = tiny.state(train), NextToken(train), ragged()
+    loss = accumulate(state.model, batch, objective.loss_sum, objective.weight(batch), train, 3, 0, None, True)
+    assert len(made) == 2  # a block and the loss, for three rows; two are left
+    assert loss == pytest.approx(gradients(ragged(), 3)[0], rel=1e-6)
+
+
 @pytest.mark.parametrize(("workers", "micro_batch"), [(2, 4), (2, 2), (3, 2), (4, 4)])
 def test_workers_change_neither_loss_nor_gradient_and_repeat_to_the_bit(workers, micro_batch):
     def side_by_side():

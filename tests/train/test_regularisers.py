@@ -106,9 +106,9 @@ def spoiled(monkeypatch, at, factor):
     """Makes the loss of step `at` (from 0) a multiple of itself."""
     usual = loop.accumulate
 
-    def accumulate(model, batch, loss_sum, weight, train, micro_batch, step, threads):
+    def accumulate(model, batch, loss_sum, weight, train, micro_batch, step, *rest):
         scale = factor if step == at else 1.0
-        return usual(model, batch, lambda m, b: loss_sum(m, b) * scale, weight, train, micro_batch, step, threads)
+        return usual(model, batch, lambda m, b: loss_sum(m, b) * scale, weight, train, micro_batch, step, *rest)
 
     monkeypatch.setattr(loop, "accumulate", accumulate)
 
