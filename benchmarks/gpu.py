@@ -19,12 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_parts import ground
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-from gpu_parts import ground  # noqa: E402
-
 # In the order of their value: seconds that a part gets at most, on a GPU, and what is looked at.
 PARTS = {
     "right": (90, "every GPU path against the CPU or its plain form"),
@@ -58,6 +55,9 @@ def main() -> int:
     options = arguments.parse_args()
     options.out = options.out.absolute()
     os.chdir(ROOT)  # the prepared shards name their text from here
+    places = [str(ROOT), str(ROOT / "benchmarks")]  # nothing needs to be installed
+    sys.path[:0] = places
+    os.environ["PYTHONPATH"] = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     ground.add_wheels()
     if options.prepare is not None:
         for step in options.prepare or ("wheels", "text"):
@@ -100,8 +100,7 @@ def work(part: str, out: Path, seconds: float, tiny: bool) -> int:
 def look(tiny: bool) -> dict[str, Any]:
     """What stands against measuring here, and what machine this is; by a process of its own."""
     code = f"from gpu_parts import check; check.main({tiny})"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), os.environ["PYTHONPATH"]))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         return {"trouble": f"the GPU cannot be asked: {' '.join(done.stderr.split())[-300:]}", "machine": ""}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

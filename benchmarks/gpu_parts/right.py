@@ -372,8 +372,7 @@ class Compilers:
         if self.sheet.device.type == "cpu":
             return
         code = "import sys; from gpu_parts import right; right.compile_some(*sys.argv[1:])"
-        env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2",
-               "PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")))}  # fmt: skip
+        env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
         names = list(COMPILED)
         for number in range(self.MOST):
             some = names[number :: self.MOST]

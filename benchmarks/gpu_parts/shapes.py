@@ -51,6 +51,8 @@ def gpt2(size: str, tokens: int, context: int, **keys: Any) -> dict[str, Any]:
 
 def decided(tree: dict[str, Any], vocabulary: int) -> setup.Run:
     """What the package chooses for that configuration here: precision, micro-batch, compilation."""
+    if runtime.device().type == "cpu":  # a rehearsal, in which a compiler would take most of the time
+        tree = tree | {"train": {"compile": False, **tree["train"]}}
     config = build(tree, "the benchmark")
     tokens = config.train.batch_tokens
     assert isinstance(tokens, int)

@@ -177,6 +177,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_gpu_memory() -> int | None:
+    """The most that tensors took on this process's GPU so far, bytes; None without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 @cache
 def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.25) -> float:
     """FLOP/s of the best of two square matmuls here, the yardstick for model FLOPs utilisation; measured once."""
@@ -188,7 +195,7 @@ def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0
 
     best = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (512, 1024):
-        a = torch.rand(size, size, device=device).to(dtype)
+        a = torch.randn(size, size, device=device).to(dtype)  # products of zeros or ones would be faster
         for _ in range(2):
             a @ a
         wait()

@@ -156,7 +156,7 @@ def _matrices(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Iterator[
 
 
 # p(s) = a s + b s^3 + c s^5, one after another, each the best for what the one before leaves: in four they bring
-# singular values from 0.003 to 1 within 0.21 of 1 (Polar Express, Amsel et al. 2025).
+# singular values from 0.003 to 1 within 0.21 of 1 (Polar Express, Amsel et al. 2025); rounded to bf16, within 0.36.
 QUINTICS = (
     (8.2191, -23.4020, 17.1582),
     (4.0049, -2.9223, 0.5491),

@@ -263,6 +263,7 @@ def _finish(
         "mfu": round(speed * flops_per_token(state.model.config, config.train.context, run.part) / rate, 4),
         "matmul_gflops": round(rate / 1e9, 1),
         "peak_memory_bytes": runtime.peak_memory(),
+        "peak_gpu_memory_bytes": runtime.peak_gpu_memory(),
         "processes": ranks.world,
         "parameters": _parameters(run),
         "trained_parameters": run.part.trained if run.part else _parameters(run),

@@ -47,8 +47,8 @@ USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecast
 # kernels (docs/log.md), on an H100 for GPT-2 124M (docs/benchmarks.md).
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 15.0}
 COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.35}
-# Of a pass through a block, both ways, where a GPU waits for its host to start the kernels: what compiling saves.
-BLOCK_GAIN = {"cuda": 1.8e-3}
+# A pass through a block, both ways, with its share of the update, where a GPU waits for its host to start the kernels.
+BLOCK_SECONDS = {"cuda": 4.3e-3}
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
 # Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
@@ -528,7 +528,10 @@ def _rhythm(
     assert train.context
     tokens = total * (batch_rows(config) * train.context if train.batch_tokens != "full" else 1)
     rate = USUAL_UTILISATION * runtime.matmul_rate(layout.device, layout.dtype) * ranks.world
-    expected = tokens * flops_per_token(architecture, train.context, part) / rate  # seconds
+    expected, kind = tokens * flops_per_token(architecture, train.context, part) / rate, layout.device.type  # seconds
+    if train.batch_tokens != "full":
+        passes = total * math.ceil(batch_rows(config) / ranks.world / layout.micro_batch)
+        expected = max(expected, passes * architecture.num_hidden_layers * BLOCK_SECONDS.get(kind, 0.0))
     if train.eval_every is None:
         times = _evaluations(train.time_budget_s, eval_seconds) if train.time_budget_s else 10
         derived.choose(
@@ -543,14 +546,16 @@ def _rhythm(
         derived.choose("train.checkpoint_every", min(math.ceil(apart), total), why)
     compile = train.compile
     if compile == "auto":
-        alone = train.workers == 1 and train.batch_tokens != "full"
-        kind = layout.device.type
-        takes, gain = COMPILE_SECONDS.get(kind, math.inf), COMPILE_GAIN.get(kind, 0.0) * expected
-        if alone:
-            passes = total * math.ceil(batch_rows(config) / ranks.world / layout.micro_batch)
-            gain = max(gain, passes * architecture.num_hidden_layers * BLOCK_GAIN.get(kind, 0.0))
-        pays = gain > takes and alone and _can_compile(layout)
-        why = f"takes {takes:.0f} s and saves some {duration(gain)}" if alone else "for a step of one worker"
+        takes, gain = COMPILE_SECONDS.get(kind, math.inf), COMPILE_GAIN.get(kind, 0.0)
+        wanted = {
+            "a step of one worker": train.workers == 1 and train.batch_tokens != "full",
+            "experts in bf16 on a GPU alone": not architecture.num_experts
+            or (kind == "cuda" and layout.dtype == torch.bfloat16),  # elsewhere each batch has other sizes
+        }
+        lacking = next((what for what, there in wanted.items() if not there), None)
+        pays = expected * gain > takes and not lacking and _can_compile(layout)
+        cost = f"compiling takes {takes:.0f} s and saves some {gain:.0%}"
+        why = f"for {lacking}" if lacking else f"about {duration(expected)} of training; {cost}"
         compile = derived.choose("train.compile", bool(pays), why)
     elif compile and not _can_compile(layout):
         needs = "Triton and a C compiler" if layout.device.type == "cuda" else "a C++ compiler (g++ or clang++)"
