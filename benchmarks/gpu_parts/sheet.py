@@ -65,8 +65,8 @@ class Sheet:
         self.row(name, shown, wanted, verdict, figure=value, **facts)
 
     def attempt(self, name: str, work: Callable[[], None], needs: float = 0.0) -> None:
-        """Does what may fail without the rest failing with it; not begun, which a row says, with fewer than `needs` seconds
-        left."""
+        """Does what may fail without the rest failing with it; where fewer than `needs` seconds are left, a row says so
+        instead."""
         needs *= 0.1 if self.tiny else 1
         try:
             if self.left() < needs:

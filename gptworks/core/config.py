@@ -264,8 +264,10 @@ class Train(Section):
     find_lr: bool = free(False, "no training: try rising learning rates, draw the losses, propose one")
     step_every: Fraction = fixed(0.25, "step: the rate drops each time this share of the run has passed")
     step_gamma: Fraction = fixed(0.3, "step: the factor of each drop")
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = fixed(
-        "auto", "of the forward and backward pass; fp8: bf16 with the blocks' products in float8 (H100 and later)"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = fixed(
+        "auto",
+        "of the forward and backward pass; fp16: for GPUs without bf16, with a scale of the loss; fp8: bf16 with the "
+        "blocks' products in float8 (H100 and later)",
     )
     compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
     deterministic: Literal["auto"] | bool = fixed("auto", "repeatable to the bit, where kernels are; auto: on a CPU")

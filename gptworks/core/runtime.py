@@ -71,6 +71,13 @@ def has_bf16(device: "torch.device") -> bool:
     return False
 
 
+def has_fp16(device: "torch.device") -> bool:
+    """Whether the processor multiplies fp16 matrices in hardware (Volta and later)."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def has_float8(device: "torch.device") -> bool:
     """Whether the processor multiplies float8 matrices in hardware."""
     import torch

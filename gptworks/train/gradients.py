@@ -52,13 +52,14 @@ def accumulate(
     step: int,
     threads: Executor | None = None,
     compiles: bool = False,
+    scale: float = 1.0,
 ) -> float:
-    """Leaves the gradient of `loss / weight`, summed over all processes, in `.grad`; returns that loss.
+    """Leaves the gradient of `scale * loss / weight`, summed over all processes, in `.grad`; returns `loss / weight`.
 
     `batch` is this process's share of the step's rows; `weight` is of all of them. `threads` are as many as
     `train.workers` says (see `side_by_side`); they must not draw random numbers, whose generator they share.
     """
-    device = next(model.parameters()).device
+    device, share = next(model.parameters()).device, weight / scale
     losses: list[Tensor] = []
 
     def forward(rows: Batch) -> Tensor:
@@ -72,13 +73,13 @@ def accumulate(
         # Random draws are a function of the step and the rows, wherever they are computed.
         seed_everything(train.seed, step, rows.first)
         part = forward(rows)
-        (part / weight).backward()
+        (part / share).backward()
         losses.append(part.detach())
 
     def apart(rows: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss of a micro-batch and its gradient, kept apart from `.grad`."""
         part = forward(rows)
-        return part.detach(), torch.autograd.grad(part / weight, parameters)
+        return part.detach(), torch.autograd.grad(part / share, parameters)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if train.reduce == "canonical":

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptworks.core import folder
 from gptworks.core.config import Change, Config
 from gptworks.core.errors import Preempted, UsageError
@@ -148,13 +150,13 @@ class Logger:
         if state.step % self.every and state.step != self.course.length and not state.stopped:
             return
         loss = self._loss / self._weight
-        speed = self._weight / self._seconds
+        speed, scaled = self._weight / self._seconds, state.model.dtype == torch.float16
         self.metrics.write(
             state.step,
             {
                 "train/loss": loss,
                 "train/bits_per_byte": loss * self.nats_to_bits_per_byte,
-                "train/grad_norm": m.grad_norm,
+                **({"train/grad_norm": m.grad_norm} if math.isfinite(m.grad_norm) else {}),
                 "train/learning_rate": m.lr,
                 "train/epoch": state.cursor.epoch + state.cursor.row / self.epoch_rows,
                 "train/tokens": state.tokens,
@@ -163,7 +165,8 @@ class Logger:
                 "train/data_wait": self._data / self._seconds,
                 "train/seconds": state.seconds,
                 "train/memory_gib": peak_memory() / 2**30,
-                **({"train/skipped": state.skipped} if state.norms else {}),
+                **({"train/skipped": state.skipped} if state.norms or scaled else {}),
+                **({"train/loss_scale": state.scale} if scaled else {}),
             },
         )
         line = self._line(state, loss, speed)

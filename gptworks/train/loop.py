@@ -38,10 +38,12 @@ class StepMetrics:
     grad_norm: float  # before clipping
     lr: float
     weight: float  # targets trained on
-    skipped: bool  # whether the update was left out as a spike
+    skipped: bool  # whether the update was left out, as a spike or for a gradient beyond fp16's range
     seconds: float  # the whole step
     data_seconds: float  # of those, waiting for the batch
 
+
+SCALE_STEPS = 2000  # without an overflow, before the scale of the loss is doubled
 
 Hook = Callable[[State, StepMetrics], str | None]  # a returned text ends the run and says why
 
@@ -63,6 +65,7 @@ def run(
     """
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
+    scaled = layout.dtype == torch.float16
     upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
     with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or course.length) and not state.stopped:
@@ -76,21 +79,25 @@ def run(
             try:
                 loss = accumulate(
                     model, batch, objective.loss_sum, weight, train, layout.micro_batch, state.step, threads,
-                    layout.compile,
+                    layout.compile, state.scale if scaled else 1.0,
                 )  # fmt: skip
-                norm = _clipped(state, loss, train)
+                if scaled:
+                    _unscale(state)
+                norm = _clipped(state, loss, train, scaled and state.scale > 1)
                 limit = spike_limit(state.norms, train.skip_spikes) if train.skip_spikes is not None else math.inf
-                skipped = norm > limit
+                skipped = norm > limit or math.isinf(norm)
                 lr = set_rates(state.optimizers, course.factor(state.step), course.peaks(state.step))
                 state.settle()
                 failpoint("step.update")
                 if not skipped:
                     _update(state, train)
+                if scaled:
+                    _rescale(state, beyond=math.isinf(norm))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 raise _explained(error, layout.micro_batch) from error
             failpoint("step.count")
             model.zero_grad(set_to_none=True)
-            if train.skip_spikes is not None:
+            if train.skip_spikes is not None and not math.isinf(norm):
                 state.norms = [*state.norms, min(norm, limit)][-WINDOW:]  # or a spike would hide the next ones
             state.skipped += skipped
             state.step += 1
@@ -106,8 +113,23 @@ def run(
     return state
 
 
-def _clipped(state: State, loss: float, train: Train) -> float:
-    """Adds the penalties and clips; gives the gradient's norm before that. Raises NotFinite."""
+def _unscale(state: State) -> None:
+    """Divides the gradients by the scale of the loss, once all are added up."""
+    torch._foreach_mul_([p.grad for p in state.model.parameters() if p.grad is not None], 1 / state.scale)
+
+
+def _rescale(state: State, beyond: bool) -> None:
+    """Half the scale after a gradient beyond fp16's range, double after many steps without (Micikevicius et al. 2018,
+    section 3.2; the numbers are those of torch.amp.GradScaler)."""
+    state.steps_since_scaled += 1
+    if beyond or state.steps_since_scaled == SCALE_STEPS:
+        state.scale *= 0.5 if beyond else 2.0
+        state.steps_since_scaled = 0
+
+
+def _clipped(state: State, loss: float, train: Train, may_overflow: bool = False) -> float:
+    """Adds the penalties and clips; gives the gradient's norm before that, infinite where it is not finite and may be
+    so. Raises NotFinite."""
     add_penalties(state.model, train.l1, train.l2)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     failpoint("step.gradient", parameters[0].grad)
@@ -117,6 +139,8 @@ def _clipped(state: State, loss: float, train: Train) -> float:
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not -float("inf") < value < float("inf"):
+            if may_overflow and name == "gradient norm":
+                return math.inf
             raise NotFinite(
                 f"step {state.step}: the {name} is {value}; nothing was updated. Lower train.lr (now {train.lr}), "
                 "or look at the batch; the last checkpoint is good"

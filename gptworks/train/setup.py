@@ -283,10 +283,13 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     precision: str = train.precision
     if precision == "auto":
         fast = runtime.has_bf16(device)
+        other = "fp16" if runtime.has_fp16(device) else "fp32"
         why = f"{device.type} {'multiplies bf16 in hardware' if fast else 'has no bf16 units'}; weights stay fp32"
-        precision = derived.choose("train.precision", "bf16" if fast else "fp32", why)
+        precision = derived.choose("train.precision", "bf16" if fast else other, why)
     elif precision == "bf16" and not runtime.has_bf16(device):
         console.warn(f"train.precision=bf16: this {device.type} has no bf16 units and will be slower than with fp32")
+    elif precision == "fp16" and not runtime.has_fp16(device):
+        raise UsageError(f"train.precision=fp16: this {device.type} has no units for it; use auto")
     elif precision == "fp8":
         if not runtime.has_float8(device):
             raise UsageError(f"train.precision=fp8: this {device.type} has no float8 units; use auto")
@@ -307,7 +310,7 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
     torch.set_flush_denormal(True)
     if device.type == "cpu":
         runtime.reuse_memory()
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
     if config.adapter.kind and config.adapter.base is None:
         derived.choose("adapter.base", "fp32" if dtype == torch.float32 else "bf16", "as the frozen layers multiply")
     return with_values(config, derived.values), device, dtype, derived.reasons

@@ -34,7 +34,7 @@ NAME = re.compile(r"^step-(\d{8})$")
 WINDOW = 128  # gradient norms that a spike is judged by
 COUNTERS: dict[str, Any] = {
     "step": int, "tokens": int, "best_loss": float | None, "evals_since_best": int, "skipped": int, "norms": list,
-    "seconds": float, "stopped": str | None,
+    "seconds": float, "stopped": str | None, "scale": float, "steps_since_scaled": int,
 }  # fmt: skip
 
 
@@ -49,7 +49,9 @@ class State:
     cursor: Cursor = field(default_factory=Cursor)
     best_loss: float | None = None  # lowest evaluation loss so far
     evals_since_best: int = 0
-    skipped: int = 0  # steps left out as spikes
+    skipped: int = 0  # steps left out as spikes, or in fp16 for a gradient beyond its range
+    scale: float = 2.0**16  # of the loss in fp16, so that small gradients are not lost
+    steps_since_scaled: int = 0
     norms: list[float] = field(default_factory=list)  # the last gradient norms, where spikes are looked for
     average: dict[str, Tensor] = field(default_factory=dict)  # of the weights (train.ema), else empty
     best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the lowest loss (train.patience), else empty
@@ -249,7 +251,8 @@ def newest_good(checkpoints: Path) -> Path | None:
 def restore(state: State, path: Path) -> dict[str, Any]:
     """Fills a newly made state from a verified checkpoint; returns the facts stored with it. Raises DataError."""
     failpoint("checkpoint.restore")
-    facts = folder.read_json(path / "state.json")
+    added = {"scale": state.scale, "steps_since_scaled": 0}  # which a checkpoint of an earlier version has not
+    facts = added | folder.read_json(path / "state.json")
     parameters = state.trained()
     try:
         for key, kind in COUNTERS.items():
