@@ -115,6 +115,17 @@ def test_a_rehearsal_of_the_parts_finds_nothing_wrong(tmp_path, monkeypatch):
     assert set(missing) == {"not in this test"}
 
 
+def test_a_rehearsal_of_what_is_right_finds_nothing_wrong(tmp_path):
+    from gpu_parts import right_compiled, right_paths, right_runs
+    from gpu_parts.sheet import Sheet
+
+    sheet = Sheet(tmp_path, "right", 60, True)
+    checks = (right_paths.families, right_paths.experts, right_paths.optimizers, right_compiled.loop_in_fp16)
+    for check in (*checks, right_runs.exhausted):
+        check(sheet)
+    assert len(rows(tmp_path)) > 9 and {row["verdict"] for row in rows(tmp_path)} == {"right"}
+
+
 @pytest.mark.slow
 def test_the_whole_rehearsal_finds_nothing_wrong(tmp_path):
     done = subprocess.run([*COMMAND, "--tiny", "--out", str(tmp_path)], capture_output=True, text=True)
