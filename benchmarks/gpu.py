@@ -69,22 +69,40 @@ def main() -> int:
     if found["trouble"]:
         print(f"error: {found['trouble']}", file=sys.stderr)
         return 64
-    options.out.mkdir(parents=True, exist_ok=True)
-    for old in (options.out / "rows.jsonl", options.out / "summary.md"):
-        old.unlink(missing_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for old in (options.out / "rows.jsonl", options.out / "summary.md"):
+            old.unlink(missing_ok=True)
+            old.touch()
+    except OSError as error:
+        print(f"error: --out {options.out}: {error.strerror}; choose another folder", file=sys.stderr)
+        return 74
     print(found["machine"], flush=True)
-    end = time.monotonic() + 60 * options.minutes
-    for part in options.only or PARTS:
-        most, left = PARTS[part][0] * (TINY if options.tiny else 1), end - time.monotonic()
-        if left < min(LEAST, most):
-            note(options.out, part, f"needs {min(LEAST, most):.0f} s at least and {max(left, 0):.0f} s were left")
-        else:
-            begin(part, options.out, min(most, left), options.tiny)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no part is left behind on the card
+    stopped = every(options.only or list(PARTS), options.out, options.minutes, options.tiny)
     text = summary(options.out, found["machine"])
     (options.out / "summary.md").write_text(text, encoding="utf-8")
-    print(text)
+    print(f"\n{text}\n{options.out / 'summary.md'}")
+    if stopped:
+        return 75
     rows = read(options.out)
     return 1 if any(row["verdict"] in ("WRONG", "FAILED") for row in rows) else 0
+
+
+def every(parts: list[str], out: Path, minutes: float, tiny: bool) -> bool:
+    """One part after another, for as long as there are minutes; whether somebody stopped it."""
+    end = time.monotonic() + 60 * minutes
+    for part in parts:
+        most, left = PARTS[part][0] * (TINY if tiny else 1), end - time.monotonic()
+        if left < min(LEAST, most):
+            note(out, part, f"needs {min(LEAST, most):.0f} s at least and {max(left, 0):.0f} s were left")
+            continue
+        try:
+            begin(part, out, min(most, left), tiny)
+        except KeyboardInterrupt:
+            note(out, part, "stopped")
+            return True
+    return False
 
 
 def work(part: str, out: Path, seconds: float, tiny: bool) -> int:
@@ -188,7 +206,7 @@ def summary(out: Path, heading: str) -> str:
     room = LINES - len(head) - 1
 
     def cell(text: str) -> str:
-        return " ".join(text.split()).replace("|", "/")[:240]
+        return " ".join(text.split()).replace("|", "/")[:700]
 
     lines = [
         f"| {row['part']} | {cell(row['name'])} | {cell(row['value'])} | {cell(row['wanted'])} | {row['verdict']} |"

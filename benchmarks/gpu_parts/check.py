@@ -60,7 +60,7 @@ def machine(tiny: bool) -> str:
 
     from gptworks.core.runtime import cores, cpu_name
 
-    card = "no GPU asked: a rehearsal"
+    card = "REHEARSAL on the CPU: the shapes are tiny whatever the rows call them, and no figure says anything of a GPU"
     if not tiny:
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True

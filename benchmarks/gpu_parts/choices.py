@@ -21,9 +21,8 @@ def recipe(sheet: Sheet, name: str) -> None:
         tree["model"].pop("parameters", None)
     vocabulary = 512 if sheet.tiny else OURS.get(name, 50304)
     run = shapes.decided(tree, vocabulary)
-    for key in SHOWN:
-        if key in run.reasons:
-            sheet.row(f"{name} {key}={configuration.get(run.config, key)}", run.reasons[key])
+    chosen = [f"{key}={configuration.get(run.config, key)}: {run.reasons[key]}" for key in SHOWN if key in run.reasons]
+    sheet.row(f"choices of {name}", "; ".join(chosen).replace("train.", ""))
 
 
 def run(sheet: Sheet) -> None:

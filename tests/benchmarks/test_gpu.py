@@ -1,8 +1,10 @@
 """The GPU command without a GPU: what it says then, that a part cannot stop the next, and a short rehearsal."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,39 @@ def test_without_a_gpu_it_is_one_line_that_names_the_rehearsal(tmp_path):
     assert done.returncode == 64 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--tiny" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below"])
+def test_an_out_that_cannot_be_written_is_one_line(place, tmp_path):
+    (tmp_path / "a file").write_text("mine")
+    done = subprocess.run([*COMMAND, "--tiny", "--out", str(tmp_path / place)], capture_output=True, text=True)
+    assert done.returncode == 74 and done.stderr.startswith("error: --out ") and done.stderr.count("\n") == 1
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_leaves_no_process_and_has_its_summary(number, tmp_path):
+    command = [*COMMAND, "--tiny", "--only", "loss", "decode", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("== loss"):
+            break
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert "stopped" in (tmp_path / "summary.md").read_text()
+    process.stdout.close()
+    time.sleep(0.5)
+    running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if _readable(p)]
+    assert not any(str(tmp_path).encode() in line for line in running)
+
+
+def _readable(path):
+    try:
+        return bool(path.read_bytes())
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(
