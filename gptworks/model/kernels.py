@@ -193,6 +193,18 @@ def _loss_and_gradient(
     return (losses * w).sum(), grad.to(dtype)
 
 
+def _over_rows(grad: Tensor, h: Tensor) -> Tensor:
+    """The head's gradient, grad.T @ h.
+
+    In fp16 a sum over thousands of rows leaves the range whatever the scale of the loss, which comes later: h is made
+    smaller as the rows are more than 256, and the sum larger again.
+    """
+    if h.dtype != torch.float16:
+        return grad.T @ h
+    smaller = 1 << (len(h) >> 8).bit_length()
+    return (grad.T @ (h / smaller)).float() * smaller
+
+
 @cache
 def _compiled_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_loss_and_gradient)
@@ -226,7 +238,7 @@ class _CrossEntropy(Function):
             if head.dtype == weight.dtype and len(head) == len(weight):
                 grad_head.addmm_(grad.T, h)
             else:
-                grad_head += (grad.T @ h)[: len(weight)]
+                grad_head += _over_rows(grad, h)[: len(weight)]
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 

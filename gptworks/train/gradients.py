@@ -62,8 +62,13 @@ def accumulate(
     device, share = next(model.parameters()).device, weight / scale
     losses: list[Tensor] = []
 
+    usual = {
+        micro_batch,
+        batch.share % micro_batch,
+    }  # rows that each step has; what an epoch ends with is not compiled for
+
     def forward(rows: Batch) -> Tensor:
-        model.compiles = compiles and len(rows.tokens) == micro_batch  # a rest of rows is not worth a compilation
+        model.compiles = compiles and len(rows.tokens) in usual
         part = loss_sum(model, rows.to(device))
         failpoint("step.loss", part)
         ranks.beat()

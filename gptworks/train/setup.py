@@ -312,7 +312,8 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
         runtime.reuse_memory()
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
     if config.adapter.kind and config.adapter.base is None:
-        derived.choose("adapter.base", "fp32" if dtype == torch.float32 else "bf16", "as the frozen layers multiply")
+        why = "half of fp32; multiplied in fp16" if dtype == torch.float16 else "as the frozen layers multiply"
+        derived.choose("adapter.base", "fp32" if dtype == torch.float32 else "bf16", why)
     return with_values(config, derived.values), device, dtype, derived.reasons
 
 
@@ -341,10 +342,9 @@ def _layout(
     trained = part.trained if part else parameter_count(architecture)
 
     def memory(context: int) -> Memory:
-        """Of a step that is not compiled, unless that was asked for: `auto` decides later, and takes less."""
-        compiled = train.compile is True
-        masked, kind = config.data.mask_documents and not (compiled and device.type == "cuda"), device.type
-        found = step_memory(architecture, context, train.optimizer, element, kind, masked, compiled, part, copies)
+        """Of a step that is not compiled, which takes more: `auto` decides later, and the end of an epoch never is."""
+        masked = config.data.mask_documents
+        found = step_memory(architecture, context, train.optimizer, element, device.type, masked, False, part, copies)
         if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
             levels = math.ceil(math.log2(max(wanted, 2))) + 3 * (ranks.world > 1)
             found = replace(found, fixed=found.fixed + 4 * trained * levels)

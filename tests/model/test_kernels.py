@@ -222,3 +222,17 @@ def test_a_head_with_rows_added_has_the_loss_and_gradients_of_one_without(smooth
     plain = both(monkeypatch, loss, hidden, head)[1]
     monkeypatch.setattr(kernels, "_aligned", lambda head: torch.nn.functional.pad(head, (0, 0, 0, 33)))
     assert_near(both(monkeypatch, loss, hidden, head)[0], plain, 2e-6)
+
+
+def test_the_gradient_of_the_head_stays_in_the_range_of_fp16():
+    """Thousands of rows of one token, and a channel that is always large, as trained norms have."""
+    torch.manual_seed(1)
+    hidden, head = torch.randn(8192, 16), torch.randn(31, 16) * 0.02
+    hidden[:, 0] = 40
+    targets, found = torch.full((8192,), 3), []
+    for dtype in (torch.float32, torch.float16):
+        weight = head.clone().requires_grad_()
+        kernels.cross_entropy_sum(hidden.to(dtype), weight, targets, torch.ones(8192)).backward()
+        found.append(weight.grad)
+    assert found[0].abs().max() > 2 * torch.finfo(torch.float16).max
+    assert (found[0] - found[1]).norm() < 2e-3 * found[0].norm()

@@ -51,7 +51,8 @@ def test_accumulation_changes_neither_loss_nor_gradient(micro_batch):
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_that_are_left_over_are_not_compiled_for(monkeypatch):
+@pytest.mark.parametrize("share, graphs", [(0, 2), (8, 4)], ids=["the end of an epoch", "every step"])
+def test_rows_that_are_left_over_are_compiled_for_where_each_step_has_them(share, graphs, monkeypatch):
     made = []
 
     def backend(graph, inputs):
@@ -60,9 +61,9 @@ def test_rows_that_are_left_over_are_not_compiled_for(monkeypatch):
 
     tiny.compile_with(monkeypatch, backend)
     train = tiny.settings(clip=0)
-    state, objective, batch = tiny.state(train), NextToken(train), ragged()
+    state, objective, batch = tiny.state(train), NextToken(train), dataclasses.replace(ragged(), share=share)
     loss = accumulate(state.model, batch, objective.loss_sum, objective.weight(batch), train, 3, 0, None, True)
-    assert len(made) == 2  # a block and the loss, for three rows; two are left
+    assert len(made) == graphs  # a block and the loss, for three rows; two are left
     assert loss == pytest.approx(gradients(ragged(), 3)[0], rel=1e-6)
 
 
