@@ -93,9 +93,12 @@ def make_text() -> None:
             unseen = file.read(1_000_000).rpartition(b"\n\n")[0]
     else:
         own = ROOT / "gptworks/data/texts"
-        whole = b"".join((own / name).read_bytes() for name in ("shakespeare.txt", "hongloumeng.txt"))
-        cut = len(whole) * 9 // 10
-        text, unseen = whole[:cut].rpartition(b"\n")[0], whole[cut:].partition(b"\n")[2]
+        texts = [(own / name).read_bytes() for name in ("shakespeare.txt", "hongloumeng.txt")]
+        begins = [
+            each[: len(each) * 9 // 10].rpartition(b"\n")[0] for each in texts
+        ]  # the last tenth of each is unseen
+        text = b"\n".join(begins)
+        unseen = b"\n".join(each[len(begin) + 1 :] for each, begin in zip(texts, begins, strict=True))
     (home / "text.txt.gz").write_bytes(gzip.compress(text, 6, mtime=0))
     (home / "unseen.txt").write_bytes(unseen)
     from gptworks.core.config import load
