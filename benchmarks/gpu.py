@@ -10,6 +10,7 @@ DIR/summary.md has a line a row.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -78,13 +79,16 @@ def main() -> int:
         print(f"error: --out {options.out}: {error.strerror}; choose another folder", file=sys.stderr)
         return 74
     print(found["machine"], flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no part is left behind on the card
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no part is left behind on the card
+        signal.signal(number, signal.default_int_handler)
     stopped = every(options.only or list(PARTS), options.out, options.minutes, options.tiny)
     text = summary(options.out, found["machine"])
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{options.out / 'summary.md'}")
     if stopped:
         return 75
+    if all(row["verdict"] == "not measured" for row in read(options.out)):
+        return 1
     rows = read(options.out)
     return 1 if any(row["verdict"] in ("WRONG", "FAILED") for row in rows) else 0
 
@@ -157,7 +161,9 @@ def begin(part: str, out: Path, seconds: float, tiny: bool) -> None:
         finally:
             late = child.poll() is None
             if late:
-                os.killpg(child.pid, signal.SIGKILL)
+                for pid in (*descendants(child.pid), child.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             code = child.wait()
             tell(log, shown)
     if late:
@@ -165,6 +171,19 @@ def begin(part: str, out: Path, seconds: float, tiny: bool) -> None:
     elif code:
         lines = log.read_text("utf-8", "replace").splitlines()[-30:]
         note(out, part, f"exit code {code}: {' '.join(lines[-1:])[:200]}", "FAILED", trace=lines)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that one has started, and those have, whatever session they are in (Linux)."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = list(parents.get(pid, []))
+    for child in found:
+        found += parents.get(child, [])
+    return found
 
 
 def tell(log: Path, shown: int) -> int:
@@ -180,16 +199,19 @@ def tell(log: Path, shown: int) -> int:
 def note(out: Path, part: str, text: str, verdict: str = "not measured", **facts: Any) -> None:
     """A row of ours about a whole part."""
     row = {"part": part, "name": part, "value": text, "wanted": "", "verdict": verdict, "facts": facts, "at": 0.0}
-    with open(out / "rows.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    file = out / "rows.jsonl"
+    whole = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")  # a part that was killed may leave half a line
+    with open(file, "a") as rows:
+        rows.write(("" if whole else "\n") + json.dumps(row) + "\n")
     print(f"{verdict:<12}  {part}: {text}", flush=True)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    except FileNotFoundError:
-        return []
+    found = []
+    for line in (out / "rows.jsonl").read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # half a line, of a part that was killed
+            found.append(json.loads(line))
+    return found
 
 
 def summary(out: Path, heading: str) -> str:
@@ -217,4 +239,10 @@ def summary(out: Path, heading: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as error:  # a full disk; somebody who has read enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}; what was found is in rows.jsonl",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(74)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]  # commands of the parts have other w
 HOME = Path("benchmarks/.gpu")  # ignored by git; relative, since shards name their text as it was asked for
 WHEELS = HOME / "wheels"
 MOST_WHEELS, MOST_TEXT = 20_000_000, 50_000_000  # bytes
-PYTHON = "3.12"  # of the machine; a wheel of any version of Python fits others too
+PYTHONS = ("3.11", "3.12", "3.13")  # that the machine may have
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "manylinux1_x86_64")  # fmt: skip
 # Asked for without what they need in turn, which is numpy and torch again; so all are named.
@@ -43,10 +43,11 @@ def bring_wheels() -> None:
         f"{name}=={pinned[key]}" if (key := name.lower().replace("_", "-")) in pinned else name for name in PACKAGES
     ]
     where = [part for platform in PLATFORMS for part in ("--platform", platform)]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *where,
-               "-d", str(target)]  # fmt: skip
-    subprocess.run([*command, *names], check=True)
+    for python in PYTHONS:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--python-version", python, "--implementation", "cp", *where,
+                   "-d", str(target)]  # fmt: skip
+        subprocess.run([*command, *names], check=True)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{len(list(target.iterdir()))} wheels, {size / 1e6:.1f} MB, in {WHEELS}")
     if size > MOST_WHEELS:
@@ -66,13 +67,18 @@ def add_wheels() -> None:
     import zipfile
 
     here = ROOT / WHEELS
-    if not here.is_dir() or importlib.util.find_spec("pydantic") is not None and importlib.util.find_spec("typer"):
+    complete = importlib.util.find_spec("pydantic") is not None
+    if not here.is_dir() or (complete and importlib.util.find_spec("typer")):
         return
     site = ROOT / HOME / "site"
+    own = f"cp{sys.version_info.major}{sys.version_info.minor}"
     for wheel in sorted(here.glob("*.whl")):
-        name = wheel.name.split("-")[0].lower()
+        name, kind = wheel.name.split("-")[0].lower(), wheel.name.split("-")[2]
         module = {"pyyaml": "yaml", "markdown_it_py": "markdown_it"}.get(name, name)
-        if name not in ("pydantic", "pydantic_core", "typing_extensions") and importlib.util.find_spec(module):
+        together = name in ("pydantic", "pydantic_core", "typing_extensions") and not complete
+        if (importlib.util.find_spec(module) and not together) or not (
+            kind in (own, "py3", "py2.py3") or "abi3" in wheel.name
+        ):
             continue  # what is there is left as it is, but for what has to fit together
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)

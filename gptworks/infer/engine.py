@@ -190,7 +190,7 @@ class Step:
         cache.length = length
         cache.place.fill_(length)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
             self.logits = self._scores(self.token, cache)
         cache.length = length
         self.cache, self.room = cache, cache.room

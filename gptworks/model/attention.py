@@ -197,8 +197,8 @@ def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     """softmax(Q K^T * scale) V of one new token, q [B, H, 1, C], over all the room of a fixed cache, [B, K, S, C], with
     its mask; torch's own kernels leave a head to one of a GPU's many processors here."""
     heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, H/K, C]
-    scores = torch.where(mask, (heads * scale) @ k.mT, -torch.inf)
-    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).reshape(q.shape)
+    scores = torch.where(mask, (heads @ k.mT).float() * scale, -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).reshape(q.shape)
 
 
 class Attention(nn.Module):

@@ -122,8 +122,8 @@ def _block_on_gpu(config: ModelConfig, context: int, element: int, masked: bool,
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     norms = (4 if config.norm_placement == "both" else 2) * _norm_input(config, element, compiled)
     attention = 2 * q + 2 * kv + (q + kv if config.qk_norm else 0)
-    if element == 4 or masked:
-        attention += 2 * (q - kv)  # groups are written out
+    if element == 4 or masked or (config.layer_types and (config.sliding_window or 0) < context):
+        attention += 2 * (q - kv)  # beside a mask groups are written out
     mlp = (3 if compiled else 4) * f if config.gated else 2 * f
     block = norms + (2 * d + attention + mlp) * element + 4 * config.num_attention_heads
     if config.residual_dropout:

@@ -66,6 +66,8 @@ def run(
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
     scaled = layout.dtype == torch.float16
+    if layout.compile:
+        torch.compiler.reset()  # it compiles a function for eight shapes, and those of earlier runs would count
     upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
     with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or course.length) and not state.stopped:

@@ -312,8 +312,8 @@ def _machine(config: Config) -> tuple[Config, torch.device, torch.dtype, dict[st
         runtime.reuse_memory()
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
     if config.adapter.kind and config.adapter.base is None:
-        why = "half of fp32; multiplied in fp16" if dtype == torch.float16 else "as the frozen layers multiply"
-        derived.choose("adapter.base", "fp32" if dtype == torch.float32 else "bf16", why)
+        base, why = ("bf16", "as the frozen layers multiply") if dtype == torch.bfloat16 else ("fp32", "as they are")
+        derived.choose("adapter.base", base, why)
     return with_values(config, derived.values), device, dtype, derived.reasons
 
 
@@ -552,7 +552,7 @@ def _rhythm(
         takes, gain = COMPILE_SECONDS.get(kind, math.inf), COMPILE_GAIN.get(kind, 0.0)
         wanted = {
             "a step of one worker": train.workers == 1 and train.batch_tokens != "full",
-            "experts in bf16 on a GPU alone": not architecture.num_experts
+            "experts only in bf16 on a GPU": not architecture.num_experts
             or (kind == "cuda" and layout.dtype == torch.bfloat16),  # elsewhere each batch has other sizes
         }
         lacking = next((what for what, there in wanted.items() if not there), None)

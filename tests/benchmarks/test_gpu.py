@@ -112,6 +112,23 @@ def test_a_part_that_hangs_or_fails_is_a_row_and_no_more(tmp_path, monkeypatch):
     assert failed["verdict"] == "FAILED" and "exit code 2" in failed["value"] and failed["facts"]["trace"]
 
 
+def test_half_a_line_of_a_killed_part_costs_that_line_alone(tmp_path):
+    import gpu
+
+    (tmp_path / "rows.jsonl").write_text('{"part": "fast", "na')
+    gpu.note(tmp_path, "fast", "killed")
+    assert [row["value"] for row in gpu.read(tmp_path)] == ["killed"]
+    assert "killed" in gpu.summary(tmp_path, "a machine")
+
+
+def test_nothing_measured_is_not_success_and_a_reader_who_has_seen_enough_is_no_crash(tmp_path):
+    command = [*COMMAND, "--tiny", "--only", "choices", "--minutes", "0", "--out", str(tmp_path)]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 1
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 74 and done.stderr.count("\n") == 1
+
+
 def test_the_summary_has_what_is_wrong_first_and_at_most_eighty_lines(tmp_path):
     import gpu
     from gpu_parts.sheet import Sheet

@@ -166,6 +166,14 @@ def test_memory_of_a_gpu_is_what_was_measured(shape, context, optimizer, compile
     assert estimate == pytest.approx(measured, rel=0.03)
 
 
+def test_groups_are_written_out_beside_a_window_on_a_gpu():
+    config = tiny.shape(family="qwen3", num_key_value_heads=1)
+    slid = replace(config, sliding_window=16, layer_types=("sliding_attention", "full_attention"))
+    full, half = (step_memory(each, 32, "adamw", 2, "cuda").row for each in (config, slid))
+    assert half - full == 32 * 2 * 2 * 2 * (4 - 1) * config.head_dim  # tokens, layers, keys and values, bytes
+    assert step_memory(slid, 16, "adamw", 2, "cuda").row == step_memory(config, 16, "adamw", 2, "cuda").row
+
+
 def test_a_step_whose_update_does_not_fit_has_no_rows():
     """Muon's copies come when the activations are gone, so few rows are no help."""
     config = tiny.shape(vocab_size=32, hidden_size=512, num_hidden_layers=6)

@@ -67,6 +67,24 @@ def test_rows_that_are_left_over_are_compiled_for_where_each_step_has_them(share
     assert loss == pytest.approx(gradients(ragged(), 3)[0], rel=1e-6)
 
 
+def test_a_run_is_compiled_however_many_others_there_were_in_the_process(monkeypatch):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    tiny.compile_with(monkeypatch, backend)
+    train = tiny.settings()
+    for heads in range(1, 11):  # torch compiles a function for eight shapes at most
+        made.clear()
+        state = tiny.state(train, hidden_size=8 * heads, num_attention_heads=1)
+        layout = loop.Layout(torch.device("cpu"), torch.float32, 8, compile=True)
+        course = Course(train.model_copy(update={"max_steps": 12}))
+        loop.run(state, tiny.loader(), NextToken(train), train, layout, course, until=1)
+        assert len(made) == 2
+
+
 @pytest.mark.parametrize(("workers", "micro_batch"), [(2, 4), (2, 2), (3, 2), (4, 4)])
 def test_workers_change_neither_loss_nor_gradient_and_repeat_to_the_bit(workers, micro_batch):
     def side_by_side():
