@@ -13,8 +13,8 @@ from common import parser, spread, table, write
 from gptworks.core.config import Model, Train
 from gptworks.model import build
 from gptworks.model.config import build_config, parameter_count
-from gptworks.train.optim import make_optimizers
-from gptworks.train.state import State, newest_good, restore, save
+from gptworks.training.optim import make_optimizers
+from gptworks.training.state import State, newest_good, restore, save
 
 options = parser(__doc__).parse_args()
 shape = Model(family="qwen3", hidden_size=320, num_hidden_layers=8, num_attention_heads=5)

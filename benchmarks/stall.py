@@ -21,11 +21,11 @@ from gptworks.data.loader import Loader
 from gptworks.data.shards import Stream
 from gptworks.model import build
 from gptworks.model.config import build_config, parameter_count
-from gptworks.train.loop import Layout, StepMetrics, run
-from gptworks.train.objectives import NextToken
-from gptworks.train.optim import make_optimizers
-from gptworks.train.schedule import Course
-from gptworks.train.state import Saving, State
+from gptworks.training.loop import Layout, StepMetrics, run
+from gptworks.training.objectives import NextToken
+from gptworks.training.optim import make_optimizers
+from gptworks.training.schedule import RunSchedule
+from gptworks.training.state import Saving, State
 
 parse = parser(__doc__)
 parse.add_argument("--tokens", type=int, default=512, help="of a step")
@@ -74,7 +74,7 @@ with tempfile.TemporaryDirectory(dir=".") as folder:
         return None
 
     run(state, loader, NextToken(train), train, Layout(torch.device("cpu"), torch.float32, 2),
-        Course(train), [hook], until=3 + 2 * options.runs)  # fmt: skip
+        RunSchedule(train), [hook], until=3 + 2 * options.runs)  # fmt: skip
     if saving:
         saving.pop()[0].finish()
 beside, between = steps[3::2], steps[4::2]

@@ -38,7 +38,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     from gptworks.model.adapters import attach
     from gptworks.model.config import build_config
     from gptworks.model.transformer import Transformer
-    from gptworks.plan.cost import Part, flops_per_token
+    from gptworks.planning.cost import Trainable, flops_per_token
 
     device = runtime.device()
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
@@ -58,7 +58,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     config = build_config(chosen, shape["vocabulary"], shape["context"])
     adapter = Adapter(kind="lora", rank=job["lora"], base=job["precision"]) if job["lora"] else None
     with torch.device("meta"):  # sizes alone
-        part = Part.of(attach(Transformer(config), adapter, 1)) if adapter else None
+        part = Trainable.of(attach(Transformer(config), adapter, 1)) if adapter else None
     if job["who"] in ("ours", "experts"):
         seconds, tokens = ours(job, config, adapter, device, dtype)
     else:
@@ -87,12 +87,12 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
     from gptworks.data.shards import Stream
     from gptworks.model import build
     from gptworks.model.adapters import attach
-    from gptworks.train import setup
-    from gptworks.train.loop import Layout, run
-    from gptworks.train.objectives import NextToken
-    from gptworks.train.optim import make_optimizers
-    from gptworks.train.schedule import Course
-    from gptworks.train.state import State
+    from gptworks.training import setup
+    from gptworks.training.loop import Layout, run
+    from gptworks.training.objectives import NextToken
+    from gptworks.training.optim import make_optimizers
+    from gptworks.training.schedule import RunSchedule
+    from gptworks.training.state import State
 
     runtime.reuse_memory()
     rates = {"lr": 1e-4, "adam_lr": 1e-4, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.1}
@@ -114,7 +114,7 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
         seconds.append(m.seconds)
 
     state = State(model, make_optimizers(model, train))
-    run(state, loader, NextToken(train), train, layout, Course(train), [watch], until=steps)
+    run(state, loader, NextToken(train), train, layout, RunSchedule(train), [watch], until=steps)
     return seconds[job["warmup"] :], rows * job["context"]
 
 

@@ -146,7 +146,7 @@ with torch.no_grad():  # (Transformer.initialise)
                 std *= 1 / math.sqrt(2 * LAYERS)
             p.copy_(torch.randn(p.shape, generator=generator) * std)
 
-# ---- training: forward, backward, clip, step (train/loop, train/optim)
+# ---- training: forward, backward, clip, step (training/loop, training/optim)
 
 matrices = [p for p in model.parameters() if p.ndim == 2]
 vectors = [p for p in model.parameters() if p.ndim < 2]

@@ -147,8 +147,8 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
 def _dry_run(config: Any, as_json: bool) -> str:
     from gptworks.core import config as configuration
     from gptworks.model import hub
-    from gptworks.plan.dial import derive_shape, derive_training
-    from gptworks.train.setup import check_values
+    from gptworks.planning.dial import derive_shape, derive_training
+    from gptworks.training.setup import check_values
 
     check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):

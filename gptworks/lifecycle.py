@@ -22,16 +22,16 @@ from gptworks.core.registry import nearest
 from gptworks.data import shards as shard_folder
 from gptworks.data.findings import Findings
 from gptworks.data.sources import Source
-from gptworks.export.exporter import export as write_export
+from gptworks.exporting.exporter import export as write_export
 from gptworks.infer import comparison
-from gptworks.infer.chat import Conversation, Spelling
+from gptworks.infer.chat import ChatFormat, Conversation
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import stream_losses, total, unigram, xz
 from gptworks.model import adapters, build, card, hub
 from gptworks.model.build import Loaded
-from gptworks.train import session, setup
-from gptworks.train.hooks import sampling
+from gptworks.training import session, setup
+from gptworks.training.hooks import sampling
 
 # -- train -------------------------------------------------------------------------------------------------------
 
@@ -50,10 +50,10 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
                     with runtime.hold(out):
                         session.set_aside(out)
                 with runtime.hold(out):
-                    result = _find_lr(config, out) if config.train.find_lr else session.lead(config, out, recipe)
+                    result = _find_lr(config, out) if config.train.find_lr else session.run_main(config, out, recipe)
             else:
-                result = session.follow(config, out)
-            ranks.part()
+                result = session.run_worker(config, out)
+            ranks.say_goodbye()
             return result
         finally:
             ranks.end()
@@ -61,7 +61,7 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
 
 def _find_lr(config: Config, out: Path) -> dict[str, Any]:
     """The range test's proposal, and its curve in `out/find_lr.html`."""
-    from gptworks.report.page import write_range_test
+    from gptworks.reporting.page import write_range_test
 
     found = session.find_lr(config, out)
     folder.write_json(out / "find_lr.json", found.as_dict())
@@ -168,7 +168,7 @@ def chat(
 ) -> Conversation:
     """A conversation that has not begun, spelled as the model folder says."""
     loaded = load(model)
-    spelling = Spelling.of(loaded.template_home, loaded.tokenizer)
+    spelling = ChatFormat.of(loaded.template_home, loaded.tokenizer)
     if not spelling.taught:
         console.say(f"{loaded.name} has no chat template: it was not taught to answer, it continues text")
     return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
@@ -248,7 +248,7 @@ def push(path: Path, name: str, private: bool = False) -> str:
 
 def report(run: Path) -> Path:
     """Writes run/report.html, one page that opens offline."""
-    from gptworks.report.page import write_report
+    from gptworks.reporting.page import write_report
 
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: not a run folder (it has no config.yaml)")

@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "train.checkpoint_every": 4,
     "train.eval_every": 6,
     "train.log_every": 1,
+    "train.precision": "fp32",  # or a run would be compared in bf16 where the processor has it
     "train.threads": 1,
     "train.tensorboard": False,
     "generate.max_new_tokens": 8,

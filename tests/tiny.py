@@ -16,11 +16,11 @@ from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import build, kernels, transformer
 from gptworks.model.config import ModelConfig, build_config
 from gptworks.model.transformer import Transformer
-from gptworks.train import loop
-from gptworks.train.objectives import NextToken
-from gptworks.train.optim import make_optimizers
-from gptworks.train.schedule import Course
-from gptworks.train.state import State
+from gptworks.training import loop
+from gptworks.training.objectives import NextToken
+from gptworks.training.optim import make_optimizers
+from gptworks.training.schedule import RunSchedule
+from gptworks.training.state import State
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ,.\n"
 CONTEXT = 32
@@ -99,7 +99,7 @@ def loader(rows: int | None = 8, **options: Any) -> Loader:
 
 def run(started: State, train: Train, until: int, total: int = 12, micro_batch: int = 8, **options: Any) -> State:
     layout = loop.Layout(torch.device("cpu"), options.pop("dtype", torch.float32), micro_batch)
-    course = Course(train.model_copy(update={"max_steps": total}))
+    course = RunSchedule(train.model_copy(update={"max_steps": total}))
     objective = options.pop("objective", None) or NextToken(train)
     rows = options.pop("loader", None) or loader()
     return loop.run(started, rows, objective, train, layout, course, until=until, **options)

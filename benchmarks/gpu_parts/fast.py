@@ -9,8 +9,8 @@ from baselines import nanogpt_gpu, transformers_loop
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptworks.model.kernels import cross_entropy_sum
-from gptworks.plan.cost import flops_per_token
-from gptworks.train import loop
+from gptworks.planning.cost import flops_per_token
+from gptworks.training import loop
 from gpu_parts import shapes
 from gpu_parts.sheet import Missing, Sheet
 

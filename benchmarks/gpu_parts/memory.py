@@ -7,21 +7,21 @@ import torch
 from gptworks.core import runtime
 from gptworks.core.config import Adapter
 from gptworks.model import adapters
-from gptworks.plan.cost import Part, step_memory
-from gptworks.train.optim import make_optimizers
-from gptworks.train.setup import Run
+from gptworks.planning.cost import Trainable, step_memory
+from gptworks.training.optim import make_optimizers
+from gptworks.training.setup import Run
 from gpu_parts import shapes
 from gpu_parts.sheet import Sheet
 
 WITHIN = 0.1  # of the estimate; above it never
 
 
-def estimate(run: Run, part: Part | None = None) -> int:
+def estimate(run: Run, part: Trainable | None = None) -> int:
     train, config = run.config.train, run.state.model.config
     assert train.context
     return step_memory(
         config, train.context, train.optimizer, run.layout.dtype.itemsize, run.layout.device.type,
-        compiled=run.layout.compile, part=part,
+        compiled=run.layout.compile, trainable=part,
     ).of(run.layout.micro_batch)  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def measure(sheet: Sheet, name: str, tree: dict[str, Any], adapter: str | None =
     part = None
     if adapter:
         model = adapters.attach(run.state.model, Adapter(kind="lora", rank=16, base=adapter), 1).to(sheet.device)
-        part = Part.of(model)
+        part = Trainable.of(model)
         run.state.model, run.state.optimizers = model, make_optimizers(model, run.config.train)
     rows = run.layout.micro_batch
     before = torch.cuda.memory_allocated() if sheet.device.type == "cuda" else 0

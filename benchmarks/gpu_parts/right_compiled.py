@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 
 from gptworks.core import runtime
-from gptworks.train import loop
-from gptworks.train.state import State
+from gptworks.training import loop
+from gptworks.training.state import State
 from gpu_parts.right_models import BOUNDS, CONTEXT, DTYPES, EIGHTH, SUMMED, config_of, gap, judge, model_of, steps
 from gpu_parts.right_paths import adapted
 from gpu_parts.sheet import Missing, Sheet

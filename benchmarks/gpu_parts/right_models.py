@@ -22,11 +22,11 @@ from gptworks.model import adapters, build
 from gptworks.model.config import ModelConfig
 from gptworks.model.families import from_hf_config
 from gptworks.model.transformer import Transformer
-from gptworks.train import loop
-from gptworks.train.objectives import NextToken
-from gptworks.train.optim import make_optimizers
-from gptworks.train.schedule import Course
-from gptworks.train.state import State
+from gptworks.training import loop
+from gptworks.training.objectives import NextToken
+from gptworks.training.optim import make_optimizers
+from gptworks.training.schedule import RunSchedule
+from gptworks.training.state import State
 from gpu_parts.sheet import Sheet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +230,6 @@ def steps(
 
     loop.run(
         state, Loader(stream(), context, 4, 1, mask_documents=documents), NextToken(train), train,
-        loop.Layout(device, dtype, micro_batch=2, compile=compile), Course(train), [note, *hooks], until=until,
+        loop.Layout(device, dtype, micro_batch=2, compile=compile), RunSchedule(train), [note, *hooks], until=until,
     )  # fmt: skip
     return Steps(losses, {name: (p.detach() - before[name]).cpu() for name, p in state.trained().items()}, state)

@@ -20,7 +20,7 @@ from gptworks.model import config as architecture
 from gptworks.model.experts import SparseMLP, grouped
 from gptworks.model.families import FAMILIES
 from gptworks.model.transformer import Transformer
-from gptworks.train.optim import OPTIMIZERS, make_optimizers, orthogonalise
+from gptworks.training.optim import OPTIMIZERS, make_optimizers, orthogonalise
 from gpu_parts.right_models import (
     BOUNDS,
     CONTEXT,

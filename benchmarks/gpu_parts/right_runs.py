@@ -19,11 +19,11 @@ from gptworks.data.loader import Batch, Loader
 from gptworks.data.shards import Stream
 from gptworks.model import build
 from gptworks.model.transformer import Transformer
-from gptworks.train import loop
-from gptworks.train.objectives import NextToken
-from gptworks.train.optim import make_optimizers, orthogonalise
-from gptworks.train.schedule import Course
-from gptworks.train.state import Saving, State, restore
+from gptworks.training import loop
+from gptworks.training.objectives import NextToken
+from gptworks.training.optim import make_optimizers, orthogonalise
+from gptworks.training.schedule import RunSchedule
+from gptworks.training.state import Saving, State, restore
 from gpu_parts.right_models import (
     CONTEXT,
     DTYPES,
@@ -61,7 +61,7 @@ def checkpoint(sheet: Sheet, place: Path) -> None:
     assert state.step == 2, f"it stands at step {state.step}"
     different = [name for name, p in state.trained().items() if not torch.equal(p.detach().cpu(), kept[name])]
     loop.run(state, Loader(stream(), CONTEXT, 4, 1), NextToken(train), train,
-             loop.Layout(sheet.device, torch.float32, 2), Course(train), until=6)  # fmt: skip
+             loop.Layout(sheet.device, torch.float32, 2), RunSchedule(train), until=6)  # fmt: skip
     moved = {name: p.detach().cpu() - kept[name] for name, p in state.trained().items()}
     whole = {name: p.detach().cpu() - kept[name] for name, p in straight.state.trained().items()}
     apart = gap((1.0, moved), (1.0, whole)).whole
@@ -111,7 +111,7 @@ def group(sheet: Sheet) -> None:
         with mock.patch.multiple(ranks, started=True, _device=sheet.device):
             together = steps(model_of(config_of("gpt2")), torch.float32, sheet.device)
             x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(1)).to(sheet.device)
-            shared = norm((ranks.shared(orthogonalise, x) - orthogonalise(x)).cpu())
+            shared = norm((ranks.map_split(orthogonalise, x) - orthogonalise(x)).cpu())
             assert ranks.total(1.5, 2.5) == [1.5, 2.5] and ranks.agree("text") == "text"
             ranks.barrier()
     finally:
@@ -130,7 +130,7 @@ def exhausted(sheet: Sheet) -> None:
     def train_on(rows: int, objective: NextToken) -> None:
         state = State(model, make_optimizers(model, train))
         layout = loop.Layout(sheet.device, torch.float32 if sheet.tiny else torch.bfloat16, rows)
-        loop.run(state, Loader(data, 1024, rows, 1), objective, train, layout, Course(train), until=1)
+        loop.run(state, Loader(data, 1024, rows, 1), objective, train, layout, RunSchedule(train), until=1)
 
     said = ""
     objective = NextToken(train) if sheet.device.type == "cuda" else Greedy(train)

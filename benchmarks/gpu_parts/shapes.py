@@ -13,9 +13,9 @@ from gptworks.core import runtime
 from gptworks.core.config import build
 from gptworks.data.shards import Shards, Stream
 from gptworks.model.transformer import Transformer
-from gptworks.train import loop, setup
-from gptworks.train.objectives import NextToken
-from gptworks.train.schedule import Course
+from gptworks.training import loop, setup
+from gptworks.training.objectives import NextToken
+from gptworks.training.schedule import RunSchedule
 
 # GPT-2's: width, layers, heads. Its 1.5B has 48 layers of 1600.
 SHAPES = {"124M": (768, 12, 12), "350M": (1024, 24, 16), "1.5B": (1600, 48, 25), "tiny": (64, 2, 2)}
@@ -90,7 +90,9 @@ def steps(run: setup.Run, count: int) -> list[float]:
         seconds.append(m.seconds)
 
     train, began = run.config.train, run.state.step
-    loop.run(run.state, run.loader, NextToken(train), train, run.layout, Course(train), [watch], until=began + count)
+    loop.run(
+        run.state, run.loader, NextToken(train), train, run.layout, RunSchedule(train), [watch], until=began + count
+    )
     wait()
     return seconds
 

@@ -212,7 +212,7 @@ class Adapter(Section):
 
 
 class Change(Section):
-    """What holds from a step on, other than the run was planned: see `train/schedule.py`."""
+    """What holds from a step on, other than the run was planned: see `training/schedule.py`."""
 
     step: Natural  # steps done before it
     length: Count | None = None  # steps in the whole run from now on

@@ -185,7 +185,7 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
                 files[name] = {"bytes": file.stat().st_size, "sha256": digest}
             failpoint("folder.manifest")
             write_manifest(aside, {**(facts or {}), "files": files})
-            for guest in guests(path, {file.name for file in aside.iterdir()}):
+            for guest in foreign_files(path, {file.name for file in aside.iterdir()}):
                 _copy(guest, aside / guest.name)
             for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
                 fsync(folder)
@@ -210,7 +210,7 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
         raise
 
 
-def guests(path: Path, ours: set[str] | None = None) -> list[Path]:
+def foreign_files(path: Path, ours: set[str] | None = None) -> list[Path]:
     """What lies in a folder of ours and is not ours: neither in its manifest nor among the names of `ours`.
 
     Raises UsageError where there is no manifest and something else: then it is a folder of somebody's.

@@ -117,7 +117,7 @@ class Ranks:
         self._watchdog.start()
 
     def end(self) -> None:
-        """Leaves the group. Where others may still be at work, call `part` first."""
+        """Leaves the group. Where others may still be at work, call `say_goodbye` first."""
         if self.started:
             import torch.distributed as dist
 
@@ -127,7 +127,7 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
-    def part(self, seconds: float = 10.0) -> None:
+    def say_goodbye(self, seconds: float = 10.0) -> None:
         """Says good-bye: the main process, which may host the meeting place, leaves last."""
         if self.world == 1:
             return
@@ -211,7 +211,7 @@ class Ranks:
         self.total(0.0)
         self.beat()
 
-    def shared(self, work: "Callable[[Tensor], Tensor]", batch: "Tensor") -> "Tensor":
+    def map_split(self, work: "Callable[[Tensor], Tensor]", batch: "Tensor") -> "Tensor":
         """`work(batch)`, where each process does its part of the first axis; `work` keeps the shape."""
         if not self.started:
             return work(batch)

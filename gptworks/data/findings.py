@@ -46,7 +46,7 @@ class Findings:
 
     name: str = ""
     advance: Callable[[int], None] = lambda count: None  # hears of the bytes read from disk
-    look: "Look | None" = None
+    look: "DocumentSample | None" = None
     documents: int = 0
     bytes: int = 0
     read: int = 0  # bytes from disk
@@ -102,7 +102,7 @@ class Findings:
         return found
 
 
-class Look:
+class DocumentSample:
     """A hash of every document of a source, to find copies, and a sample of its letters, to tell scripts."""
 
     def __init__(self, size: int, sources: int) -> None:

@@ -39,7 +39,7 @@ FILES = {f"{split}.{kind}" for split in ("train", "eval") for kind in ("tokens",
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceCount:
     """What one source has in a split."""
 
     path: str
@@ -55,7 +55,7 @@ class Stream:
     tokens: np.ndarray
     documents: np.ndarray
     bytes: int  # of the text, in UTF-8
-    sources: tuple[Part, ...] = ()  # in the order of the tokens
+    sources: tuple[SourceCount, ...] = ()  # in the order of the tokens
 
     @property
     def bytes_per_token(self) -> float:
@@ -173,7 +173,7 @@ def prepare(
             )
         console.say(f"data     shards are rewritten: {damage or change}")
     else:
-        folder.guests(path, FILES)  # others' files are a reason not to begin
+        folder.foreign_files(path, FILES)  # others' files are a reason not to begin
     tokenizer = _build(data, asked, given, sources, held, settings, path)
     return open_shards(path, verified=True, tokenizer=tokenizer)
 
@@ -204,7 +204,7 @@ def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
     bounds = np.concatenate((documents, [len(tokens)]))
     if bounds[0] != 0 or (np.diff(bounds) <= 0).any():
         raise DataError(f"{path}: {split}.documents does not cut {split}.tokens into documents")
-    parts = tuple(Part(**part) for part in facts.get("sources", []))
+    parts = tuple(SourceCount(**part) for part in facts.get("sources", []))
     return Stream(tokens, documents, int(facts["bytes"]), parts)
 
 

@@ -14,7 +14,7 @@ from gptworks.core.errors import DataError, GptworksError, UsageError
 from gptworks.core.registry import nearest, resolve
 from gptworks.core.runtime import interrupts
 from gptworks.data import formats, text
-from gptworks.data.findings import Findings, Look, Piece
+from gptworks.data.findings import DocumentSample, Findings, Piece
 
 BUILTIN = {"shakespeare": "shakespeare.txt", "hongloumeng": "hongloumeng.txt"}  # both in the public domain
 TABLE: dict[str, str] = {}  # name -> "module:attribute", a callable that yields documents (str)
@@ -111,7 +111,7 @@ def findings_of(sources: list[Source], advance: Callable[[int], None] | None = N
     """What to count one reading in. With `advance`, which hears of bytes read, documents are looked at closely."""
     if advance is None:
         return [Findings(source.place) for source in sources]
-    return [Findings(source.place, advance, Look(source.size, len(sources))) for source in sources]
+    return [Findings(source.place, advance, DocumentSample(source.size, len(sources))) for source in sources]
 
 
 def _found(place: str) -> list[Path]:

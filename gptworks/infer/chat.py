@@ -33,7 +33,7 @@ PLAIN = (
 AT_ONCE = 8  # conversations that are tried in one process of the template
 
 
-class Spelling:
+class ChatFormat:
     """How a conversation is spelled for a model: its chat template, or one of ours."""
 
     def __init__(self, tokenizer: Tokenizer, source: str, where: str | None = None) -> None:
@@ -46,7 +46,7 @@ class Spelling:
         self._variables = {"add_generation_prompt": True, "tools": None, "documents": None} | _named(tokenizer)
 
     @classmethod
-    def of(cls, path: Path, tokenizer: Tokenizer) -> "Spelling":
+    def of(cls, path: Path, tokenizer: Tokenizer) -> "ChatFormat":
         """The folder's template; else ChatML if the tokenizer has its tokens; else plain lines. Raises DataError."""
         source, where = _template(path, tokenizer)
         if source is not None:
@@ -169,7 +169,7 @@ class Conversation:
     """What was said, and the model that answers. Whole turns go in and out: a message and its reply."""
 
     def __init__(
-        self, engine: Engine, spelling: Spelling, how: Sampling, max_new_tokens: int, system: str | None = None
+        self, engine: Engine, spelling: ChatFormat, how: Sampling, max_new_tokens: int, system: str | None = None
     ) -> None:
         self.spelling, self.how, self.max_new_tokens = spelling, how, max_new_tokens
         self.system = [_message("system", _clean(system))] if system else []

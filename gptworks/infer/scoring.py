@@ -13,7 +13,7 @@ from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ranks
 from gptworks.data.loader import Batch, blocks
 from gptworks.data.shards import Stream
-from gptworks.model.experts import load
+from gptworks.model.experts import expert_load
 from gptworks.model.kernels import cross_entropy
 from gptworks.model.transformer import Transformer
 
@@ -97,7 +97,7 @@ def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16)
     model(batch.tokens, routing=routing)
     model.train(was_training)
     real = (batch.weights > 0).flatten()  # the last block is filled up
-    shares = load([logits[real] for logits in routing], model.config.num_experts_per_tok)
+    shares = expert_load([logits[real] for logits in routing], model.config.num_experts_per_tok)
     return {"expert_busiest": float(shares.max()) * shares.shape[1], "experts_unused": int((shares == 0).sum())}
 
 

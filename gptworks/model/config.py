@@ -168,7 +168,7 @@ def choose_family(asked: Model, grouped: bool, free_head_dim: bool) -> str:
 
 
 def build_config(asked: Model, vocab_size: int, context: int) -> ModelConfig:
-    """The architecture of a model whose sizes are all set (see `plan.dial`). Raises UsageError."""
+    """The architecture of a model whose sizes are all set (see `planning.dial`). Raises UsageError."""
     width, layers, heads = asked.hidden_size, asked.num_hidden_layers, asked.num_attention_heads
     assert width and layers and heads, "the dial sets these"
     if asked.head_dim is None and width % heads:

@@ -104,7 +104,7 @@ def router_z_loss(logits: Tensor, weights: Tensor) -> Tensor:
     return (logits.float().logsumexp(-1).square() * weights).sum()
 
 
-def load(routing: list[Tensor], k: int) -> Tensor:
+def expert_load(routing: list[Tensor], k: int) -> Tensor:
     """The share of tokens' choices that each expert of each layer gets, [layers, E]."""
     counts = [torch.bincount(logits.topk(k, -1).indices.flatten(), minlength=logits.shape[-1]) for logits in routing]
     found = torch.stack(counts).float()

@@ -14,7 +14,7 @@ from gptworks.core.config import Data
 from gptworks.core.errors import DataError
 from gptworks.data import findings as module
 from gptworks.data import text as texts
-from gptworks.data.findings import Findings, Look, Piece, lines, script_of, table
+from gptworks.data.findings import DocumentSample, Findings, Piece, lines, script_of, table
 from gptworks.data.sources import findings_of, sources_of
 
 SCRIPTS = {
@@ -27,7 +27,7 @@ def read(*documents: list[str], size: int = 0) -> list[Findings]:
     """One reading of a corpus whose sources have these documents."""
     found = []
     for number, source in enumerate(documents):
-        one = Findings(f"s{number}", look=Look(size, len(documents)))
+        one = Findings(f"s{number}", look=DocumentSample(size, len(documents)))
         for text in source:
             for piece in texts.pieces([text]):
                 one.count(Piece(piece.text, piece.first, number))
@@ -51,7 +51,7 @@ def test_shares_of_scripts_are_those_of_the_letters(documents: list[str]) -> Non
 
 def test_the_sample_is_bounded_and_spread_over_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLE", 50_000)
-    found = Findings(look=Look(2_000_000, 1))
+    found = Findings(look=DocumentSample(2_000_000, 1))
     for number in range(1000):
         found.heard(2000)
         found.count(Piece(("а" if number >= 500 else "a") * 2000, True))

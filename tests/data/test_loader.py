@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.data.loader import Batch, Cursor, Loader, Mixture, Plan, best_fit, blocks, plan_epoch
-from gptworks.data.shards import Part, Stream
+from gptworks.data.shards import SourceCount, Stream
 from gptworks.data.tokenizer import Tokenizer
 
 EOS = 0
@@ -229,7 +229,7 @@ def test_the_order_of_unweighted_text_is_what_it_has_always_been() -> None:
 def corpus_of(*sources: list[int]) -> Stream:
     """As `stream_of`, of several sources."""
     whole = stream_of([size for source in sources for size in source])
-    parts = tuple(Part(f"s{i}", len(source), sum(source), sum(source)) for i, source in enumerate(sources))
+    parts = tuple(SourceCount(f"s{i}", len(source), sum(source), sum(source)) for i, source in enumerate(sources))
     return Stream(whole.tokens, whole.documents, whole.bytes, parts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.model import kernels
-from gptworks.train import loop
+from gptworks.training import loop
 
 NANO = Path(__file__).parents[2] / "examples" / "nano.py"
 STEPS = 8

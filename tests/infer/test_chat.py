@@ -15,7 +15,7 @@ from tokenizers import AddedToken, processors
 
 from gptworks.core.errors import DataError
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.infer.chat import CHATML, PLAIN, Conversation, Spelling
+from gptworks.infer.chat import CHATML, PLAIN, ChatFormat, Conversation
 from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.template import render_foreign
@@ -89,9 +89,9 @@ def folder(path: Path, kind: str, template: str | None = None) -> Path:
     return path
 
 
-def spelling(kind: str, template: str | None = None) -> Spelling:
+def spelling(kind: str, template: str | None = None) -> ChatFormat:
     """Rendered in this process, for speed."""
-    return Spelling(tokenizer(kind), template or TEMPLATES[kind])
+    return ChatFormat(tokenizer(kind), template or TEMPLATES[kind])
 
 
 def talk(*said: str, system: str | None = None) -> list[dict[str, str]]:
@@ -118,7 +118,7 @@ TALKS = [
 def test_ids_are_those_of_the_published_library(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder(tmp_path, kind))
-    ours = Spelling.of(tmp_path, Tokenizer.load(tmp_path))
+    ours = ChatFormat.of(tmp_path, Tokenizer.load(tmp_path))
     assert ours.taught
     for messages, ids in zip(TALKS, ours.ids(*TALKS), strict=True):
         assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -238,14 +238,14 @@ def test_a_reply_ends_where_the_template_ends_it() -> None:
 
 
 def test_the_template_is_found_where_the_published_library_keeps_it(tmp_path: Path) -> None:
-    def found(value: Any, file: bytes | None = None) -> Spelling:
+    def found(value: Any, file: bytes | None = None) -> ChatFormat:
         tokenizer("qwen").save(tmp_path)
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
         if file is not None:
             (tmp_path / "chat_template.jinja").write_bytes(file)
-        return Spelling.of(tmp_path, Tokenizer.load(tmp_path))
+        return ChatFormat.of(tmp_path, Tokenizer.load(tmp_path))
 
     assert found("one").source == "one"
     assert found([{"name": "tool_use", "template": "two"}, {"name": "default", "template": "one"}]).source == "one"
@@ -258,7 +258,7 @@ def test_the_template_is_found_where_the_published_library_keeps_it(tmp_path: Pa
         found("one", b"\xff")
     tiny.tokenizer().save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    assert Spelling.of(tmp_path, Tokenizer.load(tmp_path)).source == PLAIN
+    assert ChatFormat.of(tmp_path, Tokenizer.load(tmp_path)).source == PLAIN
 
 
 # -- what a template may do ------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_templates_see_what_the_published_library_gives_them(tmp_path: Path) -> 
         "{% generation %}x{% endgeneration %}{% set ns = namespace(a=[1], self=2) %}{% set ns.b = ns.a %}{{ ns.b }}"
     )
     theirs = transformers.AutoTokenizer.from_pretrained(folder(tmp_path, "qwen", template))
-    ours = Spelling.of(tmp_path, Tokenizer.load(tmp_path))
+    ours = ChatFormat.of(tmp_path, Tokenizer.load(tmp_path))
     assert ours._render([talk("hello <&> é")]) == [
         theirs.apply_chat_template(talk("hello <&> é"), tokenize=False, add_generation_prompt=True)
     ]
@@ -346,7 +346,7 @@ def conversation(says: str, template: str = CHATML, limit: int = 256, n: int = 5
     made = tokenizer("qwen")
     model = Scripted(made.encode(says, control=True), limit)
     engine = Engine(model, made, (made.control_tokens["<|endoftext|>"],))  # type: ignore[arg-type]
-    return Conversation(engine, Spelling(made, template), GREEDY, n, system), model
+    return Conversation(engine, ChatFormat(made, template), GREEDY, n, system), model
 
 
 def reply(started: Conversation, text: str) -> tuple[str, Generation]:
@@ -430,7 +430,7 @@ def test_the_seed_decides_every_reply_and_none_is_like_the_last() -> None:
     model = tiny.model(vocab_size=len(made), context=512)
 
     def replies(seed: int | None) -> list[str]:
-        started = Conversation(Engine(model, made, ()), Spelling(made, PLAIN), Sampling(seed=seed), 12)
+        started = Conversation(Engine(model, made, ()), ChatFormat(made, PLAIN), Sampling(seed=seed), 12)
         both = [reply(started, "hello")[0]]
         started.reset()
         started.turns = [talk("hello", "x")]

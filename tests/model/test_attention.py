@@ -15,7 +15,7 @@ from gptworks.model.attention import Attention, KeyValueCache, rotate
 from gptworks.model.config import parameter_count
 from gptworks.model.rope import rotary_table
 from gptworks.model.transformer import Transformer
-from gptworks.train.objectives import NextToken
+from gptworks.training.objectives import NextToken
 
 SHAPES: list[dict[str, Any]] = [
     {"family": "gpt2"},

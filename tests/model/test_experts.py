@@ -11,10 +11,10 @@ from gptworks.data.loader import Batch
 from gptworks.infer.scoring import expert_use
 from gptworks.model import build
 from gptworks.model.config import active_parameter_count, parameter_count
-from gptworks.model.experts import SparseMLP, balance_loss, load
+from gptworks.model.experts import SparseMLP, balance_loss, expert_load
 from gptworks.model.transformer import Transformer
-from gptworks.plan.cost import flops_per_token
-from gptworks.train.objectives import NextToken
+from gptworks.planning.cost import flops_per_token
+from gptworks.training.objectives import NextToken
 
 SHAPE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
@@ -56,7 +56,7 @@ def test_an_expert_that_gets_every_token_drops_none():
     x = torch.rand(2, 30, 32)
     routing: list[torch.Tensor] = []
     assert torch.allclose(layer(x, routing), plain(layer, x), atol=1e-5)
-    shares = load(routing, 2)
+    shares = expert_load(routing, 2)
     assert shares[0, 3] == 0.5 and shares.shape == (1, 5)
 
 

@@ -29,7 +29,7 @@ from gptworks.model.attention import KeyValueCache
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.model.families import FAMILIES, from_hf_config
 from gptworks.model.transformer import Transformer
-from gptworks.train.objectives import NextToken
+from gptworks.training.objectives import NextToken
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from gptworks.data.loader import Batch
 from gptworks.model import build, config, kernels
 from gptworks.model.adapters import attach
 from gptworks.model.attention import Float8Linear
-from gptworks.train.objectives import NextToken
+from gptworks.training.objectives import NextToken
 
 Made = tuple[Tensor, list[Tensor | None]]
 precisions = pytest.mark.parametrize("dtype, near", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from gptworks import lifecycle
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.export.gguf import GGUF
+from gptworks.exporting.gguf import GGUF
 from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.model.build import Loaded

@@ -24,7 +24,7 @@ from zygote import Child, Zygote
 from gptworks.core import folder
 from gptworks.core.errors import DataError
 from gptworks.core.failpoint import PLACES
-from gptworks.train.state import listing
+from gptworks.training.state import listing
 
 WORDS = "the king and queen walked slowly over old stones nobody answered where rain sang".split()  # noqa: SIM905
 STEPS, EVERY = 120, 5

@@ -15,7 +15,7 @@ from malformed_data import flipped, opens
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
-from gptworks.train.state import listing, newest_good
+from gptworks.training.state import listing, newest_good
 
 CUTS = ("empty", "one byte", "half", "one byte short")
 

@@ -154,11 +154,11 @@ def serve() -> None:
     os.dup2(2, 1)
     import torch
 
-    import gptworks.report.page
-    import gptworks.train.range_test  # noqa: F401
+    import gptworks.reporting.page
+    import gptworks.training.range_test  # noqa: F401
     from gptworks import cli, lifecycle
     from gptworks.core import runtime
-    from gptworks.train import setup
+    from gptworks.training import setup
 
     for optional in ("pyarrow.parquet", "backports.zstd"):
         with contextlib.suppress(ImportError):

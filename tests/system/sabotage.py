@@ -17,9 +17,9 @@ from typing import Any
 
 import gptworks.core.folder as folder
 import gptworks.model.weights as weights
-import gptworks.train.gradients as gradients
-import gptworks.train.loop as loop
-import gptworks.train.state as state
+import gptworks.training.gradients as gradients
+import gptworks.training.loop as loop
+import gptworks.training.state as state
 from gptworks.core.log import console
 from gptworks.data.loader import Cursor, Loader
 
@@ -45,7 +45,7 @@ def after_restore(change: Callable[[Any], None]) -> None:
         change(made)
         return facts
 
-    from gptworks.train import session
+    from gptworks.training import session
 
     state.restore = session.restore = restore  # type: ignore[attr-defined]
 
@@ -88,13 +88,13 @@ def adam_step_forgotten() -> None:
 
 @mutant
 def schedule_begun_again() -> None:
-    usual, begun = loop.Course.factor, []
+    usual, begun = loop.RunSchedule.factor, []
 
     def factor(self: Any, step: int) -> float:
         begun.append(step)
         return usual(self, step - begun[0])
 
-    loop.Course.factor = factor  # type: ignore[method-assign]
+    loop.RunSchedule.factor = factor  # type: ignore[method-assign]
 
 
 @mutant

@@ -9,9 +9,9 @@ from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core import folder
 from gptworks.core.errors import Preempted, RunMismatch
-from gptworks.train import loop
-from gptworks.train.hooks import Checkpointer
-from gptworks.train.schedule import Course
+from gptworks.training import loop
+from gptworks.training.hooks import Checkpointer
+from gptworks.training.schedule import RunSchedule
 
 STEADY = {"train.precision": "fp32", "train.compile": False, "train.micro_batch": 4}
 
@@ -152,7 +152,7 @@ def test_the_course_written_down_is_the_course_that_was_run(train, tmp_path):
     train()
     train(**{"train.max_steps": 20})
     resolved, _ = configuration.read_resolved(tmp_path / "run" / "config.yaml")
-    course, peak = Course(resolved.train), resolved.train.lr
+    course, peak = RunSchedule(resolved.train), resolved.train.lr
     assert rates(tmp_path / "run") == pytest.approx([peak * course.factor(step) for step in range(20)])
 
 

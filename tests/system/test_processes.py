@@ -172,7 +172,7 @@ def test_a_hanging_process_ends_all_within_its_timeout_with_the_stacks_of_each(g
     assert seconds_until_gone(list(pids.values())) < 4 + 5
     two.end()
     assert "error: rank 0: no progress for 4 s (train.timeout_s)" in two.said
-    assert two.said.count("gptworks/train/loop.py") >= 2  # where each of them stood, in a step or beside it
+    assert two.said.count("gptworks/training/loop.py") >= 2  # where each of them stood, in a step or beside it
     assert "exitcode  : 79" in two.said
 
 

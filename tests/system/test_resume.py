@@ -17,8 +17,8 @@ from gptworks import lifecycle
 from gptworks.core import folder, runtime
 from gptworks.core.errors import DataError, Preempted, RunMismatch
 from gptworks.model import build
-from gptworks.train.hooks import Checkpointer, Metrics
-from gptworks.train.state import listing
+from gptworks.training.hooks import Checkpointer, Metrics
+from gptworks.training.state import listing
 
 STEPS = 12
 STEADY = {"train.precision": "fp32", "train.compile": False, "train.micro_batch": 4}  # of 8 rows: accumulation 2

@@ -1,0 +1,143 @@
+"""A model in the formats of other programs: written aside, read back, compared with the source, then put in place."""
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptworks.core import folder
+from gptworks.core.errors import DataError, UsageError
+from gptworks.core.log import console, size
+from gptworks.core.registry import nearest, resolve
+from gptworks.data.loader import Batch, blocks
+from gptworks.data.shards import Stream
+from gptworks.model.build import Loaded
+
+FORMATS = {"gguf": "gptworks.exporting.gguf:GGUF", "onnx": "gptworks.exporting.onnx:ONNX"}
+ROW = 256  # tokens of a row that is compared; the logits of two models for it are in memory
+
+Logits = Callable[[Tensor], Tensor]  # of tokens [1, T]: [1, T, V]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was compared when an export was read back."""
+
+    compared: str  # in words, what beside the logits
+    tokens: int  # of text whose logits were compared
+    logits: float  # the largest difference of one
+    loss: float  # of the source on that text, nats a token
+    exported_loss: float
+
+    def line(self) -> str:
+        return (
+            f"{self.compared}; logits of {self.tokens:,} tokens differ by at most {self.logits:.2g}, "
+            f"loss {self.loss:.4f} -> {self.exported_loss:.4f} nats/token"
+        )
+
+
+class Exporter(ABC):
+    """One format: made for a model, which it may refuse (DataError), then asked to write it and to compare it.
+
+    A row of `FORMATS`, or a class of your own (`mine.py:Thing`).
+    """
+
+    kinds: tuple[str, ...]  # number formats of weights, the default first
+    is_folder: bool  # whether a folder is written, or one file
+
+    def __init__(self, loaded: Loaded, kind: str) -> None:
+        self.loaded, self.kind = loaded, kind
+        self.notes: list[str] = []  # what whoever exports should know
+
+    @property
+    @abstractmethod
+    def estimate(self) -> int:
+        """Bytes that will be written, or somewhat more."""
+
+    @abstractmethod
+    def write(self, path: Path) -> None:
+        """Writes the file, or into the folder, at `path`."""
+
+    @abstractmethod
+    def check(self, path: Path, rows: list[Batch]) -> Parity:
+        """Reads `path` back and compares it with the source, on rows of text too. Raises DataError if it is another."""
+
+
+def export(loaded: Loaded, name: str, out: Path, kind: str | None, text: str, tokens: int, dry_run: bool) -> dict:
+    """Writes a model to `out` in a format, and proves it on the first `tokens` tokens of `text`.
+
+    Returns what was done, as JSON. Where anything fails, the proof included, there is nothing at `out`.
+    """
+    made: type[Exporter] = resolve("format", FORMATS, name)
+    kind = kind or made.kinds[0]
+    if kind not in made.kinds:
+        raise UsageError(f"--type {kind}: {name} has no such type: {nearest(kind, list(made.kinds))}")
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out}: is there already; remove it or choose another --out")
+    exporter = made(loaded, kind)
+    rows = _rows(loaded, text, tokens)
+    console.say(f"export   {name} {kind}, about {size(exporter.estimate)} to {out}")
+    for note in exporter.notes:
+        console.say(f"note     {note}")
+    folder.check_space(out, exporter.estimate)
+    result = {
+        "out": str(out),
+        "format": name,
+        "type": kind,
+        "estimated_bytes": exporter.estimate,
+        "notes": exporter.notes,
+    }
+    if dry_run:
+        return result
+    place = folder.commit if exporter.is_folder else folder.commit_file
+    with place(out) as aside:
+        exporter.write(aside)
+        written = sum(file.stat().st_size for file in ([aside] if aside.is_file() else aside.rglob("*")))
+        parity = exporter.check(aside, rows)
+    return result | {"bytes": written, "parity": asdict(parity) | {"line": parity.line()}}
+
+
+def _rows(loaded: Loaded, text: str, tokens: int) -> list[Batch]:
+    """The beginning of a text as rows that fit into the model's context."""
+    ids = loaded.tokenizer.encode(text)[:tokens]
+    start = loaded.tokenizer.start_id
+    ids = ids if start is None else [start, *ids]
+    if len(ids) < 2:
+        raise DataError("--data: too little text to compare on")
+    stream = Stream(np.array(ids), np.zeros(1, dtype=np.int64), len(text))
+    return list(blocks(stream, min(loaded.model.config.max_position_embeddings, ROW)))
+
+
+@torch.no_grad()
+def compare(rows: list[Batch], source: Logits, exported: Logits, compared: str) -> Parity:
+    """The logits of two models on the same text. Raises DataError where the exported ones are not finite."""
+    tokens, largest, nats = 0, 0.0, [0.0, 0.0]
+    for row in rows:
+        T = int(row.weights.sum())  # the last row is filled up
+        ids, targets = row.tokens[:, :T], row.targets[0, :T]
+        both = [source(ids)[0].float(), exported(ids)[0].float()]
+        if not torch.isfinite(both[1]).all():
+            raise DataError("the exported model's logits are not finite numbers; nothing was kept")
+        largest = max(largest, float((both[0] - both[1]).abs().max()))
+        nats = [n + float(F.cross_entropy(each, targets, reduction="sum")) for n, each in zip(nats, both, strict=True)]
+        tokens += T
+    assert tokens and not math.isnan(largest)
+    return Parity(compared, tokens, largest, nats[0] / tokens, nats[1] / tokens)
+
+
+def needed(module: str, extra: str) -> Any:
+    """A module of an optional dependency. Raises UsageError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(
+            f'exporting to {extra} needs `pip install "gptworks[{extra}]"` ({module} is missing)'
+        ) from None

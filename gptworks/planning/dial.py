@@ -1,0 +1,213 @@
+"""The dial: from `model.depth` or `model.parameters` to every size, rate and count of a run, each with its reason.
+
+Whatever the user set by hand stays; what is left to us is derived here, once, and written into config.yaml.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gptworks.core.config import Config, Model, with_values
+from gptworks.core.errors import UsageError
+from gptworks.core.log import count
+from gptworks.model.config import ModelConfig, build_config, parameter_count
+from gptworks.planning.cost import flops_per_token
+
+TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
+# Of Adam at a width of 128, for low-rank adapters with alpha = 2 * rank; 5e-4 at 2000. Schulman et al. fit exponents of
+# the width of 0.78 for Llama and 0.08 for Qwen; the square root lies between.
+ADAPTER_LR = 0.002
+MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
+
+
+EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
+T = TypeVar("T")
+
+
+@dataclass
+class Derived:
+    """Values we chose, by dotted key, and why."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def choose(self, key: str, value: T, reason: str) -> T:
+        self.values[key] = value
+        self.reasons[key] = reason
+        return value
+
+
+def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str], ModelConfig]:
+    """Sets context, width, depth and heads where they are open; gives the architecture. Raises UsageError."""
+    derived, model = Derived(), config.model
+    width_given, heads_given = model.hidden_size, model.num_attention_heads
+    if width_given and heads_given and not model.head_dim and width_given % heads_given:
+        raise UsageError(f"model.hidden_size={width_given} is not divisible by model.num_attention_heads={heads_given}")
+    context = config.train.context or derived.choose("train.context", 256, "our default")
+    if model.hidden_size is None or model.num_hidden_layers is None:
+        _size(model, vocab_size, context, derived)
+    width: int = derived.values.get("model.hidden_size") or model.hidden_size or 0
+    if model.num_attention_heads is None:
+        heads, head_dim = _heads(model, width)
+        if model.head_dim is None and width % heads:
+            raise UsageError(
+                f"model.hidden_size={width} has no whole heads beside num_key_value_heads="
+                f"{model.num_key_value_heads}; set num_attention_heads"
+            )
+        derived.choose("model.num_attention_heads", heads, f"{head_dim} channels a head")
+    config = with_values(config, derived.values)
+    architecture = build_config(config.model, vocab_size, context)
+    for key in ("family", "norm", "positions", "activation", "qk_norm", "tie_word_embeddings", "num_key_value_heads",
+                "head_dim", "intermediate_size", "rope_theta", *EXPERTS):  # fmt: skip
+        if key in EXPERTS and not architecture.num_experts:
+            continue
+        if getattr(model, key) is None and not (key == "rope_theta" and architecture.positions != "rotary"):
+            why = "holds every part asked for" if key == "family" else f"{architecture.family}'s default"
+            derived.choose(f"model.{key}", getattr(architecture, key), why)
+    if model.bias is None:
+        derived.choose("model.bias", architecture.mlp_bias, f"{architecture.family}'s default")
+    if model.dropout is None:
+        derived.choose("model.dropout", 0.0, "little to gain below several passes over the text")
+    return with_values(config, derived.values), derived.reasons, architecture
+
+
+def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None:
+    """Width and depth from the dial, or from whichever of the two is given."""
+    if model.depth or (model.num_hidden_layers and not model.parameters):
+        depth = model.depth or model.num_hidden_layers or 0
+        if model.hidden_size is None:
+            derived.choose("model.hidden_size", 64 * depth, "64 for each layer, the shape that scales well")
+        if model.num_hidden_layers is None:
+            derived.choose("model.num_hidden_layers", depth, "model.depth")
+        return
+    wanted = model.parameters or 3_000_000
+    why = f"nearest to {count(wanted)} parameters" if model.parameters else "our default of 3M parameters"
+    best: tuple[float, int, int] | None = None
+    widths = [model.hidden_size] if model.hidden_size else range(32, 32 * 1024 + 1, 32)
+    for width in widths:
+        for depth in [model.num_hidden_layers] if model.num_hidden_layers else range(1, 257):
+            if not model.hidden_size and not model.num_hidden_layers and not 24 <= width / depth <= 96:
+                continue
+            total = _try_count(model, width, depth, vocab_size, context)
+            if total is None:
+                break
+            # A factor off the wish costs most; off the aspect ratio of 48, a little.
+            miss = abs(math.log(total / wanted)) + 0.03 * abs(math.log(width / depth / 48))
+            if best is None or miss < best[0]:
+                best = (miss, width, depth)
+            if total > 4 * wanted:
+                break
+        if best and (_try_count(model, width, 1, vocab_size, context) or 0) > 4 * wanted:
+            break
+    if best is None:
+        raise UsageError(
+            f"no width gives whole heads with model.num_attention_heads={model.num_attention_heads}, "
+            f"num_key_value_heads={model.num_key_value_heads}; set model.hidden_size and model.head_dim too"
+        )
+    if model.hidden_size is None:
+        derived.choose("model.hidden_size", best[1], why)
+    if model.num_hidden_layers is None:
+        derived.choose("model.num_hidden_layers", best[2], why)
+
+
+def _heads(model: Model, width: int) -> tuple[int, int]:
+    """Query heads for a width, in whole groups, and the channels aimed at in each."""
+    head_dim = model.head_dim or next((c for c in (64, 32) if width % c == 0 and width >= 4 * c), None)
+    if head_dim is None:
+        head_dim = next(c for c in range(min(64, width), 0, -1) if width % c == 0)
+    heads, groups = max(width // head_dim, 1), model.num_key_value_heads or 1
+    return max(heads // groups, 1) * groups, head_dim
+
+
+def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: int) -> int | None:
+    """Parameters of a shape; None where its heads are not whole."""
+    heads = model.num_attention_heads or _heads(model, width)[0]
+    if model.head_dim is None and width % heads:
+        return None
+    trial = model.model_copy(update={"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads})
+    return parameter_count(build_config(trial, vocab_size, context))
+
+
+def derive_training(
+    config: Config, architecture: ModelConfig, train_tokens: int, flops_per_second: float = 0.0
+) -> tuple[Config, dict[str, str]]:
+    """Sets batch, rates, decay and the length of the run, where open.
+
+    `train_tokens` is one epoch; `flops_per_second` what a step is likely to reach here, which turns a time budget into
+    an expected number of tokens.
+    """
+    derived, train = Derived(), config.train
+    context = train.context or architecture.max_position_embeddings
+    parameters, width = parameter_count(architecture), architecture.hidden_size
+    horizon = _horizon(config, architecture, train_tokens, flops_per_second)
+
+    batch = train.batch_tokens
+    if batch is None:
+        batch = max(context, min(best_batch(horizon), train_tokens // 20) // context * context)
+        derived.choose("train.batch_tokens", batch, f"grows with the {count(horizon)} tokens the run is likely to see")
+    falling = f"falls with the square root of the width, {width}"
+    if train.lr is None:
+        if config.adapter.kind and train.optimizer in ("adamw", "adam"):
+            why = f"about ten times what suits all weights, whatever the rank (LoRA Without Regret, 2025); {falling}"
+            derived.choose("train.lr", _by_width(ADAPTER_LR, width), why)
+        elif train.optimizer == "muon":
+            derived.choose("train.lr", 0.02, "Muon's update has the same size at every width")
+        else:
+            derived.choose("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
+    if train.optimizer == "muon" and train.adam_lr is None:
+        derived.choose("train.adam_lr", _by_width(0.004, width), falling)
+    if train.momentum is None and train.optimizer in ("muon", "sgd"):
+        steps = horizon / (train_tokens if batch == "full" else batch)
+        short = train.optimizer != "muon" or steps < 1000
+        why = "a short run gains from a short memory" if short else "Muon's usual"
+        derived.choose("train.momentum", 0.9 if short else 0.95, why)
+    if train.weight_decay is None and config.adapter.kind:
+        derived.choose("train.weight_decay", 0.0, "adapters start at nothing, and stay small by themselves")
+    elif train.weight_decay is None:
+        decay = 0.1 if train.optimizer in ("muon", "adamw") else 0.0
+        derived.choose("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
+    if train.warmup is None:
+        warmup = 0.02 if train.optimizer == "muon" else 0.05
+        derived.choose("train.warmup", warmup, "the first updates are the riskiest")
+    if not any((train.max_steps, train.max_tokens, train.max_epochs, train.time_budget_s)):
+        if batch == "full":
+            derived.choose("train.max_epochs", 100.0, "one step each")
+        else:
+            tokens = int(horizon)
+            derived.choose("train.max_tokens", tokens, _horizon_reason(parameters, tokens, train_tokens))
+    return with_values(config, derived.values), derived.reasons
+
+
+def best_batch(horizon: float) -> int:
+    """Tokens a step for a run of `horizon` tokens: a power law through 1,024 at 260 thousand tokens (measured on
+    character-level Shakespeare, docs/log.md) and 524,288 at 2.2 billion (nanochat's tuned depth 12)."""
+    exponent = math.log(524_288 / 1024) / math.log(2.2e9 / 2.6e5)
+    return 2 ** round(math.log2(max(1024 * (horizon / 2.6e5) ** exponent, 1)))
+
+
+def _by_width(rate: float, width: int) -> float:
+    """A rate tuned at width 128."""
+    return round(rate * (128 / width) ** 0.5, 6)
+
+
+def _horizon(config: Config, architecture: ModelConfig, train_tokens: int, flops_per_second: float) -> float:
+    """Tokens the run is likely to see; where nothing limits it, should see."""
+    train = config.train
+    limits: list[float] = []
+    if train.max_tokens:
+        limits.append(train.max_tokens)
+    if train.max_epochs:
+        limits.append(train.max_epochs * train_tokens)
+    if train.max_steps and isinstance(train.batch_tokens, int):
+        limits.append(train.max_steps * train.batch_tokens)
+    if train.time_budget_s and flops_per_second:
+        cost = flops_per_token(architecture, train.context or architecture.max_position_embeddings)
+        limits.append(max(0.8 * train.time_budget_s * flops_per_second / cost, 1.0))
+    ideal = min(TOKENS_PER_PARAMETER * parameter_count(architecture), MAX_DEFAULT_EPOCHS * train_tokens)
+    return min(limits, default=ideal)
+
+
+def _horizon_reason(parameters: int, tokens: int, train_tokens: int) -> str:
+    if tokens == TOKENS_PER_PARAMETER * parameters:
+        return f"{TOKENS_PER_PARAMETER} for each of {count(parameters)} parameters, the compute-optimal ratio"
+    return f"{MAX_DEFAULT_EPOCHS} passes over {count(train_tokens)} tokens; more repetition helps little"

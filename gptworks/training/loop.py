@@ -1,0 +1,172 @@
+"""The one loop. An objective says what a batch costs; hooks watch, evaluate, save and may end the run."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from gptworks.core.config import Train
+from gptworks.core.errors import DataError, NotFinite, OutOfMemory
+from gptworks.core.failpoint import failpoint
+from gptworks.core.ranks import ranks
+from gptworks.data.loader import Batch, Cursor, Loader
+from gptworks.training.gradients import accumulate, side_by_side
+from gptworks.training.objectives import Objective
+from gptworks.training.optim import add_penalties, set_rates
+from gptworks.training.schedule import RunSchedule
+from gptworks.training.state import WINDOW, State, spike_limit
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is carried out on this machine; decided once and stored with the run."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the forward and backward pass; weights are float32
+    micro_batch: int  # rows per forward pass
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step measured."""
+
+    loss: float  # nats a token, before the update
+    grad_norm: float  # before clipping
+    lr: float
+    weight: float  # targets trained on
+    skipped: bool  # whether the update was left out, as a spike or for a gradient beyond fp16's range
+    seconds: float  # the whole step
+    data_seconds: float  # of those, waiting for the batch
+
+
+SCALE_STEPS = 2000  # without an overflow, before the scale of the loss is doubled
+
+Hook = Callable[[State, StepMetrics], str | None]  # a returned text ends the run and says why
+
+
+def run(
+    state: State,
+    loader: Loader,
+    objective: Objective,
+    train: Train,
+    layout: Layout,
+    schedule: RunSchedule,
+    hooks: Sequence[Hook] = (),
+    until: int | None = None,
+) -> State:
+    """Trains from wherever `state` stands to step `until` (default: the end of the schedule).
+
+    The loss of a step is `sum(loss) / global weight`, so micro-batches, packing, padding and the number of processes do
+    not change it. Raises NotFinite before a bad update, DataError for a batch without targets, OutOfMemory, PeerLost.
+    """
+    model = state.model.to(layout.device).train()
+    model.dtype = layout.dtype
+    scaled = layout.dtype == torch.float16
+    if layout.compile:
+        torch.compiler.reset()  # it compiles a function for eight shapes, and those of earlier runs would count
+    upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
+    with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
+        while state.step < (until or schedule.length) and not state.stopped:
+            start = time.perf_counter()
+            batch, cursor = upcoming.result() if upcoming else loader.take(state.cursor)
+            upcoming = aside.submit(loader.take, cursor) if state.step + 1 < (until or schedule.length) else None
+            data_seconds = time.perf_counter() - start
+            weight = ranks.total(objective.weight(batch))[0]
+            if weight == 0:
+                raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
+            try:
+                loss = accumulate(
+                    model, batch, objective.loss_sum, weight, train, layout.micro_batch, state.step, threads,
+                    layout.compile, state.scale if scaled else 1.0,
+                )  # fmt: skip
+                if scaled:
+                    _unscale(state)
+                norm = _clipped(state, loss, train, scaled and state.scale > 1)
+                limit = spike_limit(state.norms, train.skip_spikes) if train.skip_spikes is not None else math.inf
+                skipped = norm > limit or math.isinf(norm)
+                lr = set_rates(state.optimizers, schedule.factor(state.step), schedule.peaks(state.step))
+                state.settle()
+                failpoint("step.update")
+                if not skipped:
+                    _update(state, train)
+                if scaled:
+                    _rescale(state, beyond=math.isinf(norm))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                raise _explained(error, layout.micro_batch) from error
+            failpoint("step.count")
+            model.zero_grad(set_to_none=True)
+            if train.skip_spikes is not None and not math.isinf(norm):
+                state.norms = [*state.norms, min(norm, limit)][-WINDOW:]  # or a spike would hide the next ones
+            state.skipped += skipped
+            state.step += 1
+            state.tokens += round(weight)
+            state.cursor = cursor
+            seconds = time.perf_counter() - start
+            state.seconds += seconds
+            metrics = StepMetrics(loss, norm, lr, weight, skipped, seconds, data_seconds)
+            failpoint("step.hooks")
+            for hook in hooks:
+                state.stopped = hook(state, metrics) or state.stopped
+            ranks.beat()
+    return state
+
+
+def _unscale(state: State) -> None:
+    """Divides the gradients by the scale of the loss, once all are added up."""
+    torch._foreach_mul_([p.grad for p in state.model.parameters() if p.grad is not None], 1 / state.scale)
+
+
+def _rescale(state: State, beyond: bool) -> None:
+    """Half the scale after a gradient beyond fp16's range, double after many steps without (Micikevicius et al. 2018,
+    section 3.2; the numbers are those of torch.amp.GradScaler)."""
+    state.steps_since_scaled += 1
+    if beyond or state.steps_since_scaled == SCALE_STEPS:
+        state.scale *= 0.5 if beyond else 2.0
+        state.steps_since_scaled = 0
+
+
+def _clipped(state: State, loss: float, train: Train, may_overflow: bool = False) -> float:
+    """Adds the penalties and clips; gives the gradient's norm before that, infinite where it is not finite and may be
+    so. Raises NotFinite."""
+    add_penalties(state.model, train.l1, train.l2)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    failpoint("step.gradient", parameters[0].grad)
+    if train.clip:
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
+    else:
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    for name, value in (("loss", loss), ("gradient norm", norm)):
+        if not -float("inf") < value < float("inf"):
+            if may_overflow and name == "gradient norm":
+                return math.inf
+            raise NotFinite(
+                f"step {state.step}: the {name} is {value}; nothing was updated. Lower train.lr (now {train.lr}), "
+                "or look at the batch; the last checkpoint is good"
+            )
+    return norm
+
+
+@torch.no_grad()
+def _update(state: State, train: Train) -> None:
+    for optimizer in state.optimizers:
+        optimizer.step()
+    parameters = state.trained()
+    failpoint("step.weight", next(iter(parameters.values())))
+    if train.ema:
+        if not state.average:
+            state.average = {name: p.detach().clone() for name, p in parameters.items()}
+        # A short memory at first, so that the initial weights are soon forgotten.
+        keep = min(train.ema, (1 + state.step) / (10 + state.step))
+        torch._foreach_lerp_(list(state.average.values()), [parameters[name] for name in state.average], 1 - keep)
+
+
+def _explained(error: Exception, micro_batch: int) -> Exception:
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        fits = f"train.micro_batch={micro_batch // 2}" if micro_batch > 1 else "a smaller train.context or model"
+        return OutOfMemory(f"out of memory in a step with {micro_batch} rows; try {fits}")
+    return error

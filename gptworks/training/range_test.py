@@ -1,0 +1,106 @@
+"""The learning-rate range test (Smith 2017, section 3.3): a short training in which the rate rises in equal ratios."""
+
+import contextlib
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gptworks.core.config import with_values
+from gptworks.core.errors import DataError, NotFinite
+from gptworks.core.log import console
+from gptworks.core.runtime import interrupts
+from gptworks.training.loop import StepMetrics, run
+from gptworks.training.objectives import NextToken
+from gptworks.training.optim import make_optimizers
+from gptworks.training.schedule import RunSchedule
+from gptworks.training.setup import Run
+from gptworks.training.state import State
+
+STEPS = 120
+SPAN = (1e-3, 1e2)  # of the rate that the dial or the recipe has
+BESIDE = 4  # losses on either side that a smoothed one is the mean of; one-sided, it would lag behind the rate
+BACK = 4.0  # how far below the rate of the lowest loss we propose to stay
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What a range test found: rates, losses and smoothed losses in nats, step by step, and what it proposes."""
+
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    lr: float
+    adam_lr: float | None
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def range_test(ready: Run) -> RangeTest:
+    """Trains a copy of the model at rising rates; `ready` stays as it is. Raises DataError if no loss ever falls."""
+    train, (low, high) = ready.config.train, SPAN
+    assert train.lr
+    settings: dict[str, Any] = {
+        "train.lr": train.lr * high,
+        "train.adam_lr": None if train.adam_lr is None else train.adam_lr * high,
+        "train.max_steps": STEPS,
+        "train.schedule": "range",
+        "train.min_lr": low / high,
+        "train.warmup": 0.0,
+        "train.changes": [],
+        "train.skip_spikes": None,
+        "train.clip": 0.0,  # clipping would hide that a rate is too high
+    }
+    trial = with_values(ready.config, settings).train
+    state = State(copy.deepcopy(ready.state.model), [])
+    state.optimizers = make_optimizers(state.model, trial)
+    rates: list[float] = []
+    losses: list[float] = []
+
+    def watch(state: State, m: StepMetrics) -> str | None:
+        interrupts.check()
+        rates.append(m.lr)
+        losses.append(m.loss)
+        console.live(f"range test  step {state.step}/{STEPS}  learning rate {m.lr:.2e}  loss {m.loss:.4f}")
+        lately = losses[-2 * BESIDE :]
+        return "diverged" if len(losses) > 10 and min(lately) > 1.5 * min(losses) else None
+
+    with contextlib.suppress(NotFinite):  # the last rate was far too high: that is what we look for
+        run(state, ready.loader, NextToken(trial), trial, ready.layout, RunSchedule(trial), [watch])
+    console.clear()
+    smoothed = [_mean(losses[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(losses))]
+    if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
+        raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
+    best = _first_dip(smoothed)
+    lr = _rounded(rates[best] / BACK)
+    return RangeTest(
+        rates,
+        losses,
+        smoothed,
+        lr,
+        None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
+        f"the smoothed loss falls to {smoothed[best]:.3f} at {rates[best]:.2g} and rises from there; a rate that is to "
+        f"hold for a whole run stays a factor of {BACK:g} below that",
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _first_dip(smoothed: list[float]) -> int:
+    """Where the loss is lowest before it first rises by a twentieth of its fall: beyond, chance may lower it again."""
+    best = 0
+    for i, value in enumerate(smoothed):
+        if value < smoothed[best]:
+            best = i
+        elif value - smoothed[best] > 0.05 * (smoothed[0] - smoothed[best]) and smoothed[best] < smoothed[0] - 0.01:
+            break
+    return best
+
+
+def _rounded(value: float) -> float:
+    """Two significant digits: the test knows no more."""
+    return float(f"{value:.2g}")

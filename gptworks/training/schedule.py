@@ -1,0 +1,143 @@
+"""How fast a run learns at each step and how long it is, as it was planned and as it was changed on the way.
+
+A schedule maps the share of the run that is done to a factor of the peak rate, so it holds no state; nor does a
+RunSchedule, which is a function of the configuration with the changes written into it.
+"""
+
+import math
+
+from gptworks.core.config import Change, Train
+from gptworks.core.registry import resolve
+
+SCHEDULES = {
+    "constant": "gptworks.training.schedule:constant",
+    "linear": "gptworks.training.schedule:linear",
+    "cosine": "gptworks.training.schedule:cosine",
+    "step": "gptworks.training.schedule:step",
+    "inverse_sqrt": "gptworks.training.schedule:inverse_sqrt",
+    "wsd": "gptworks.training.schedule:wsd",
+    "range": "gptworks.training.schedule:range_test",
+}
+
+
+class RunSchedule:
+    """The length and the rates of one run.
+
+    A change of length or a decay bends the schedule: the rate goes on from where it stands, so there is no jump. A
+    decay falls from there as 1 - sqrt(share); otherwise the rate moves in a straight line, over the share of a
+    warm-up and at least 2 %, to what the schedule says for the new length. A new `lr` holds at once, as it is meant to.
+    """
+
+    def __init__(self, train: Train) -> None:
+        assert train.max_steps, "setup decides the length"
+        self.train, self.planned, self.changes = train, train.max_steps, list(train.changes)
+
+    @property
+    def length(self) -> int:
+        """Steps in the whole run."""
+        return next((c.length for c in reversed(self.changes) if c.length), self.planned)
+
+    def factor(self, step: int) -> float:
+        """The share of the peak rate at step 0 .. length-1."""
+        return self._factor(step, [c for c in self.changes if c.step <= step and (c.length or c.decay)])
+
+    def _factor(self, step: int, bends: list[Change]) -> float:
+        if not bends:
+            return rate_factor(step, self.planned, self.train)
+        last, floor = bends[-1], self.train.min_lr
+        length = next((c.length for c in reversed(bends) if c.length), self.planned)
+        came = self._factor(last.step - 1, bends[:-1]) if last.step else rate_factor(0, length, self.train)
+        if last.decay:
+            share = min((step - last.step) / max(length - last.step, 1), 1.0)
+            return floor + (came - floor) * (1 - math.sqrt(share))
+        rise = math.ceil(max(self.train.warmup or 0.0, 0.02) * max(length - last.step, 0)) if last.step else 0
+        share = min((step - last.step + 1) / (rise + 1), 1.0)
+        planned = rate_factor(step, length, self.train)
+        return planned if share == 1.0 else came + (planned - came) * share
+
+    def peaks(self, step: int) -> dict[str, float]:
+        """The peak rates that were changed up to a step: `lr`, `adam_lr`."""
+        found: dict[str, float] = {}
+        for change in self.changes:
+            if change.step <= step:
+                found |= {name: value for name in ("lr", "adam_lr") if (value := getattr(change, name)) is not None}
+        return found
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether an interval of `every` steps ends here (stretched as a time budget stretched the run), or the run.
+        One that ended before a stretch does not end again."""
+
+        def ended(by: int, length: int) -> int:
+            return by * self.planned // (every * length)
+
+        most, length = 0, self.planned
+        for change in self.changes:
+            if change.stretch and change.length and change.step < step:
+                most, length = max(most, ended(change.step, length)), change.length
+        return step == self.length or ended(step, length) > max(most, ended(step - 1, length))
+
+    def decay_from(self, step: int) -> Change:
+        """The decay that begins now: as long, beside what came before, as a planned one; never beyond the end."""
+        share = min(self.train.cooldown, 0.99) or 0.5
+        steps = max(round(step * share / (1 - share)), 1)
+        return Change(
+            step=step, length=min(step + steps, max(self.length, step + 1)), decay=True, why="train.decay_now"
+        )
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------
+
+
+def rate_factor(step: int, total: int, train: Train) -> float:
+    """The factor of the peak rate for step 0 .. total-1: a linear warm-up, then the schedule's own shape."""
+    warmup = round((train.warmup or 0.0) * total)
+    schedule = resolve("schedule", SCHEDULES, train.schedule)
+    rise = min((step + 1) / (warmup + 1), 1.0)
+    return rise * schedule(step, total, warmup, train)
+
+
+def flat_share(train: Train) -> float:
+    """The share of a run whose rate is the peak: while it lasts, the length may still be decided."""
+    return {"constant": 1.0, "wsd": 1 - train.cooldown}.get(train.schedule, 0.0)
+
+
+def constant(step: int, total: int, warmup: int, train: Train) -> float:
+    return 1.0
+
+
+def _done(step: int, total: int, warmup: int) -> float:
+    """Share of the steps after warm-up that are done, 0 to 1."""
+    return min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
+
+
+def linear(step: int, total: int, warmup: int, train: Train) -> float:
+    return 1 - (1 - train.min_lr) * _done(step, total, warmup)
+
+
+def cosine(step: int, total: int, warmup: int, train: Train) -> float:
+    """Half a cosine from the peak to min_lr (Loshchilov and Hutter 2017)."""
+    return train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * _done(step, total, warmup)))
+
+
+def step(step: int, total: int, warmup: int, train: Train) -> float:
+    """A factor `step_gamma` after each `step_every` of the run."""
+    share = step / max(total, 1)
+    drops = int(share / train.step_every + 1e-9) if train.step_every else 0  # 0.3 / 0.1 is just below 3
+    return max(train.step_gamma**drops, train.min_lr)
+
+
+def inverse_sqrt(step: int, total: int, warmup: int, train: Train) -> float:
+    """1/sqrt(step) after the warm-up (Vaswani et al. 2017, section 5.3)."""
+    return max(math.sqrt(max(warmup, 1) / max(step, warmup, 1)), train.min_lr)
+
+
+def range_test(step: int, total: int, warmup: int, train: Train) -> float:
+    """From `min_lr` to 1 in equal ratios (Smith 2017)."""
+    return max(train.min_lr, 1e-9) ** (1 - step / max(total - 1, 1))
+
+
+def wsd(step: int, total: int, warmup: int, train: Train) -> float:
+    """Warm-up, stable, decay: flat, then 1 - sqrt(share) over the cooldown (Hägele et al. 2024)."""
+    cooldown = round(train.cooldown * total)
+    into = (step - (total - cooldown)) / max(cooldown, 1)
+    return 1.0 if into <= 0 else train.min_lr + (1 - train.min_lr) * (1 - math.sqrt(into))

@@ -1,0 +1,227 @@
+"""What may be added to a training: z-loss, smoothed targets, averaged and best weights, left-out spikes."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from gptworks import lifecycle
+from gptworks.core import folder
+from gptworks.core.errors import RunMismatch, UsageError
+from gptworks.training import hooks, loop, state
+from gptworks.training.objectives import NextToken
+from gptworks.training.state import spike_limit
+
+
+def batch():
+    return tiny.loader().take(state.Cursor())[0]
+
+
+def logits(model, rows):
+    return model.logits(model(rows.tokens)).double().flatten(0, 1), rows.targets.flatten(), rows.weights.flatten()
+
+
+def test_label_smoothing_is_cross_entropy_with_a_share_of_the_uniform_distribution():
+    model, rows = tiny.model(), batch()
+    scores, targets, weights = logits(model, rows)
+    wanted = torch.full_like(scores, 0.1 / scores.shape[1])
+    wanted[torch.arange(len(targets)), targets] += 0.9
+    textbook = float((-(wanted * scores.log_softmax(-1)).sum(-1) * weights).sum().detach())
+    assert NextToken(tiny.settings(label_smoothing=0.1)).loss_sum(model, rows).item() == pytest.approx(
+        textbook, rel=1e-6
+    )
+
+
+def test_z_loss_adds_the_square_of_the_log_partition():
+    model, rows = tiny.model(), batch()
+    scores, _, weights = logits(model, rows)
+    z = float((scores.detach().exp().sum(-1).log().square() * weights).sum())
+    plain = NextToken(tiny.settings()).loss_sum(model, rows).item()
+    assert NextToken(tiny.settings(z_loss=0.01)).loss_sum(model, rows).item() == pytest.approx(
+        plain + 0.01 * z, rel=1e-6
+    )
+
+
+def test_the_evaluation_knows_neither(tiny_config, tmp_path):
+    settings = {"train.lr": 0, "train.adam_lr": 0, "train.max_steps": 1}
+    plain = lifecycle.train(tiny_config(**settings), tmp_path / "a")
+    other = lifecycle.train(
+        tiny_config(**settings, **{"train.z_loss": 1.0, "train.label_smoothing": 0.5}), tmp_path / "b"
+    )
+    assert plain["eval"] == other["eval"] and plain["train"]["loss"] < other["train"]["loss"]
+
+
+# -- the average -------------------------------------------------------------------------------------------------
+
+
+def test_the_average_forgets_at_the_rate_asked_after_a_short_start():
+    train = tiny.settings(ema=0.9)
+    started, seen = tiny.state(train), []
+    tiny.run(started, train, 40, total=40, hooks=[lambda s, m: seen.append(copy.deepcopy(s.groups()["model"]))])
+    for name, found in started.average.items():
+        expected = seen[0][name].double()
+        for step, weights in enumerate(seen):
+            keep = min(0.9, (1 + step) / (10 + step)) if step else 0.0
+            expected = keep * expected + (1 - keep) * weights[name].double()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_folder_is_the_average_that_the_loss_was_measured_on(tiny_config, tmp_path):
+    result = lifecycle.train(tiny_config(**{"train.ema": 0.8}), tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step-00000012"
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    average, weights = load_file(last / "average.safetensors"), load_file(last / "model.safetensors")
+    assert result["weights"] == "averaged"
+    assert all(torch.equal(saved[name], value) for name, value in average.items())
+    assert any(not torch.equal(weights[name], value) for name, value in average.items())
+    text = tmp_path / "run" / "data" / "validation.jsonl"
+    assert lifecycle.evaluate(tmp_path / "run" / "model", str(text))["loss"] == pytest.approx(result["eval"]["loss"])
+
+
+# -- spikes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_judged_by_the_spread_of_the_norms_before_it():
+    calm = [1.0 + 0.1 * math.sin(i) for i in range(state.WINDOW)]
+    assert 1.3 < spike_limit(calm, 6.0) < 1.6
+    assert spike_limit(calm[:20], 6.0) == math.inf  # too early to tell
+
+
+def test_a_spike_does_not_hide_the_next():
+    norms = [1.0 + 0.1 * math.sin(i) for i in range(state.WINDOW)]
+    for norm in (100.0, 50.0, 50.0, 20.0):
+        limit = spike_limit(norms, 6.0)
+        assert norm > limit
+        norms = [*norms, min(norm, limit)][-state.WINDOW :]
+    for _ in range(state.WINDOW):  # but a new level becomes the usual one
+        norms = [*norms, min(3.0, spike_limit(norms, 6.0))][-state.WINDOW :]
+    assert spike_limit(norms, 6.0) > 3.0
+
+
+def spoiled(monkeypatch, at, factor):
+    """Makes the loss of step `at` (from 0) a multiple of itself."""
+    usual = loop.accumulate
+
+    def accumulate(model, batch, loss_sum, weight, train, micro_batch, step, *rest):
+        scale = factor if step == at else 1.0
+        return usual(model, batch, lambda m, b: loss_sum(m, b) * scale, weight, train, micro_batch, step, *rest)
+
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+
+
+def test_a_spike_moves_no_weight_and_the_run_goes_on(monkeypatch):
+    spoiled(monkeypatch, 40, 1000.0)
+    train, before, after = tiny.settings(skip_spikes=6.0, clip=0), {}, {}
+
+    def watch(s, m):
+        {40: before, 41: after}.get(s.step, {}).update(copy.deepcopy(s.groups()["model"]))
+        assert m.skipped == (s.step == 41)
+
+    started = tiny.run(tiny.state(train), train, 50, total=60, hooks=[watch])
+    assert started.skipped == 1 and started.step == 50
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+def test_the_same_steps_are_left_out_after_a_resume(monkeypatch, tmp_path):
+    spoiled(monkeypatch, 40, 1000.0)
+    train = tiny.settings(skip_spikes=6.0, clip=0)
+    straight = tiny.run(tiny.state(train), train, 50, total=60)
+    first = tiny.run(tiny.state(train), train, 38, total=60)
+    again = tiny.state(train)
+    state.restore(again, state.save(first, tmp_path, {}))
+    tiny.run(again, train, 50, total=60)
+    assert again.skipped == 1 and again.difference(straight) is None
+
+
+# -- the best weights --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worsening(monkeypatch):
+    """Evaluation losses 3, 2, 1, 2, 3, ... whatever the weights are."""
+    usual, calls = hooks.score, []
+
+    def scored(*arguments):
+        calls.append(1)
+        return usual(*arguments).__class__(abs(3 - len(calls)) + 1.0, 1.0, 1.0, 1, 1)
+
+    monkeypatch.setattr(hooks, "score", scored)
+
+
+def test_early_stopping_gives_the_weights_of_the_lowest_evaluation(tiny_config, tmp_path, worsening):
+    settings = {"train.patience": 2, "train.eval_every": 2, "train.checkpoint_every": 6}
+    result = lifecycle.train(tiny_config(**settings), tmp_path / "run")
+    assert result["steps"] == 10 and result["weights"] == "of the best evaluation"
+    straight = lifecycle.train(tiny_config(**{"train.checkpoint_every": 6}), tmp_path / "straight")
+    assert straight["weights"] == "last"
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    best = load_file(tmp_path / "straight" / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in best.items())
+
+
+# -- what is not installed ---------------------------------------------------------------------------------------
+
+
+def test_wandb_is_asked_for_only_where_it_is_installed(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'pip install "gptworks\[wandb\]"'):
+        lifecycle.train(tiny_config(**{"train.wandb": "mine"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_gets_every_logged_value(tiny_config, tmp_path, monkeypatch):
+    package = tmp_path / "site" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(str(package.parent))
+    lifecycle.train(tiny_config(**{"train.wandb": "mine"}), tmp_path / "run")
+    import wandb
+
+    rows = [row for row in wandb.runs[0].rows if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13)) and wandb.runs[0].finished
+    assert wandb.runs[0].options["project"] == "mine" and wandb.runs[0].config.values["train.max_steps"] == 12
+    logged = [
+        line for line in Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "train/loss" in line
+    ]
+    assert len(logged) == len(rows)
+
+
+FAKE_WANDB = """
+runs = []
+class Config:
+    values = {}
+    def update(self, values, allow_val_change): self.values = values
+class Run:
+    def __init__(self, options): self.options, self.rows, self.config, self.finished = options, [], Config(), False
+    def define_metric(self, name, step_metric): self.by = step_metric
+    def log(self, row): self.rows.append(row)
+    def finish(self): self.finished = True
+def init(**options):
+    runs.append(Run(options))
+    return runs[-1]
+"""
+
+
+# -- the range test ----------------------------------------------------------------------------------------------
+
+
+def test_the_range_test_proposes_a_rate_and_trains_nothing(tiny_config, tmp_path):
+    found = lifecycle.train(tiny_config(**{"train.find_lr": True}), tmp_path / "run")
+    kept = folder.read_json(tmp_path / "run" / "find_lr.json")
+    assert 1e-4 < found["lr"] < 1 and kept["lr"] == found["lr"] and found["adam_lr"] > 0
+    ratios = [b / a for a, b in zip(kept["rates"], kept["rates"][1:], strict=False)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    page = Path(found["report"]).read_text()
+    assert "<svg" in page and f"train.lr={found['lr']:g}" in page
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "config.yaml").exists()
+    assert lifecycle.train(tiny_config(**{"train.lr": found["lr"]}), tmp_path / "run")["steps"] == 12
+
+
+def test_the_range_test_in_a_run_is_of_the_text_that_was_asked_for(tiny_config, tiny_run, tmp_path):
+    (tmp_path / "other.txt").write_text("the sea " * 5000)
+    with pytest.raises(RunMismatch, match="data.train"):
+        lifecycle.train(tiny_config(**{"train.find_lr": True, "data.train": str(tmp_path / "other.txt")}), tiny_run)
