@@ -139,7 +139,7 @@ def trace(run: Path) -> dict[str, Any]:
                 value = tensors.get_tensor(name)
                 traced[f"{file.stem} {name}"] = hashlib.sha256(value.tobytes() + str(value.shape).encode()).hexdigest()
     counters = json.loads((last / "state.json").read_text())
-    best = counters.get("best_loss", counters.get("best"))
+    best = counters.get("best_loss", counters.get("best_figure"))
     traced |= {key: counters[key] for key in ("step", "tokens", "evals_since_best", "skipped", "norms", "cursor")}
     result = json.loads((run / "result.json").read_text())
     return traced | {"best": best, "eval": result["eval"], "sources": result["sources"]}

@@ -73,8 +73,10 @@ with tempfile.TemporaryDirectory(dir=".") as folder:
             stalls.append(time.perf_counter() - start)
         return None
 
-    run(state, loader, NextToken(train), train, Layout(torch.device("cpu"), torch.float32, 2),
-        RunSchedule(train), [hook], until=3 + 2 * options.runs)  # fmt: skip
+    run(
+        state, loader, NextToken(train), train=train, layout=Layout(torch.device("cpu"), torch.float32, 2),
+        schedule=RunSchedule(train), hooks=[hook], until=3 + 2 * options.runs,
+    )  # fmt: skip
     if saving:
         saving.pop()[0].finish()
 beside, between = steps[3::2], steps[4::2]

@@ -114,7 +114,8 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
         seconds.append(m.seconds)
 
     state = State(model, make_optimizers(model, train))
-    run(state, loader, NextToken(train), train, layout, RunSchedule(train), [watch], until=steps)
+    run(state, loader, NextToken(train), train=train, layout=layout, schedule=RunSchedule(train), hooks=[watch],
+        until=steps)  # fmt: skip
     return seconds[job["warmup"] :], rows * job["context"]
 
 

@@ -102,7 +102,7 @@ def run(started: State, train: Train, until: int, total: int = 12, micro_batch: 
     course = RunSchedule(train.model_copy(update={"max_steps": total}))
     objective = options.pop("objective", None) or NextToken(train)
     rows = options.pop("loader", None) or loader()
-    return loop.run(started, rows, objective, train, layout, course, until=until, **options)
+    return loop.run(started, rows, objective, train=train, layout=layout, schedule=course, until=until, **options)
 
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gptworks.model.kernels import cross_entropy_sum
 from gptworks.planning.cost import flops_per_token
 from gptworks.training import loop
+from gptworks.training.gradients import StepLoss
 from gpu_parts import shapes
 from gpu_parts.sheet import Missing, Sheet
 
@@ -165,7 +166,7 @@ class Fast:
                 parameter.grad = torch.randn_like(parameter)
             train, state = run.config.train, run.state
             seconds = shapes.timed(lambda s=state, t=train: loop._update(s, t), 5)  # type: ignore[misc]
-            clip = shapes.timed(lambda s=state, t=train: loop._clipped(s, 1.0, t), 5)  # type: ignore[misc]
+            clip = shapes.timed(lambda s=state, t=train: loop._clipped(s, StepLoss(1.0), t), 5)  # type: ignore[misc]
             self.sheet.row(
                 f"update, {name}", f"{1000 * seconds:.2f} ms, clipping {1000 * clip:.2f} ms", seconds=seconds
             )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gptworks.core.config import Train
-from gptworks.data.loader import Batch, Loader
+from gptworks.data.batch import Batch
+from gptworks.data.loader import Loader
 from gptworks.data.shards import Stream
 from gptworks.model import adapters, build
 from gptworks.model.config import ModelConfig
@@ -171,7 +172,7 @@ def measured(model: Transformer, dtype: torch.dtype, device: torch.device) -> Ma
     objective = NextToken(Train(label_smoothing=0.1, z_loss=1e-3, router_z_loss=1e-3))
     total = 0.0
     for batch in batches():
-        loss = objective.loss_sum(model, batch.to(device))
+        loss = objective.loss(model, batch.to(device)).sum
         loss.backward()
         total += float(loss.detach())
     return total, {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -229,7 +230,8 @@ def steps(
         losses.append(m.loss)
 
     loop.run(
-        state, Loader(stream(), context, 4, 1, mask_documents=documents), NextToken(train), train,
-        loop.Layout(device, dtype, micro_batch=2, compile=compile), RunSchedule(train), [note, *hooks], until=until,
+        state, Loader(stream(), context, 4, 1, mask_documents=documents), NextToken(train), train=train,
+        layout=loop.Layout(device, dtype, micro_batch=2, compile=compile), schedule=RunSchedule(train),
+        hooks=[note, *hooks], until=until,
     )  # fmt: skip
     return Steps(losses, {name: (p.detach() - before[name]).cpu() for name, p in state.trained().items()}, state)

@@ -113,7 +113,7 @@ def lead(model: Transformer, ids: list[int]) -> float:
     """By how much the likeliest next token is ahead of the second."""
     if len(ids) > CONTEXT:
         return float("inf")  # the context began anew, and not here
-    first, second = model.logits(model(torch.tensor([ids]))[0, -1]).topk(2).values.tolist()
+    first, second = model.scores(torch.tensor([ids]))[0, -1].topk(2).values.tolist()
     return first - second
 
 

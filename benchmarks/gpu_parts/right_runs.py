@@ -15,12 +15,13 @@ from torch import Tensor
 from gptworks.core import folder
 from gptworks.core.errors import OutOfMemory
 from gptworks.core.ranks import ranks
-from gptworks.data.loader import Batch, Loader
+from gptworks.data.batch import Batch
+from gptworks.data.loader import Loader
 from gptworks.data.shards import Stream
 from gptworks.model import build
 from gptworks.model.transformer import Transformer
 from gptworks.training import loop
-from gptworks.training.objectives import NextToken
+from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.optim import make_optimizers, orthogonalise
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import Saving, State, restore
@@ -60,8 +61,8 @@ def checkpoint(sheet: Sheet, place: Path) -> None:
     restore(state, path)
     assert state.step == 2, f"it stands at step {state.step}"
     different = [name for name, p in state.trained().items() if not torch.equal(p.detach().cpu(), kept[name])]
-    loop.run(state, Loader(stream(), CONTEXT, 4, 1), NextToken(train), train,
-             loop.Layout(sheet.device, torch.float32, 2), RunSchedule(train), until=6)  # fmt: skip
+    loop.run(state, Loader(stream(), CONTEXT, 4, 1), NextToken(train), train=train,
+             layout=loop.Layout(sheet.device, torch.float32, 2), schedule=RunSchedule(train), until=6)  # fmt: skip
     moved = {name: p.detach().cpu() - kept[name] for name, p in state.trained().items()}
     whole = {name: p.detach().cpu() - kept[name] for name, p in straight.state.trained().items()}
     apart = gap((1.0, moved), (1.0, whole)).whole
@@ -130,7 +131,8 @@ def exhausted(sheet: Sheet) -> None:
     def train_on(rows: int, objective: NextToken) -> None:
         state = State(model, make_optimizers(model, train))
         layout = loop.Layout(sheet.device, torch.float32 if sheet.tiny else torch.bfloat16, rows)
-        loop.run(state, Loader(data, 1024, rows, 1), objective, train, layout, RunSchedule(train), until=1)
+        schedule = RunSchedule(train)
+        loop.run(state, Loader(data, 1024, rows, 1), objective, train=train, layout=layout, schedule=schedule, until=1)
 
     said = ""
     objective = NextToken(train) if sheet.device.type == "cuda" else Greedy(train)
@@ -150,8 +152,8 @@ def exhausted(sheet: Sheet) -> None:
 class Greedy(NextToken):
     """Asks for more than any machine has."""
 
-    def loss_sum(self, model: Transformer, batch: Batch) -> Tensor:
-        return torch.empty(1 << 50, device=batch.tokens.device)
+    def loss(self, model: Transformer, batch: Batch) -> Loss:
+        return Loss(torch.empty(1 << 50, device=batch.tokens.device))
 
 
 @contextlib.contextmanager

@@ -91,8 +91,9 @@ def steps(run: setup.Run, count: int) -> list[float]:
 
     train, began = run.config.train, run.state.step
     loop.run(
-        run.state, run.loader, NextToken(train), train, run.layout, RunSchedule(train), [watch], until=began + count
-    )
+        run.state, run.loader, NextToken(train), train=train, layout=run.layout, schedule=RunSchedule(train),
+        hooks=[watch], until=began + count,
+    )  # fmt: skip
     wait()
     return seconds
 

@@ -8,7 +8,7 @@ have weights, as often as these say.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,65 +17,12 @@ import torch
 
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.core.runtime import mix
+from gptworks.data.batch import Batch, Batches, Cursor
 from gptworks.data.shards import Stream
 from gptworks.data.tokenizer import Tokenizer
 
 MOST_PASSES = 1000  # over a source in one epoch
 LOOK = 200  # characters of a row that are shown
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of tokens. B rows, T places.
-
-    tokens [B, T] int64; targets [B, T] int64, the next token; weights [B, T] float32, 0 where there is no target;
-    segments [B, T] int32, a number for each piece of a document in its row, or None where attention is not masked.
-    `first` is the number of the first row within its step; `share` how many rows each process has in a whole step.
-    """
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    segments: torch.Tensor | None = None
-    first: int = 0
-    share: int = 0
-
-    def to(self, device: torch.device) -> "Batch":
-        if device.type == "cpu":
-            return self
-        pin = device.type == "cuda"  # a pinned copy does not wait for the transfer
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
-
-        segments = move(self.segments) if self.segments is not None else None
-        tokens, targets, weights = move(self.tokens), move(self.targets), move(self.weights)
-        return replace(self, tokens=tokens, targets=targets, weights=weights, segments=segments)
-
-    def cut(self, start: int, stop: int) -> "Batch":
-        """Rows start .. stop-1, as far as there are any."""
-        rows = slice(start, stop)
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            targets=self.targets[rows],
-            weights=self.weights[rows],
-            segments=self.segments[rows] if self.segments is not None else None,
-            first=self.first + start,
-        )
-
-    def rows(self, size: int) -> Iterator["Batch"]:
-        """The batch in micro-batches of at most `size` rows."""
-        for start in range(0, len(self.tokens), size):
-            yield self.cut(start, start + size)
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where the data stands: the next row of an epoch."""
-
-    epoch: int = 0
-    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,8 +175,8 @@ def plan_epoch(stream: Stream, context: int, seed: int, epoch: int, mixture: Mix
     return Plan(starts[order], lengths[order], offsets, int(np.isin(starts, long).sum()) if mixture else len(long))
 
 
-class Loader:
-    """Hands out batches of `batch_rows` rows (None: a whole epoch) from a cursor, without state of its own.
+class Loader(Batches):
+    """Batches of `batch_rows` rows (None: a whole epoch) of a split's documents.
 
     Of several processes each gets its share of the rows of every batch, in the order of their ranks.
     """
@@ -272,14 +219,17 @@ class Loader:
         batch = self._batch(rows[first : first + share])
         return replace(batch, first=first, share=share), Cursor(epoch, row)
 
+    @cached_property
+    def epoch_rows(self) -> int:
+        return len(self.plan(0))
+
     def rows_in(self, epochs: float) -> int:
-        """Rows in so many epochs from the beginning."""
         whole = int(epochs)
         rows = sum(len(self.plan(epoch)) for epoch in range(whole))
         return rows + (round((epochs - whole) * len(self.plan(whole))) if epochs > whole else 0)
 
     def report(self) -> str:
-        """What packing did in the first epoch, for a person."""
+        """One line on how the first epoch was packed."""
         plan = self.plan(0)
         used = int(plan.lengths.sum())
         padding = 1 - used / max(len(plan) * self.context, 1)
@@ -288,7 +238,7 @@ class Loader:
             f"{plan.cut_documents:,} documents longer than a row were cut, no token dropped"
         )
 
-    def shares(self, cursor: Cursor) -> list[dict[str, Any]]:
+    def sources(self, cursor: Cursor) -> list[dict[str, Any]]:
         """What each source gave to the rows before `cursor`, exactly: path, asked and achieved share of the inputs,
         inputs, and passes over the source. The time it takes does not depend on the number of epochs."""
         parts, starts = self.stream.sources, source_starts(self.stream)
@@ -315,7 +265,7 @@ class Loader:
         """What the first epoch takes of each weighted source, for a person."""
         if not self.mixture:
             return []
-        rows = self.shares(Cursor(1, 0))
+        rows = self.sources(Cursor(1, 0))
         width = max(len(row["path"]) for row in rows)
         return [
             f"{row['path']:<{width}}  asked {row['asked']:7.2%}, achieved {row['achieved']:7.2%}, "

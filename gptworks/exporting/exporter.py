@@ -17,7 +17,8 @@ from gptworks.core import folder
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console, size
 from gptworks.core.registry import nearest, resolve
-from gptworks.data.loader import Batch, blocks
+from gptworks.data.batch import Batch
+from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
 from gptworks.model.build import Loaded
 

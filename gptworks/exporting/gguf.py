@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gptworks.core.errors import DataError
-from gptworks.data.loader import Batch
+from gptworks.data.batch import Batch
 from gptworks.exporting import gguf_tokenizer
 from gptworks.exporting.exporter import Exporter, Parity, compare, needed
 from gptworks.model import build, rope
@@ -309,7 +309,7 @@ class GGUF(Exporter):
         said += (
             "equal to the source" if furthest[1] == 0 else f"relative error at most {furthest[1]:.2g} ({furthest[0]})"
         )
-        parity = compare(rows, lambda ids: model.logits(model(ids)), lambda ids: twin.logits(twin(ids)), said)
+        parity = compare(rows, model.scores, twin.scores, said)
         if self.kind == "f32" and parity.logits > 1e-3:
             raise DataError(f"the logits differ by {parity.logits:.2g} with weights read back; nothing was kept")
         return parity

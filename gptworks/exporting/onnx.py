@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptworks.core.errors import DataError
-from gptworks.data.loader import Batch
+from gptworks.data.batch import Batch
 from gptworks.exporting.exporter import Exporter, Parity, compare, needed
 from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
-from gptworks.model.attention import KeyValueCache
+from gptworks.model.attention import KeyValueCache, padding_mask
 from gptworks.model.build import Loaded
 from gptworks.model.experts import SparseMLP
-from gptworks.model.rope import rotary_table
 from gptworks.model.transformer import Transformer
 
 TOLERANCE = 1e-3  # of a logit
@@ -59,13 +58,15 @@ class Given(KeyValueCache):
     """A cache whose past is an input of the graph and whose present is an output."""
 
     def __init__(self, past: list[tuple[Tensor, Tensor]]) -> None:
-        self.past = past
+        self.length, self.past = 0, past  # the length is that of the mask
         self.present: list[tuple[Tensor, Tensor]] = []
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         old_keys, old_values = self.past[layer]
         self.present.append((torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)))
         return self.present[layer]
+
+    def advance(self, tokens: int) -> None: ...
 
 
 class EveryExpert(nn.Module):
@@ -75,17 +76,17 @@ class EveryExpert(nn.Module):
         super().__init__()
         self.mlp = mlp
 
-    def forward(self, x: Tensor, routing: None = None) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, w = x.flatten(0, -2), self.mlp.experts  # [N, D]
         logits = self.mlp.gate(rows)
         shares, experts = self.mlp.choose(logits)
         shares = torch.zeros_like(logits).scatter(1, experts, shares)  # [N, E]
         inner = F.silu(rows @ w.gate_proj.mT) * (rows @ w.up_proj.mT)  # [E, N, F]
-        return ((inner @ w.down_proj.mT) * shares.T[..., None]).sum(0).view_as(x)
+        return ((inner @ w.down_proj.mT) * shares.T[..., None]).sum(0).view_as(x), logits
 
 
 class Graph(nn.Module):
-    """`Transformer.forward` and `logits` as a function of the inputs above, with masks and positions given."""
+    """`Transformer.scores` as a function of the inputs above, with masks and positions given."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -98,34 +99,10 @@ class Graph(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, past_key_values: list[Tensor]
     ) -> list[Tensor]:
-        model, config = self.inner, self.inner.config
-        decoder = model.model
         cache = Given(list(zip(past_key_values[::2], past_key_values[1::2], strict=True)))
-        T, S = input_ids.shape[1], attention_mask.shape[1]
-        query, key = torch.arange(S - T, S)[:, None], torch.arange(S)[None]
-        # Padding looks at itself, so that its row is no mean of nothing.
-        seen = (attention_mask[:, None, None] != 0) | (query == key)
-        mask = seen & (query >= key)  # [B, 1, T, S]
-        local_mask = mask if config.sliding_window is None else mask & (query - key < config.sliding_window)
-        x = decoder.embed_tokens(input_ids)
-        if config.scale_embedding:
-            x = x * config.hidden_size**0.5
-        rotary = local_rotary = None
-        if config.positions == "rotary":
-            rotary = rotary_table(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling)
-            local_rotary = rotary
-            if config.rope_local_theta is not None:
-                local_rotary = rotary_table(position_ids, config.rotary_dim, config.rope_local_theta)
-        elif config.positions == "learned":
-            x = x + decoder.embed_positions(position_ids)
-        else:
-            x = x + decoder.sinusoids[position_ids]
-        for layer, block in enumerate(decoder.layers):
-            if config.window(layer) is None:
-                x = block(x, rotary, mask, cache)
-            else:
-                x = block(x, local_rotary, local_mask, cache)
-        return [model.logits(decoder.norm(x)), *(tensor for pair in cache.present for tensor in pair)]
+        mask = padding_mask(attention_mask, input_ids.shape[1])
+        logits = self.inner.scores(input_ids, positions=position_ids, mask=mask, cache=cache)
+        return [logits, *(tensor for pair in cache.present for tensor in pair)]
 
 
 class ONNX(Exporter):
@@ -208,7 +185,7 @@ class ONNX(Exporter):
             return run(ids, torch.ones_like(ids), self._past(len(ids), 0))[0]
 
         ids = rows[0].tokens[0, : int(rows[0].weights.sum())]
-        parity = compare(rows, lambda ids: model.logits(model(ids)), exported, "")
+        parity = compare(rows, model.scores, exported, "")
         largest = max(parity.logits, self._padded(run, ids[:8]))
         if not largest <= TOLERANCE:
             raise DataError(f"ONNX Runtime's logits differ by {largest:.2g}, more than {TOLERANCE:g}; nothing was kept")
@@ -230,7 +207,7 @@ class ONNX(Exporter):
         differences = []
         for row, length in enumerate(lengths):
             whole = torch.cat((ids[:length], last[row]))[None]
-            expected = self.loaded.model.logits(self.loaded.model(whole))[0]
+            expected = self.loaded.model.scores(whole)[0]
             differences += [first[row, -length:] - expected[:length], second[row] - expected[length:]]
         return float(torch.cat(differences).abs().max())
 

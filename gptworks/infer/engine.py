@@ -175,7 +175,7 @@ class Step:
         return self.logits
 
     def _scores(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
-        return self.model.logits(self.model(tokens, cache=cache)[0, -1])
+        return self.model.head.logits(self.model(tokens, cache=cache).hidden[0, -1])
 
     def _record(self, cache: KeyValueCache) -> None:
         self.graph = None  # its memory goes before the next one's comes

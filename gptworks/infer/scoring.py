@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ranks
-from gptworks.data.loader import Batch, blocks
+from gptworks.data.batch import Batch
+from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
 from gptworks.model.experts import expert_load
-from gptworks.model.kernels import cross_entropy
 from gptworks.model.transformer import Transformer
 
 XZ_LIMIT = 64_000_000  # bytes; beyond it compressing would take longer than evaluating
@@ -36,9 +36,8 @@ class Score:
 
 def token_losses(model: Transformer, batch: Batch) -> Tensor:
     """-log p(target) for every place of the batch, [B, T] in float32."""
-    hidden = model(batch.tokens, batch.segments).flatten(0, 1)
-    cap = model.config.final_logit_softcapping
-    return cross_entropy(hidden, model.lm_head.weight, batch.targets.flatten(), cap).view_as(batch.targets)
+    hidden = model(batch.tokens, segments=batch.segments).hidden.flatten(0, 1)
+    return -model.head.log_probabilities(hidden, batch.targets.flatten()).view_as(batch.targets)
 
 
 def batched(rows: Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -91,10 +90,10 @@ def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stri
 def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16) -> dict[str, float]:
     """How evenly the experts of a model are used on the first `rows` blocks of a stream: the load of the busiest, where
     1 is an even share, and how many are not used at all, over all layers."""
-    device, routing, was_training = next(model.parameters()).device, list[Tensor](), model.training
+    device, was_training = next(model.parameters()).device, model.training
     batch = next(batched(blocks(stream, context), rows)).to(device)
     model.eval()
-    model(batch.tokens, routing=routing)
+    routing = model(batch.tokens).routing
     model.train(was_training)
     real = (batch.weights > 0).flatten()  # the last block is filled up
     shares = expert_load([logits[real] for logits in routing], model.config.num_experts_per_tok)

@@ -164,6 +164,26 @@ def attention_mask(
     return mask if segments is None else mask & (segments[:, None, :, None] == segments[:, None, None, :])
 
 
+def banded(mask: Tensor, window: int | None) -> Tensor:
+    """A mask [B or 1, 1, T, S] of which each place sees only the last `window` places up to itself."""
+    T, S = mask.shape[-2:]
+    if window is None:
+        return mask
+    query, key = torch.arange(S - T, S, device=mask.device)[:, None], torch.arange(S, device=mask.device)
+    return mask & (query - key < window)
+
+
+def padding_mask(attention: Tensor, T: int) -> Tensor:
+    """The causal mask [B, 1, T, S] of the last T places of rows in which `attention` [B, S] is 0 at padding.
+
+    Padding sees itself, or it would be a mean of nothing.
+    """
+    S = attention.shape[1]
+    query, key = torch.arange(S - T, S, device=attention.device)[:, None], torch.arange(S, device=attention.device)
+    seen = (attention[:, None, None] != 0) | (query == key)
+    return seen & (query >= key)
+
+
 def block_mask(segments: Tensor, window: int | None) -> Any:
     """The same, with nothing seen before, as FlexAttention takes it: blocks that nobody looks at are not computed."""
     from torch.nn.attention.flex_attention import create_block_mask

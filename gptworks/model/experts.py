@@ -4,6 +4,7 @@
 Shapes: N tokens, D width, E experts, k experts a token, F width of an expert.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,12 +36,10 @@ class SparseMLP(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)  # the router
         self.experts = Weights(config.num_experts, config.moe_intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, routing: list[Tensor] | None = None) -> Tensor:
-        """[B, T, D] of the same. To `routing` the router's logits [N, E] are appended."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] of the same, and the router's logits [N, E]."""
         rows, k, w = x.flatten(0, -2), self.chosen, self.experts
         logits = self.gate(rows)
-        if routing is not None:
-            routing.append(logits)
         shares, experts = self.choose(logits)
         by_expert = experts.flatten().argsort(stable=True)  # of the N k copies of tokens
         back = by_expert.argsort()
@@ -49,7 +48,7 @@ class SparseMLP(nn.Module):
         copies = _Reordered.apply(rows, by_expert // k, back, k)
         inner = F.silu(grouped(copies, w.gate_proj, ends)) * grouped(copies, w.up_proj, ends)
         y = _Reordered.apply(grouped(inner, w.down_proj, ends), back, by_expert, 1).view(-1, k, x.shape[-1])
-        return torch.einsum("nk,nkd->nd", shares.to(x.dtype), y).view_as(x)
+        return torch.einsum("nk,nkd->nd", shares.to(x.dtype), y).view_as(x), logits
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Share and number of each token's experts, both [N, k], from the router's logits [N, E]."""
@@ -104,7 +103,7 @@ def router_z_loss(logits: Tensor, weights: Tensor) -> Tensor:
     return (logits.float().logsumexp(-1).square() * weights).sum()
 
 
-def expert_load(routing: list[Tensor], k: int) -> Tensor:
+def expert_load(routing: Sequence[Tensor], k: int) -> Tensor:
     """The share of tokens' choices that each expert of each layer gets, [layers, E]."""
     counts = [torch.bincount(logits.topk(k, -1).indices.flatten(), minlength=logits.shape[-1]) for logits in routing]
     found = torch.stack(counts).float()

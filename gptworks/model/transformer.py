@@ -1,14 +1,15 @@
-"""The decoder: embeddings, blocks of attention and MLP, a final norm, the head.
+"""The decoder: embeddings, blocks of attention and MLP, a final norm. A head stands on it (`heads.py`).
 
 Parameters carry the names of Hugging Face's Llama, so that folders of Llama and its like need no renaming. The model
-knows nothing of training, adapters, sharding or compilation. Shapes: B batch, T time, D width, V vocabulary.
+knows nothing of training, adapters or sharding; whether blocks are compiled is told from outside. Shapes: B batch, T
+time (the tokens given), S time in all (with those in the cache), D width, V vocabulary, E experts.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,13 @@ from gptworks.model.attention import (
     KeyValueCache,
     Linear,
     attention_mask,
+    banded,
     block_mask,
     make_norm,
 )
 from gptworks.model.config import ModelConfig
 from gptworks.model.experts import SparseMLP
-from gptworks.model.kernels import softcap
+from gptworks.model.heads import LanguageHead
 from gptworks.model.mlp import MLP
 from gptworks.model.rope import rotary_table
 
@@ -60,23 +62,27 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Any,
         cache: KeyValueCache | None,
-        routing: list[Tensor] | None = None,
-    ) -> Tensor:
-        before = x
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] of the same, and of a sparse MLP the router's logits [B T, E]."""
+        before, routing = x, None
         y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.post_attention_layernorm(before if self.parallel else x)
-        y = self.mlp_output_norm(self.mlp(y, routing) if self.sparse else self.mlp(y))
-        return x + F.dropout(y, self.dropout, self.training)
+        if self.sparse:
+            y, routing = self.mlp(y)
+        else:
+            y = self.mlp(y)
+        y = self.mlp_output_norm(y)
+        return x + F.dropout(y, self.dropout, self.training), routing
 
 
-def _apply(block: nn.Module, *arguments: Any) -> Tensor:
-    out: Tensor = block(*arguments)
+def _apply(block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    out: tuple[Tensor, Tensor | None] = block(*arguments)
     return out
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`_apply`, compiled once for all blocks that are alike, where the whole model at once would take minutes."""
     return torch.compile(_apply, dynamic=False)
 
@@ -99,8 +105,15 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
 
 
+class Output(NamedTuple):
+    """What the decoder gives: hidden states [B, T, D], and each sparse layer's router logits [B T, E]."""
+
+    hidden: Tensor
+    routing: tuple[Tensor, ...]
+
+
 class Transformer(nn.Module):
-    """A causal language model. Call it for hidden states; `logits` applies the head."""
+    """A language model. Call it for hidden states; `head` turns them into scores or losses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,8 +121,13 @@ class Transformer(nn.Module):
         self.dtype = torch.float32  # of the computation; parameters stay as they are
         self.compiles = False  # blocks, and the loss of the head, while it trains
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config)
         self.tie()
+
+    @property
+    def head(self) -> LanguageHead:
+        """What turns hidden states into scores."""
+        return self.lm_head
 
     def tie(self) -> None:
         """Makes the head the input embedding, where the two are one matrix."""
@@ -135,37 +153,66 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Tensor,
+        *,
         segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        routing: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Hidden states [B, T, D] of tokens [B, T], ready for `logits`.
+    ) -> Output:
+        """Hidden states of tokens [B, T], ready for the head.
 
-        segments [B, T] keeps attention within equal numbers and restarts positions with each; `cache` holds what
-        came before, and is advanced by T; each sparse layer appends its router's logits [B T, E] to `routing`.
+        `segments` [B, T] keeps attention within equal numbers and restarts positions with each; `cache` holds what
+        came before, and is advanced by T. Both follow from `positions` [B or 1, T] and `mask`, bool [B or 1, 1, T, S],
+        True where a token may look, where these are given: for padded rows, a prefix that sees itself both ways, or
+        any other shape of attention. A row of the mask without a True has no meaning: let padding see itself. A layer
+        with a window applies it to either.
         """
-        decoder, config = self.model, self.config
+        config = self.config
         seen = cache.length if cache is not None else 0
-        T = tokens.shape[1]
-        place = cache.place if cache is not None else None
-        if place is None:
-            positions = torch.arange(seen, seen + T, device=tokens.device)[None]  # [1, T]
-        else:
-            positions = place[None]
-        if segments is not None:
-            begins = torch.ones_like(segments, dtype=torch.bool)
-            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-            positions = positions - (positions * begins).cummax(dim=1).values  # [B, T]
+        if positions is None:
+            positions = self._positions(tokens, segments, cache, seen)
 
         def mask_of(window: int | None) -> Any:
+            if mask is not None:
+                return banded(mask, window)
             if segments is not None and self.can_flex(segments):
                 return block_mask(segments, window)
-            if cache is not None and place is not None:
+            if cache is not None and cache.place is not None:
                 return cache.mask(window)
-            return attention_mask(T, seen, segments, window, tokens.device)
+            return attention_mask(tokens.shape[1], seen, segments, window, tokens.device)
 
-        mask = mask_of(None)
-        local_mask = mask_of(config.sliding_window) if config.layer_types else mask  # of the layers that see a window
+        full = mask_of(None)
+        local = mask_of(config.sliding_window) if config.layer_types else full  # of the layers that see a window
+        x, rotary, local_rotary = self._embedded(tokens, positions)
+        apply = _compiled() if self.compiling else _apply
+        routing = []
+        for layer, block in enumerate(self.model.layers):
+            if config.window(layer) is None:
+                x, logits = apply(block, x, rotary, full, cache)
+            else:
+                x, logits = apply(block, x, local_rotary, local, cache)
+            if logits is not None:
+                routing.append(logits)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return Output(self.model.norm(x), tuple(routing))
+
+    def _positions(self, tokens: Tensor, segments: Tensor | None, cache: KeyValueCache | None, seen: int) -> Tensor:
+        """[B or 1, T]: one after another behind what the cache has, from 0 in each segment."""
+        if cache is not None and cache.place is not None:
+            return cache.place[None]
+        positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
+        if segments is None:
+            return positions
+        begins = torch.ones_like(segments, dtype=torch.bool)
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        return positions - (positions * begins).cummax(dim=1).values
+
+    def _embedded(
+        self, tokens: Tensor, positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+        """What the first block reads [B, T, D], and the rotary tables of full layers and of those with a window."""
+        decoder, config = self.model, self.config
         x = decoder.embed_tokens(tokens)
         if config.scale_embedding:
             x = x * math.sqrt(config.hidden_size)
@@ -179,19 +226,7 @@ class Transformer(nn.Module):
             x = x + decoder.embed_positions(positions)
         else:
             x = x + decoder.sinusoids[positions]
-        x = F.dropout(x.to(self.dtype), config.embed_dropout, self.training)
-        apply = _compiled() if self.compiling else _apply
-        for layer, block in enumerate(decoder.layers):
-            own: list[Tensor] | None = None if routing is None else []  # or the list's length would be compiled in
-            if config.window(layer) is None:
-                x = apply(block, x, rotary, mask, cache, own)
-            else:
-                x = apply(block, x, local_rotary, local_mask, cache, own)
-            if routing is not None:
-                routing.extend(own or [])
-        if cache is not None:
-            cache.advance(T)
-        return decoder.norm(x)
+        return F.dropout(x.to(self.dtype), config.embed_dropout, self.training), rotary, local_rotary
 
     @property
     def compiling(self) -> bool:
@@ -203,9 +238,9 @@ class Transformer(nn.Module):
         lacking = self.config.attn_logit_softcapping or self.config.attention_dropout
         return segments.is_cuda and self.compiling and not lacking
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores [..., V] of hidden states [..., D]."""
-        return softcap(self.lm_head(hidden), self.config.final_logit_softcapping)
+    def scores(self, tokens: Tensor, **how: Any) -> Tensor:
+        """Scores [B, T, V] of the token after each of tokens [B, T]; arguments as those of a call."""
+        return self.head.logits(self(tokens, **how).hidden)
 
     def use_float8(self) -> None:
         """Has the linear layers of the blocks train in float8, those whose sizes allow it. Weights stay as they are."""

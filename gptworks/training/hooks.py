@@ -139,23 +139,33 @@ class Logger:
         self.metrics, self.every, self.schedule = metrics, every, schedule
         self.nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
         self.flops, self.rate, self.epoch_rows = flops, rate, epoch_rows
-        self._seconds = self._data = self._weight = self._loss = 0.0
+        self._clear()
         self._said = 0.0
+
+    def _clear(self) -> None:
+        self._seconds = self._data = self._weight = self._loss = 0.0
+        self._tokens = 0
+        self._figures: dict[str, tuple[float, float]] = {}
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         self._seconds += m.seconds
         self._data += m.data_seconds
         self._weight += m.weight
+        self._tokens += m.tokens
         self._loss += m.loss * m.weight
+        for name, (total, weight) in m.figures.items():
+            before = self._figures.get(name, (0.0, 0.0))
+            self._figures[name] = (before[0] + total, before[1] + weight)
         if state.step % self.every and state.step != self.schedule.length and not state.stopped:
             return
         loss = self._loss / self._weight
-        speed, scaled = self._weight / self._seconds, state.model.dtype == torch.float16
+        speed, scaled = self._tokens / self._seconds, state.model.dtype == torch.float16
         self.metrics.write(
             state.step,
             {
                 "train/loss": loss,
                 "train/bits_per_byte": loss * self.nats_to_bits_per_byte,
+                **{f"train/{name}": total / weight for name, (total, weight) in self._figures.items() if weight},
                 **({"train/grad_norm": m.grad_norm} if math.isfinite(m.grad_norm) else {}),
                 "train/learning_rate": m.lr,
                 "train/epoch": state.cursor.epoch + state.cursor.row / self.epoch_rows,
@@ -170,7 +180,7 @@ class Logger:
             },
         )
         line = self._line(state, loss, speed)
-        self._seconds = self._data = self._weight = self._loss = 0.0
+        self._clear()
         if console.terminal:
             console.live(line)
         if (

@@ -12,8 +12,8 @@ from gptworks.core.config import Train
 from gptworks.core.errors import DataError, NotFinite, OutOfMemory
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
-from gptworks.data.loader import Batch, Cursor, Loader
-from gptworks.training.gradients import accumulate, side_by_side
+from gptworks.data.batch import Batch, Batches, Cursor
+from gptworks.training.gradients import StepLoss, accumulate, side_by_side
 from gptworks.training.objectives import Objective
 from gptworks.training.optim import add_penalties, set_rates
 from gptworks.training.schedule import RunSchedule
@@ -35,9 +35,11 @@ class StepMetrics:
     """What one step measured."""
 
     loss: float  # nats a token, before the update
+    figures: dict[str, tuple[float, float]]  # of the objective: sum and weight
     grad_norm: float  # before clipping
     lr: float
-    weight: float  # targets trained on
+    weight: float  # that the loss was divided by
+    tokens: int  # targets trained on
     skipped: bool  # whether the update was left out, as a spike or for a gradient beyond fp16's range
     seconds: float  # the whole step
     data_seconds: float  # of those, waiting for the batch
@@ -50,8 +52,9 @@ Hook = Callable[[State, StepMetrics], str | None]  # a returned text ends the ru
 
 def run(
     state: State,
-    loader: Loader,
+    batches: Batches,
     objective: Objective,
+    *,
     train: Train,
     layout: Layout,
     schedule: RunSchedule,
@@ -72,16 +75,17 @@ def run(
     with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or schedule.length) and not state.stopped:
             start = time.perf_counter()
-            batch, cursor = upcoming.result() if upcoming else loader.take(state.cursor)
-            upcoming = aside.submit(loader.take, cursor) if state.step + 1 < (until or schedule.length) else None
+            batch, cursor = upcoming.result() if upcoming else batches.take(state.cursor)
+            more = batches.ahead and state.step + 1 < (until or schedule.length)
+            upcoming = aside.submit(batches.take, cursor) if more else None
             data_seconds = time.perf_counter() - start
-            weight = ranks.total(objective.weight(batch))[0]
+            weight, tokens = ranks.total(objective.weight(batch), batch.tokens_seen)
             if weight == 0:
                 raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
             try:
                 loss = accumulate(
-                    model, batch, objective.loss_sum, weight, train, layout.micro_batch, state.step, threads,
-                    layout.compile, state.scale if scaled else 1.0,
+                    model, batch, objective, weight=weight, train=train, micro_batch=layout.micro_batch,
+                    step=state.step, threads=threads, compiles=layout.compile, scale=state.scale if scaled else 1.0,
                 )  # fmt: skip
                 if scaled:
                     _unscale(state)
@@ -103,11 +107,14 @@ def run(
                 state.norms = [*state.norms, min(norm, limit)][-WINDOW:]  # or a spike would hide the next ones
             state.skipped += skipped
             state.step += 1
-            state.tokens += round(weight)
+            state.tokens += round(tokens)
             state.cursor = cursor
             seconds = time.perf_counter() - start
             state.seconds += seconds
-            metrics = StepMetrics(loss, norm, lr, weight, skipped, seconds, data_seconds)
+            metrics = StepMetrics(
+                loss=loss.mean, figures=loss.figures, grad_norm=norm, lr=lr, weight=weight, tokens=round(tokens),
+                skipped=skipped, seconds=seconds, data_seconds=data_seconds,
+            )  # fmt: skip
             failpoint("step.hooks")
             for hook in hooks:
                 state.stopped = hook(state, metrics) or state.stopped
@@ -129,20 +136,23 @@ def _rescale(state: State, beyond: bool) -> None:
         state.steps_since_scaled = 0
 
 
-def _clipped(state: State, loss: float, train: Train, may_overflow: bool = False) -> float:
+def _clipped(state: State, loss: StepLoss, train: Train, may_overflow: bool = False) -> float:
     """Adds the penalties and clips; gives the gradient's norm before that, infinite where it is not finite and may be
-    so. Raises NotFinite."""
+    so. Raises NotFinite, for a figure of the objective too, and DataError where nothing has a gradient."""
     add_penalties(state.model, train.l1, train.l2)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
+    if not parameters:
+        raise DataError(f"step {state.step}: the loss depends on no parameter that is trained; look at the objective")
     failpoint("step.gradient", parameters[0].grad)
     if train.clip:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
     else:
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    for name, value in (("loss", loss), ("gradient norm", norm)):
-        if not -float("inf") < value < float("inf"):
-            if may_overflow and name == "gradient norm":
-                return math.inf
+    if math.isfinite(loss.mean) and may_overflow and not math.isfinite(norm):
+        return math.inf
+    figures = [(f"figure {name!r}", value) for name, pair in loss.figures.items() for value in pair]
+    for name, value in [("loss", loss.mean), ("gradient norm", norm), *figures]:
+        if not math.isfinite(value):
             raise NotFinite(
                 f"step {state.step}: the {name} is {value}; nothing was updated. Lower train.lr (now {train.lr}), "
                 "or look at the batch; the last checkpoint is good"

@@ -68,7 +68,10 @@ def range_test(ready: Run) -> RangeTest:
         return "diverged" if len(losses) > 10 and min(lately) > 1.5 * min(losses) else None
 
     with contextlib.suppress(NotFinite):  # the last rate was far too high: that is what we look for
-        run(state, ready.loader, NextToken(trial), trial, ready.layout, RunSchedule(trial), [watch])
+        run(
+            state, ready.loader, NextToken(trial), train=trial, layout=ready.layout, schedule=RunSchedule(trial),
+            hooks=[watch],
+        )  # fmt: skip
     console.clear()
     smoothed = [_mean(losses[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(losses))]
     if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:

@@ -214,7 +214,10 @@ def _train(run: setup.Run, out: Path, recipe: str) -> dict[str, Any]:
         hooks.insert(1, Logger(metrics, config.train.log_every, schedule, bytes_per_token, flops, rate, rows))
         hooks.insert(2, Sampler(metrics, shards.tokenizer, run.stop_ids, config, schedule))
     try:
-        loop.run(state, run.loader, NextToken(config.train), config.train, layout, schedule, hooks)
+        loop.run(
+            state, run.loader, NextToken(config.train), train=config.train, layout=layout, schedule=schedule,
+            hooks=hooks,
+        )  # fmt: skip
         checkpointer.finish()
         final = evaluator.final(state)
         ranks.end()
@@ -277,7 +280,7 @@ def _finish(
         "skipped_steps": state.skipped,
         "changes": [change.why for change in config.train.changes],
         "train": {"loss": train_loss},
-        "sources": run.loader.shares(state.cursor),
+        "sources": run.loader.sources(state.cursor),
         "eval": final.as_dict(),
         "model": str(out / "model"),
         "recipe": recipe,
@@ -356,7 +359,10 @@ def replay(out: Path) -> dict[str, Any]:
 
     run.state.stopped = None
     objective = NextToken(resolved.train)
-    loop.run(run.state, run.loader, objective, resolved.train, run.layout, schedule, [evaluate], until=target.step)
+    loop.run(
+        run.state, run.loader, objective, train=resolved.train, layout=run.layout, schedule=schedule,
+        hooks=[evaluate], until=target.step,
+    )  # fmt: skip
     if resolved.train.patience is None or not target.best:  # dropped, or asked for, since
         run.state.best, target.best = {}, {}
     difference = run.state.difference(target)

@@ -500,7 +500,10 @@ def _steps_in_budget(
         return "timed" if len(times) >= 2 and time.perf_counter() - began > enough else None
 
     endless = RunSchedule(train.model_copy(update={"max_steps": 10**9, "changes": []}))
-    run(trial, loader, NextToken(train), train, replace(layout, compile=False), endless, [timer])
+    run(
+        trial, loader, NextToken(train), train=train, layout=replace(layout, compile=False), schedule=endless,
+        hooks=[timer],
+    )  # fmt: skip
     step_seconds = statistics.median(times[1:])
     began = time.perf_counter()
     batches = stream_losses(trial.model, shards.eval, train.context, eval_rows)

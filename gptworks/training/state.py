@@ -24,7 +24,7 @@ from gptworks.core import folder
 from gptworks.core.errors import DataError, NotFinite
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console
-from gptworks.data.loader import Cursor
+from gptworks.data.batch import Cursor
 from gptworks.model import weights as weight_files
 from gptworks.model.transformer import Transformer
 from gptworks.training.optim import Optimizer

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptworks.core.errors import DataError, RunMismatch
-from gptworks.data.loader import Batch, Cursor, Loader, Mixture, Plan, best_fit, blocks, plan_epoch
+from gptworks.data.batch import Batch, Cursor
+from gptworks.data.loader import Loader, Mixture, Plan, best_fit, blocks, plan_epoch
 from gptworks.data.shards import SourceCount, Stream
 from gptworks.data.tokenizer import Tokenizer
 
@@ -296,7 +297,7 @@ def test_shares_count_the_rows_that_were_consumed(
         batch, cursor = made.take(cursor)
         positions = batch.tokens[batch.weights > 0].numpy()
         seen += np.histogram(positions, bounds)[0]
-    found = Loader(stream, 16, rows, 5, weights=weights).shares(cursor)
+    found = Loader(stream, 16, rows, 5, weights=weights).sources(cursor)
     assert [row["inputs"] for row in found] == seen.tolist()
     assert [row["path"] for row in found] == [part.path for part in stream.sources]
     assert sum(row["achieved"] for row in found) == pytest.approx(1)
@@ -318,7 +319,7 @@ def test_shares_of_many_epochs_are_counted_without_planning_them(monkeypatch: py
         return whole(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Mixture, "_pass", counted)
-    found = made.shares(Cursor(10**6, 0))
+    found = made.sources(Cursor(10**6, 0))
     assert passes <= 3
     assert [row["achieved"] for row in found] == pytest.approx([0.5, 0.3, 0.2], abs=1e-6)
 
@@ -357,14 +358,14 @@ def test_one_source_has_all_of_it_and_a_hundred_share() -> None:
     alone = Loader(corpus_of([5, 40, 9]), 16, 2, 1, weights=[0.3])
     assert sorted(inputs_of(alone.plan(0)).tolist()) == sorted(inputs_of(alone.plan(1)).tolist()) == list(range(53))
     many = Loader(corpus_of(*[[20 + i] for i in range(100)]), 16, 2, 1, weights=[1.0 + i for i in range(100)])
-    for row in many.shares(Cursor(50, 0)):
+    for row in many.sources(Cursor(50, 0)):
         assert row["achieved"] == pytest.approx(row["asked"], abs=1e-3)
 
 
 def test_a_tiny_weight_is_served_in_the_end() -> None:
     made = Loader(corpus_of([30] * 100, [30] * 100), 16, 2, 1, weights=[1, 1e-5])
-    assert made.shares(Cursor(1, 0))[1]["inputs"] == 0
-    assert 0 < made.shares(Cursor(100, 0))[1]["achieved"] < 1e-4
+    assert made.sources(Cursor(1, 0))[1]["inputs"] == 0
+    assert 0 < made.sources(Cursor(100, 0))[1]["achieved"] < 1e-4
 
 
 def test_a_source_too_small_for_its_weight_and_foreign_shards_are_refused() -> None:

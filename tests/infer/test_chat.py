@@ -19,6 +19,7 @@ from gptworks.infer.chat import CHATML, PLAIN, ChatFormat, Conversation
 from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.template import render_foreign
+from gptworks.model.transformer import Output
 
 GREEDY = Sampling(temperature=0)
 LLAMA = """\
@@ -332,10 +333,14 @@ class Scripted(torch.nn.Module):
         self.config = tiny.shape(context=limit)
         self.heard: list[list[int]] = []
 
-    def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: object = None) -> Output:
         if tokens.shape[1] > 1:
             self.heard.append(tokens[0].tolist())
-        return torch.zeros(1, tokens.shape[1], 1)
+        return Output(torch.zeros(1, tokens.shape[1], 1), ())
+
+    @property
+    def head(self) -> "Scripted":
+        return self
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.said += 1

@@ -23,6 +23,7 @@ from gptworks.infer import comparison
 from gptworks.infer.comparison import bits_before, compare, cut, student
 from gptworks.infer.scoring import stream_losses
 from gptworks.model.build import Loaded
+from gptworks.model.transformer import Output
 
 # -- the interval ----------------------------------------------------------------------------------------------------
 
@@ -260,6 +261,6 @@ def test_a_better_model_is_found_better(text: Path) -> None:
     stream, _ = encode_documents(documents, sharp.tokenizer)
     counts = torch.from_numpy(np.bincount(stream.tokens.astype(np.int64), minlength=len(sharp.tokenizer)) + 1.0)
     for each, strength in ((sharp, 1.0), (blunt, 0.9)):
-        each.model.forward = lambda tokens, segments=None: torch.ones(*tokens.shape, 1)  # type: ignore[method-assign]
+        each.model.forward = lambda tokens, segments=None: Output(torch.ones(*tokens.shape, 1), ())  # type: ignore[method-assign]
         each.model.lm_head.weight = torch.nn.Parameter((strength * counts.log()).float()[:, None])
     assert lifecycle.evaluate(blunt, str(text), against=sharp)["against"]["better"] == "sharp"

@@ -11,6 +11,7 @@ from gptworks.core.errors import DataError
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine, Generation, _Text
 from gptworks.infer.sampling import Sampling
+from gptworks.model.transformer import Output
 
 GREEDY = Sampling(temperature=0)
 SCRIPTS = "déjà vu, 红楼梦：满纸荒唐言 🎉👩‍👧 привет мир, नमस्ते दुनिया, こんにちは, مرحبا 𝔘𝔫𝔦 end"
@@ -25,9 +26,13 @@ class Scripted(torch.nn.Module):
         self.config = tiny.shape(context=limit)
         self.heard: list[list[int]] = []
 
-    def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: object = None) -> Output:
         self.heard.append(tokens[0].tolist())
-        return torch.zeros(1, tokens.shape[1], 1)
+        return Output(torch.zeros(1, tokens.shape[1], 1), ())
+
+    @property
+    def head(self) -> "Scripted":
+        return self
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.said += 1
@@ -64,7 +69,7 @@ def test_greedy_text_is_the_argmax_of_the_whole_text_each_time(family):
     ids = engine.prompt_ids("the sea")
     with torch.no_grad():
         for token in made.tokens:
-            assert int(model.logits(model(torch.tensor([ids])))[0, -1].argmax()) == token
+            assert int(model.scores(torch.tensor([ids]))[0, -1].argmax()) == token
             ids.append(token)
     assert len(made.tokens) == 20 and made.finish_reason == "length"
     assert engine.generate("the sea", GREEDY, 20, cached=False).tokens == made.tokens

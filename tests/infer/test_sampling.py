@@ -114,7 +114,7 @@ def test_choosing_leaves_the_logits_alone():
 
 def test_transformers_agrees_on_what_is_kept():
     transformers = pytest.importorskip("transformers")
-    logits = tiny.model(vocab_size=V).logits(torch.randn(1, 32)).detach()
+    logits = tiny.model(vocab_size=V).head.logits(torch.randn(1, 32)).detach()
     for warper, how in (
         (transformers.TopKLogitsWarper(5), Sampling(top_k=5)),
         (transformers.TopPLogitsWarper(0.7), Sampling(top_p=0.7)),

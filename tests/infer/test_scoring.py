@@ -1,5 +1,6 @@
 """The figure a model is judged by: exact, independent of the batch size, beside what simple means need."""
 
+import dataclasses
 import lzma
 import math
 from collections import Counter
@@ -13,6 +14,8 @@ from gptworks.core.errors import NotFinite
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
 from gptworks.infer.scoring import score, stream_losses, total, unigram, xz
+from gptworks.model.heads import LanguageHead
+from gptworks.model.transformer import Output
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def by_hand(model, stream: Stream, context: int, stride: int) -> tuple[float, in
     while predicted < len(ids) - 1:
         end = min(start + context, len(ids) - 1)
         with torch.no_grad():
-            shares = model.logits(model(torch.tensor([ids[start:end]]))).double().softmax(-1)[0]
+            shares = model.scores(torch.tensor([ids[start:end]])).double().softmax(-1)[0]
         for place in range(max(start, predicted), end):
             total -= math.log(shares[place - start, ids[place + 1]])
         predicted, start = end, start + stride
@@ -101,13 +104,13 @@ def test_a_stride_gives_later_tokens_more_context():
         def __init__(self) -> None:
             super().__init__()
             self.config = tiny.shape()
-            self.lm_head = torch.nn.Linear(8, 8, bias=False)
-            torch.nn.init.eye_(self.lm_head.weight)
+            self.head = LanguageHead(dataclasses.replace(tiny.shape(8), hidden_size=8))
+            torch.nn.init.eye_(self.head.weight)
 
-        def forward(self, tokens: torch.Tensor, segments: object = None) -> torch.Tensor:
+        def forward(self, tokens: torch.Tensor, segments: object = None) -> Output:
             made = torch.zeros(*tokens.shape, 8)
             made[:, 7:].scatter_(2, tokens[:, :-7, None], 100.0)
-            return made
+            return Output(made, ())
 
     stream = Stream(ids, np.array([0]), 1)
     last = len(ids) - 1
@@ -143,11 +146,11 @@ def test_a_model_that_knows_the_frequencies_scores_the_unigram_entropy():
         def __init__(self):
             super().__init__()
             self.config = tiny.shape()
-            self.lm_head = torch.nn.Linear(31, 31, bias=False)
-            torch.nn.init.eye_(self.lm_head.weight)
+            self.head = LanguageHead(dataclasses.replace(tiny.shape(31), hidden_size=31))
+            torch.nn.init.eye_(self.head.weight)
 
         def forward(self, tokens, segments=None):
-            return counts.double().log().float().clamp_min(-100.0).expand(*tokens.shape, 31)
+            return Output(counts.double().log().float().clamp_min(-100.0).expand(*tokens.shape, 31), ())
 
     assert score(Frequencies(), STREAM, 32).loss == pytest.approx(unigram(STREAM)["loss"], abs=1e-5)
     assert score(model, STREAM, 32).loss != pytest.approx(unigram(STREAM)["loss"], abs=1e-2)

@@ -53,7 +53,7 @@ def moved(model: Transformer) -> Transformer:
 
 def logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model.logits(model(ids))
+        return model.scores(ids)
 
 
 def their_gpt2(tokenizer: Tokenizer, folder: Path) -> tuple[Any, build.Loaded]:
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_peft(dora, fused, tokenizer, tmp_path, monkeypat
     build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
     read = theirs_lib.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
     read(ids).logits.square().sum().backward()
-    model.logits(model(ids)).square().sum().backward()
+    model.scores(ids).square().sum().backward()
     wanted = {name: p.grad for name, p in read.named_parameters() if p.grad is not None}
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == len(wanted) == 3 * 7 * (3 if dora else 2)
@@ -190,7 +190,7 @@ def test_gradients_go_through_low_bit_weights_as_through_what_they_stand_for(nam
         theirs.load_state_dict({n: v for n, v in ours.state_dict().items() if "lora" in n}, strict=False)
     assert (logits(model, ids) - logits(plain, ids)).abs().max() <= TOLERANCE
     for each in (model, same):
-        each.logits(each(ids)).square().sum().backward()
+        each.scores(ids).square().sum().backward()
     for ours, theirs in zip(adapters.adapters(model).values(), adapters.adapters(same).values(), strict=True):
         for got, want in ((ours.lora_A.grad, theirs.lora_A.grad), (ours.lora_B.grad, theirs.lora_B.grad)):
             assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))

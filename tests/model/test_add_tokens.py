@@ -23,7 +23,7 @@ def test_rows_begin_as_the_mean_of_those_in_use_and_nothing_else_changes(tied, r
     base = build.load(tmp_path / "m")
     known, had = len(own), base.model.config.vocab_size
     tokens = tiny.tokens(2, 9, known)
-    logits = base.model.logits(base.model(tokens))
+    logits = base.model.scores(tokens)
     grown = build.with_tokens(base, NEW)
     assert len(grown.tokenizer) == known + 2 and grown.tokenizer.encode(NEW[1], control=True) == [known + 1]
     assert NEW[0] not in base.tokenizer.control_tokens
@@ -33,7 +33,7 @@ def test_rows_begin_as_the_mean_of_those_in_use_and_nothing_else_changes(tied, r
         assert (layer.weight[known:] == layer.weight[:known].mean(0)).all()
     assert (grown.model.lm_head.weight is grown.model.model.embed_tokens.weight) == tied
     with torch.no_grad():
-        found = grown.model.logits(grown.model(tokens))
+        found = grown.model.scores(tokens)
     torch.testing.assert_close(found[..., :known], logits[..., :known])
     torch.testing.assert_close(found[..., known], logits[..., :known].mean(-1))
 
@@ -56,7 +56,7 @@ def test_a_run_records_them_resumes_and_its_model_opens_elsewhere(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert theirs.encode(NEW[0] + "a", add_special_tokens=False)[0] == size and model.config.vocab_size == size + 2
     ids = torch.tensor([[size, 1, size + 1, 2]])
-    torch.testing.assert_close(model(ids).logits, loaded.model.logits(loaded.model(ids)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(ids).logits, loaded.model.scores(ids), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

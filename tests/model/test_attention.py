@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
-from gptworks.data.loader import Batch, Cursor, Loader
+from gptworks.data.batch import Batch, Cursor
+from gptworks.data.loader import Loader
 from gptworks.infer.scoring import token_losses
 from gptworks.model import build
-from gptworks.model.attention import Attention, KeyValueCache, rotate
+from gptworks.model.attention import Attention, KeyValueCache, padding_mask, rotate
 from gptworks.model.config import parameter_count
 from gptworks.model.rope import rotary_table
 from gptworks.model.transformer import Transformer
@@ -29,7 +31,7 @@ each = pytest.mark.parametrize("parts", SHAPES, ids=str)
 
 @torch.no_grad()
 def logits(model: Transformer, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    return model.logits(model(ids, **options))
+    return model.scores(ids, **options)
 
 
 @each
@@ -229,9 +231,9 @@ def test_flex_attention_sees_what_the_mask_allows(parts, monkeypatch):
         ids = tiny.tokens(2, 32, seed=seed)
         segments = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in cuts])
         with torch.no_grad():
-            expected = model(ids, segments)
-            assert (expected - model(ids)).abs().max() > 1e-3
-            assert (flexible(ids, segments) - expected).abs().max() < 1e-5
+            expected = model(ids, segments=segments).hidden
+            assert (expected - model(ids).hidden).abs().max() > 1e-3
+            assert (flexible(ids, segments=segments).hidden - expected).abs().max() < 1e-5
     assert len(made) == 1 + bool(parts.get("layer_types"))  # masks of other documents are not compiled anew
 
 
@@ -245,7 +247,71 @@ def test_flex_attention_has_the_gradients_of_the_mask():
     for compiled in (False, True):
         model = build.fresh(config, 3).cuda().train()
         model.compiles = compiled
-        NextToken(train).loss_sum(model, batch).backward()
+        NextToken(train).loss(model, batch).sum.backward()
         found.append([p.grad for p in model.parameters()])
     for plain, flex in zip(*found, strict=True):
         assert (plain - flex).norm() <= 1e-2 * plain.norm()
+
+
+# -- positions and masks from outside ----------------------------------------------------------------------------
+
+PADDED = {
+    "rotary": {"family": "qwen3", "num_key_value_heads": 2},
+    "learned": {"family": "gpt2"},
+    "sinusoidal": {"family": "gpt2", "positions": "sinusoidal"},
+}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("parts", PADDED.values(), ids=PADDED)
+def test_rows_padded_on_the_left_have_the_scores_that_each_has_alone(parts, cached):
+    model, long, short = tiny.model(**parts), tiny.tokens(1, 12), tiny.tokens(1, 7, seed=1)
+    rows, there = torch.cat((long, F.pad(short, (5, 0)))), torch.ones(2, 12, dtype=torch.int64)
+    there[1, :5] = 0
+    positions = (there.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        if cached:
+            cache, parts_of = KeyValueCache(model.config.num_hidden_layers, tiny.CONTEXT), []
+            for begin, end in ((0, 8), (8, 11), (11, 12)):
+                mask = padding_mask(there[:, :end], end - begin)
+                part, where = rows[:, begin:end], positions[:, begin:end]
+                parts_of.append(model.scores(part, positions=where, mask=mask, cache=cache))
+            scores = torch.cat(parts_of, 1)
+        else:
+            scores = model.scores(rows, positions=positions, mask=padding_mask(there, 12))
+        torch.testing.assert_close(scores[:1], model.scores(long), atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores[1:, 5:], model.scores(short), atol=1e-5, rtol=0)
+
+
+def test_a_prefix_that_sees_itself_both_ways_is_only_a_mask():
+    model, ids, prefix = tiny.model(), tiny.tokens(1, 16), 6
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    mask[:prefix, :prefix] = True
+    other = ids.clone()
+    other[0, prefix - 1] = (ids[0, prefix - 1] + 1) % 31
+    with torch.no_grad():
+        first, second = (model.scores(tokens, mask=mask[None, None])[0] for tokens in (ids, other))
+        causal = model.scores(ids)[0]
+    assert (first - second).abs().amax(-1).min() > 1e-4  # what ends the prefix is seen by its beginning too
+    assert (first[:prefix] - causal[:prefix]).abs().amax(-1)[:-1].min() > 1e-4
+
+
+@pytest.mark.parametrize("parts", [{}, {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}])
+def test_blocks_computed_again_for_the_backward_pass_give_the_same_gradient(parts):
+    from torch.utils.checkpoint import checkpoint
+
+    batch, train = tiny.loader().take(Cursor())[0], tiny.settings(router_aux_loss=0.1, router_z_loss=0.1)
+    losses, gradients = [], []
+    for again in (False, True):
+        model = tiny.model(**parts).train()
+        if again:
+            for block in model.model.layers:
+                usual = block.forward
+                block.forward = lambda *a, usual=usual: checkpoint(usual, *a, use_reentrant=False)
+        loss = NextToken(train).loss(model, batch).sum
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        assert len(model(batch.tokens).routing) == (2 if parts else 0)
+    assert losses[0] == losses[1]
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())

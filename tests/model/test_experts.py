@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from gptworks.core.config import Config
 from gptworks.core.errors import UsageError
-from gptworks.data.loader import Batch
+from gptworks.data.batch import Batch
 from gptworks.infer.scoring import expert_use
 from gptworks.model import build
 from gptworks.model.config import active_parameter_count, parameter_count
@@ -38,7 +38,7 @@ def test_a_sparse_layer_is_the_sum_of_its_experts_and_so_are_its_gradients(rows)
     assert isinstance(layer, SparseMLP)
     x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     found = {}
-    for name, y in (("ours", layer(x)), ("plain", plain(layer, x))):
+    for name, y in (("ours", layer(x)[0]), ("plain", plain(layer, x))):
         y.square().sum().backward()
         found[name] = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
         x.grad = None
@@ -54,9 +54,9 @@ def test_an_expert_that_gets_every_token_drops_none():
         layer.gate.weight.zero_()
         layer.gate.weight[3] = 1.0
     x = torch.rand(2, 30, 32)
-    routing: list[torch.Tensor] = []
-    assert torch.allclose(layer(x, routing), plain(layer, x), atol=1e-5)
-    shares = expert_load(routing, 2)
+    y, logits = layer(x)
+    assert torch.allclose(y, plain(layer, x), atol=1e-5)
+    shares = expert_load([logits], 2)
     assert shares[0, 3] == 0.5 and shares.shape == (1, 5)
 
 
@@ -76,13 +76,12 @@ def test_the_balance_loss_is_that_of_transformers():
 def test_the_losses_of_the_router_are_added_as_means_over_layers():
     model, ids = tiny.model(**SHAPE), tiny.tokens(4, 20, 32)
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 19))
-    routing: list[torch.Tensor] = []
-    model(batch.tokens, routing=routing)
+    routing = model(batch.tokens).routing
     weights = torch.ones(4 * 19)
 
     def loss(**values: float) -> float:
         train = tiny.settings(**{"router_aux_loss": 0.0, **values})
-        return NextToken(train).loss_sum(model, batch).item() / batch.weights.sum().item()
+        return NextToken(train).loss(model, batch).sum.item() / batch.weights.sum().item()
 
     balance = sum(balance_loss(logits, 2, weights).item() for logits in routing) / 2
     z = sum(logits.logsumexp(-1).square().mean().item() for logits in routing) / 2
@@ -94,9 +93,9 @@ def test_the_losses_of_the_router_are_added_as_means_over_layers():
 def test_training_lowers_the_loss_uses_every_expert_and_goes_on_after_a_stop(optimizer):
     train = tiny.settings(optimizer=optimizer, lr=0.02 if optimizer == "muon" else 3e-3)
     started = tiny.state(train, **SHAPE)
-    first = NextToken(train).loss_sum(started.model, next(iter(tiny.loader().take(started.cursor)[:1]))).item()
+    first = NextToken(train).loss(started.model, next(iter(tiny.loader().take(started.cursor)[:1]))).sum.item()
     done = tiny.run(started, train, until=12)
-    last = NextToken(train).loss_sum(done.model, tiny.loader().take(tiny.state(train, **SHAPE).cursor)[0]).item()
+    last = NextToken(train).loss(done.model, tiny.loader().take(tiny.state(train, **SHAPE).cursor)[0]).sum.item()
     assert last < 0.9 * first
     used = expert_use(done.model, tiny.stream(), tiny.CONTEXT)
     assert used["experts_unused"] == 0 and used["expert_busiest"] < 3

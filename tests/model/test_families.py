@@ -19,7 +19,7 @@ from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core.config import Train
 from gptworks.core.errors import DataError
-from gptworks.data.loader import Batch
+from gptworks.data.batch import Batch
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
@@ -150,12 +150,12 @@ def test_logits_loss_gradients_and_greedy_text_are_those_of_transformers(pair):
     theirs, _, loaded = pair
     ours, ids = loaded.model, tiny.tokens(2, 41, VOCAB)
     assert type(theirs).__name__ == FAMILIES[ours.config.family].architecture
-    logits = ours.logits(ours(ids))
+    logits = ours.scores(ids)
     assert logits.std() > 0.1  # a comparison of zeros would prove nothing
     assert (logits - theirs(ids).logits).abs().max() <= TOLERANCE
 
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 40))
-    loss = NextToken(Train(router_aux_loss=0)).loss_sum(ours, batch) / 80
+    loss = NextToken(Train(router_aux_loss=0)).loss(ours, batch).sum / 80
     loss.backward()
     expected = theirs(ids, labels=ids).loss
     expected.backward()
@@ -231,7 +231,7 @@ def test_the_parameters_are_counted(pair):
     assert parameter_count(loaded.model.config) == sum(p.numel() for p in theirs.parameters())
     fresh = build.fresh(loaded.model.config, 1)
     ids = tiny.tokens(1, 41, VOCAB)
-    assert fresh(ids).isfinite().all()
+    assert fresh(ids).hidden.isfinite().all()
 
 
 PARTS = (
@@ -256,7 +256,7 @@ def test_what_a_configuration_says_moves_the_logits(name, tokenizer, tmp_path):
             continue
         other = Transformer(replace(config, **{name: usual})).eval()
         other.load_state_dict(model.state_dict())
-        assert (other.logits(other(ids)) - model.logits(model(ids))).abs().max() > 10 * TOLERANCE, name
+        assert (other.scores(ids) - model.scores(ids)).abs().max() > 10 * TOLERANCE, name
 
 
 WINDOWED = ["mistral", "qwen2-upper-layers", "gemma2", "gemma3", "phi3"]
@@ -266,10 +266,10 @@ WINDOWED = ["mistral", "qwen2-upper-layers", "gemma2", "gemma3", "phi3"]
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_reaches_into_the_cache_however_the_tokens_come(name, tokenizer, tmp_path):
     model, ids = opened(name, tokenizer, tmp_path)[1].model, tiny.tokens(2, 32, VOCAB)
-    whole = model.logits(model(ids))
+    whole = model.scores(ids)
     for cuts in ([1] * 32, [WINDOW] * 6 + [2], [WINDOW - 1, 1, 1, 9, 17], [31, 1]):
         cache = KeyValueCache(3, CONTEXT)
-        made = [model.logits(model(part, cache=cache)) for part in ids.split(cuts, dim=1)]
+        made = [model.scores(part, cache=cache) for part in ids.split(cuts, dim=1)]
         assert (torch.cat(made, dim=1) - whole).abs().max() < TOLERANCE, cuts
 
 
@@ -278,11 +278,11 @@ def test_a_window_reaches_into_the_cache_however_the_tokens_come(name, tokenizer
 def test_a_window_ends_where_its_document_begins(name, tokenizer, tmp_path):
     model, ids = opened(name, tokenizer, tmp_path)[1].model, tiny.tokens(2, 32, VOCAB)
     segments = torch.tensor([[0] * 3 + [1] * 17 + [2] * 12, [0] * 20 + [1] * 2 + [2] * 10])
-    packed = model.logits(model(ids, segments=segments))
+    packed = model.scores(ids, segments=segments)
     for row in range(2):
         for segment in range(3):
             here = segments[row] == segment
-            alone = model.logits(model(ids[row, here][None]))
+            alone = model.scores(ids[row, here][None])
             assert (packed[row, here] - alone[0]).abs().max() < TOLERANCE
 
 
@@ -291,7 +291,7 @@ def test_a_sliding_layer_sees_its_window_and_no_further(tokenizer, tmp_path):
     model, ids = opened("mistral", tokenizer, tmp_path)[1].model, tiny.tokens(1, 32, VOCAB)
     other = ids.clone()
     other[0, 3] = (other[0, 3] + 1) % VOCAB
-    moved = (model(ids) - model(other)).abs().amax(-1)[0]
+    moved = (model(ids).hidden - model(other).hidden).abs().amax(-1)[0]
     last = 3 + 3 * (WINDOW - 1)  # each of three layers carries it on
     assert moved[:3].max() == 0 and moved[last] > 1e-6 and moved[last + 1 :].max() == 0
 
@@ -402,7 +402,7 @@ def test_an_odd_value_of_any_key_is_read_or_refused(kind):
             if config not in seen and parameter_count(config) < 10**6:
                 seen.append(config)
                 ids = torch.zeros(1, min(9, config.max_position_embeddings), dtype=torch.int64)
-                assert build.fresh(config, 1)(ids).shape == (*ids.shape, config.hidden_size)
+                assert build.fresh(config, 1)(ids).hidden.shape == (*ids.shape, config.hidden_size)
 
 
 @pytest.mark.parametrize(

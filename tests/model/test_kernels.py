@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptworks.core.config import Adapter, Train
-from gptworks.data.loader import Batch
+from gptworks.data.batch import Batch
 from gptworks.model import build, config, kernels
 from gptworks.model.adapters import attach
 from gptworks.model.attention import Float8Linear
@@ -121,7 +121,7 @@ def test_a_models_gradients_are_those_of_the_plain_one_in_float32(monkeypatch, p
         monkeypatch.setattr(kernels, "FUSED", fused)
         model = tiny.model(**parts).train()
         model.dtype = precision
-        loss = NextToken(Train()).loss_sum(model, batch)
+        loss = NextToken(Train()).loss(model, batch).sum
         loss.backward()
         found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
     (loss, gradients), (expected, plain) = found
@@ -158,11 +158,11 @@ def test_a_model_learns_in_float8_about_as_in_bf16_and_is_evaluated_in_bf16():
         made = tiny.run(started, train, 30, total=30, dtype=torch.bfloat16)
         rows = Batch(tiny.tokens(2, tiny.CONTEXT), tiny.tokens(2, tiny.CONTEXT, seed=1), torch.ones(2, tiny.CONTEXT))
         batch, _ = tiny.loader().take(made.cursor)
-        losses[float8] = float(NextToken(train).loss_sum(made.model.eval(), batch).detach() / batch.weights.sum())
+        losses[float8] = float(NextToken(train).loss(made.model.eval(), batch).sum.detach() / batch.weights.sum())
         plain = build.fresh(made.model.config, 1).eval()
         plain.load_state_dict(made.model.state_dict())
         plain.dtype = torch.bfloat16
-        assert torch.equal(made.model(rows.tokens), plain(rows.tokens))
+        assert torch.equal(made.model(rows.tokens).hidden, plain(rows.tokens).hidden)
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
@@ -184,7 +184,7 @@ def test_a_step_as_the_compiler_traces_it_has_the_same_loss_and_gradients(parts,
     found = []
     for model.compiles in (False, True):
         parameters = [p for p in model.parameters() if p.requires_grad]
-        loss = NextToken(train).loss_sum(model, batch)
+        loss = NextToken(train).loss(model, batch).sum
         found.append((loss.detach(), list(torch.autograd.grad(loss, parameters))))
     assert_near(*found, 1e-5)
 
@@ -202,7 +202,7 @@ def test_blocks_that_are_alike_are_compiled_once(parts, monkeypatch):
     model.compiles = True
     for seed in (0, 1):
         batch = Batch(tiny.tokens(2, 32, seed=seed), tiny.tokens(2, 32, seed=seed + 1), torch.ones(2, 32))
-        NextToken(tiny.settings()).loss_sum(model, batch).backward()
+        NextToken(tiny.settings()).loss(model, batch).sum.backward()
     assert len(made) == 2  # a block and the loss
     model.eval()
     model(tiny.tokens(3, 17))

@@ -73,7 +73,7 @@ def test_transformers_gives_the_same_logits_gradients_and_greedy_text(pair, toke
     model, folder, theirs = pair
     assert type(theirs).__name__ == FAMILIES[model.config.family].architecture
     ids = make_ids()
-    ours, other = model.logits(model(ids)), theirs(ids).logits
+    ours, other = model.scores(ids), theirs(ids).logits
     assert ours.std() > 0.1  # a comparison of zeros would prove nothing
     assert (ours - other).abs().max() <= TOLERANCE
 
@@ -103,7 +103,7 @@ def test_loading_gives_the_saved_model_and_saving_it_again_identical_tensors(pai
     loaded = build.load(folder)
     assert loaded.model.config == model.config
     ids = make_ids()
-    assert torch.equal(loaded.model.logits(loaded.model(ids)), model.logits(model(ids)))
+    assert torch.equal(loaded.model.scores(ids), model.scores(ids))
     build.save(tmp_path / "again", loaded.model, loaded.tokenizer, {})
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
@@ -165,7 +165,7 @@ def test_a_model_that_transformers_saved_loads_with_the_same_logits(name, tmp_pa
     tokenizer.save(tmp_path)
     loaded = build.load(tmp_path)
     ids = make_ids()
-    assert (loaded.model.logits(loaded.model(ids)) - theirs(ids).logits).abs().max() <= TOLERANCE
+    assert (loaded.model.scores(ids) - theirs(ids).logits).abs().max() <= TOLERANCE
     assert not loaded.model.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.model.parameters())
 
@@ -181,7 +181,7 @@ def test_a_model_in_several_weight_files_loads_as_the_same(name, tmp_path, token
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
     loaded = build.load(tmp_path / "several").model
     ids = make_ids()
-    assert torch.equal(loaded.logits(loaded(ids)), model.logits(model(ids)))
+    assert torch.equal(loaded.scores(ids), model.scores(ids))
 
 
 def test_the_saved_position_table_is_that_of_vaswani_section_3_5_and_comes_back_fixed(tmp_path, tokenizer):
@@ -250,7 +250,7 @@ def test_a_trained_model_continues_its_story_as_documented(larger_data):
     assert text.text.startswith(", there was a little girl named Lily.")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([engine.prompt_ids("Once upon a time")])
-    assert (loaded.model.logits(loaded.model(ids)) - theirs(ids).logits).abs().max() <= TOLERANCE
+    assert (loaded.model.scores(ids) - theirs(ids).logits).abs().max() <= TOLERANCE
     answer = theirs.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :].tolist()
     assert answer[: len(text.tokens)] == text.tokens
 
@@ -272,5 +272,5 @@ def test_code_beside_a_class_that_we_know_is_left_alone_here_and_in_transformers
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
     )
     assert type(theirs) is transformers.LlamaForCausalLM
-    assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() <= TOLERANCE
+    assert (ours.scores(ids) - theirs(ids).logits).abs().max() <= TOLERANCE
     assert not (tmp_path / "ran").exists()

@@ -40,7 +40,7 @@ def theirs(llama: Any, ids: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def ours(model: Any, ids: list[int]) -> torch.Tensor:
-    return model.logits(model(torch.tensor([ids])))[0]
+    return model.scores(torch.tensor([ids]))[0]
 
 
 @pytest.mark.parametrize("case", exported.CASES)
@@ -110,7 +110,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for step in range(80):
         starts = torch.randint(len(ids) - 65, (16,), generator=torch.Generator().manual_seed(step))
         rows = torch.stack([ids[start : start + 65] for start in starts])
-        logits = loaded.model.logits(loaded.model(rows[:, :-1]))
+        logits = loaded.model.scores(rows[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()

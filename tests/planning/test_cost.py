@@ -24,7 +24,7 @@ def test_flops_are_those_torch_counts(parts):
     model = tiny.model(**parts, vocab_size=64, hidden_size=64, context=64).train()
     ids = tiny.tokens(2, 64)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.logits(model(ids)).sum().backward()
+        model.scores(ids).sum().backward()
     half = 6 * 2 * 4 * 16 * 64  # layers, heads, channels, context
     assert counter.get_total_flops() / ids.numel() == pytest.approx(flops_per_token(model.config, 64) + half, rel=0.02)
 
@@ -63,7 +63,7 @@ from gptworks.model import build
 from gptworks.model.config import build_config
 sys.path.insert(0, sys.argv[1])
 import tiny
-from gptworks.data.loader import Batch
+from gptworks.data.batch import Batch
 from gptworks.core.config import Train
 from gptworks.training.objectives import NextToken
 from gptworks.training.optim import make_optimizers
@@ -72,7 +72,7 @@ options = json.loads(sys.argv[2])
 config = replace(build_config(Model(**options["shape"]), 1024, 256), **options["parts"])
 def step(model, optimizers, rows, context):
     ids = torch.randint(1024, (rows, context))
-    NextToken(Train()).loss_sum(model, Batch(ids, ids, torch.ones(rows, context))).div(ids.numel()).backward()
+    NextToken(Train()).loss(model, Batch(ids, ids, torch.ones(rows, context))).sum.div(ids.numel()).backward()
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad()

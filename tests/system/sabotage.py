@@ -21,7 +21,8 @@ import gptworks.training.gradients as gradients
 import gptworks.training.loop as loop
 import gptworks.training.state as state
 from gptworks.core.log import console
-from gptworks.data.loader import Cursor, Loader
+from gptworks.data.batch import Cursor
+from gptworks.data.loader import Loader
 
 MUTANTS: dict[str, Callable[[], None]] = {}
 

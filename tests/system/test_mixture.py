@@ -10,7 +10,8 @@ import pytest
 from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core.errors import RunMismatch
-from gptworks.data.loader import Cursor, Loader
+from gptworks.data.batch import Cursor
+from gptworks.data.loader import Loader
 from gptworks.data.shards import open_shards
 
 TINY_RUN = {"train.max_steps": 8, "train.checkpoint_every": 4, "train.eval_every": 8}
@@ -44,9 +45,9 @@ def test_a_mixture_is_trained_told_resumed_and_replayed(
     cursor = Cursor()
     for _ in range(8):
         _, cursor = loader.take(cursor)
-    asked = [row["asked"] for row in loader.shares(cursor)]
+    asked = [row["asked"] for row in loader.sources(cursor)]
     assert asked == pytest.approx([0.7, 0.3])
-    assert [row["achieved"] for row in loader.shares(cursor)] == pytest.approx(asked, abs=0.12)
+    assert [row["achieved"] for row in loader.sources(cursor)] == pytest.approx(asked, abs=0.12)
 
 
 def test_a_mixture_from_the_command_line_is_the_one_from_a_recipe(sources: list[dict[str, Any]]) -> None:

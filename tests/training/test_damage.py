@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
-from gptworks.data.loader import Cursor
+from gptworks.data.batch import Cursor
 from gptworks.training.state import State, newest_good, restore, save
 
 

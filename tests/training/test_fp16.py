@@ -14,7 +14,7 @@ from gptworks import lifecycle
 from gptworks.core.errors import NotFinite, UsageError
 from gptworks.training import loop, setup
 from gptworks.training.gradients import accumulate
-from gptworks.training.objectives import NextToken
+from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.state import restore, save
 
 HALF = torch.float16
@@ -33,7 +33,9 @@ def test_the_scale_is_in_every_gradient_and_not_in_the_loss(reduce):
         state, objective = tiny.state(train), NextToken(train)
         batch = tiny.loader().take(state.cursor)[0]
         weight = objective.weight(batch)
-        loss = accumulate(state.model, batch, objective.loss_sum, weight, train, 2, 0, scale=scale)
+        loss = accumulate(
+            state.model, batch, objective, weight=weight, train=train, micro_batch=2, step=0, scale=scale
+        ).mean
         found.append((loss, [p.grad / scale for p in state.model.parameters()]))
     assert found[0][0] == found[1][0]
     for one, other in zip(found[0][1], found[1][1], strict=True):
@@ -80,7 +82,7 @@ def test_a_gradient_that_no_scale_helps_ends_the_run():
     state = tiny.state(train)
     state.scale = 1.0
     objective = NextToken(train)
-    objective.loss_sum = lambda model, batch: NextToken(train).loss_sum(model, batch) * 1e30  # type: ignore[method-assign]
+    objective.loss = lambda model, batch: Loss(NextToken(train).loss(model, batch).sum * 1e30)  # type: ignore[method-assign]
     with pytest.raises(NotFinite, match="gradient norm"):
         trained(state, train, 1, objective=objective)
 

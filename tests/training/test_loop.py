@@ -13,12 +13,13 @@ from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core import runtime
 from gptworks.core.errors import DataError, NotFinite, UsageError
-from gptworks.data.loader import Batch, Cursor, Loader
+from gptworks.data.batch import Batch, Batches, Cursor
+from gptworks.data.loader import Loader
 from gptworks.data.shards import open_shards
 from gptworks.training import gradients as gradients_module
 from gptworks.training import hooks, loop, setup
 from gptworks.training.gradients import accumulate
-from gptworks.training.objectives import NextToken
+from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.schedule import RunSchedule
 
 
@@ -36,9 +37,11 @@ def gradients(batch, micro_batch=8, dtype=torch.float32, threads=None, **setting
     state.model.dtype = dtype
     objective = NextToken(train)
     weight = objective.weight(batch)
-    loss = accumulate(state.model, batch, objective.loss_sum, weight, train, micro_batch, 0, threads)
+    loss = accumulate(
+        state.model, batch, objective, weight=weight, train=train, micro_batch=micro_batch, step=0, threads=threads
+    )
     norm = loop._clipped(state, loss, train)
-    return loss, norm, {name: p.grad for name, p in state.model.named_parameters()}
+    return loss.mean, norm, {name: p.grad for name, p in state.model.named_parameters()}
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4])
@@ -62,7 +65,9 @@ def test_rows_that_are_left_over_are_compiled_for_where_each_step_has_them(share
     tiny.compile_with(monkeypatch, backend)
     train = tiny.settings(clip=0)
     state, objective, batch = tiny.state(train), NextToken(train), dataclasses.replace(ragged(), share=share)
-    loss = accumulate(state.model, batch, objective.loss_sum, objective.weight(batch), train, 3, 0, None, True)
+    loss = accumulate(
+        state.model, batch, objective, weight=objective.weight(batch), train=train, micro_batch=3, step=0, compiles=True
+    ).mean
     assert len(made) == graphs  # a block and the loss, for three rows; two are left
     assert loss == pytest.approx(gradients(ragged(), 3)[0], rel=1e-6)
 
@@ -81,7 +86,7 @@ def test_a_run_is_compiled_however_many_others_there_were_in_the_process(monkeyp
         state = tiny.state(train, hidden_size=8 * heads, num_attention_heads=1)
         layout = loop.Layout(torch.device("cpu"), torch.float32, 8, compile=True)
         course = RunSchedule(train.model_copy(update={"max_steps": 12}))
-        loop.run(state, tiny.loader(), NextToken(train), train, layout, course, until=1)
+        loop.run(state, tiny.loader(), NextToken(train), train=train, layout=layout, schedule=course, until=1)
         assert len(made) == 2
 
 
@@ -135,12 +140,16 @@ def test_a_batch_that_cannot_be_made_ends_the_run_at_its_step():
 
 
 def test_an_error_of_a_worker_ends_the_step():
-    def broken(model, batch):
-        raise RuntimeError("broken" if batch.first else "the first rows")
+    class Broken(NextToken):
+        def loss(self, model, batch):
+            raise RuntimeError("broken" if batch.first else "the first rows")
 
     with gradients_module.side_by_side(2) as threads, pytest.raises(RuntimeError, match="the first rows"):
         train = tiny.settings(workers=2)
-        accumulate(tiny.state(train).model, ragged(), broken, 1.0, train, 4, 0, threads)
+        accumulate(
+            tiny.state(train).model, ragged(), Broken(train), weight=1.0, train=train, micro_batch=4, step=0,
+            threads=threads,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -171,7 +180,7 @@ def test_the_loss_is_the_mean_over_targets_and_not_over_rows():
     loss, _, _ = gradients(batch)
     model = tiny.state(tiny.settings()).model.train()
     each = torch.nn.functional.cross_entropy(
-        model.logits(model(batch.tokens)).flatten(0, 1), batch.targets.flatten(), reduction="none"
+        model.scores(batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="none"
     )
     assert loss == pytest.approx(float((each.detach() * batch.weights.flatten()).sum() / batch.weights.sum()), rel=1e-6)
 
@@ -212,10 +221,10 @@ class Spoiled(NextToken):
         super().__init__(tiny.settings())
         self.at, self.factor, self.calls = at, factor, 0
 
-    def loss_sum(self, model, batch):
+    def loss(self, model, batch):
         self.calls += 1
-        loss = super().loss_sum(model, batch)
-        return loss * self.factor if self.calls == self.at else loss
+        loss = super().loss(model, batch)
+        return Loss(loss.sum * self.factor) if self.calls == self.at else loss
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e38])
@@ -231,13 +240,13 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(factor, optimiz
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_makes_no_model(tiny_config, tmp_path, monkeypatch):
-    usual, calls = NextToken.loss_sum, []
+    usual, calls = NextToken.loss, []
 
     def spoiled(self, model, batch):
         calls.append(batch)
-        return usual(self, model, batch) * (float("nan") if len(calls) == 7 else 1.0)
+        return Loss(usual(self, model, batch).sum * (float("nan") if len(calls) == 7 else 1.0))
 
-    monkeypatch.setattr(NextToken, "loss_sum", spoiled)
+    monkeypatch.setattr(NextToken, "loss", spoiled)
     with pytest.raises(NotFinite):
         lifecycle.train(tiny_config(**{"train.micro_batch": 8}), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
@@ -245,7 +254,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_makes_no_model(t
 
 
 def test_a_batch_without_targets_is_an_error():
-    class Empty:
+    class Empty(Batches):
         def take(self, cursor):
             return dataclasses.replace(ragged(), weights=torch.zeros(8, tiny.CONTEXT)), Cursor(0, 8)
 

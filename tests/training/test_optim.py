@@ -194,9 +194,7 @@ def test_penalty_gradient_equals_autograd_of_the_penalty(l1, l2):
     batch, _ = tiny.loader().take(tiny.state(tiny.settings()).cursor)
 
     def loss():
-        return torch.nn.functional.cross_entropy(
-            model.logits(model(batch.tokens)).flatten(0, 1), batch.targets.view(-1)
-        )
+        return torch.nn.functional.cross_entropy(model.scores(batch.tokens).flatten(0, 1), batch.targets.view(-1))
 
     penalised = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_positions" not in n]
     penalty = sum(l2 / 2 * (p**2).sum() + l1 * p.abs().sum() for p in penalised)

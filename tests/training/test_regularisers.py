@@ -13,7 +13,7 @@ from gptworks import lifecycle
 from gptworks.core import folder
 from gptworks.core.errors import RunMismatch, UsageError
 from gptworks.training import hooks, loop, state
-from gptworks.training.objectives import NextToken
+from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.state import spike_limit
 
 
@@ -22,7 +22,7 @@ def batch():
 
 
 def logits(model, rows):
-    return model.logits(model(rows.tokens)).double().flatten(0, 1), rows.targets.flatten(), rows.weights.flatten()
+    return model.scores(rows.tokens).double().flatten(0, 1), rows.targets.flatten(), rows.weights.flatten()
 
 
 def test_label_smoothing_is_cross_entropy_with_a_share_of_the_uniform_distribution():
@@ -31,7 +31,7 @@ def test_label_smoothing_is_cross_entropy_with_a_share_of_the_uniform_distributi
     wanted = torch.full_like(scores, 0.1 / scores.shape[1])
     wanted[torch.arange(len(targets)), targets] += 0.9
     textbook = float((-(wanted * scores.log_softmax(-1)).sum(-1) * weights).sum().detach())
-    assert NextToken(tiny.settings(label_smoothing=0.1)).loss_sum(model, rows).item() == pytest.approx(
+    assert NextToken(tiny.settings(label_smoothing=0.1)).loss(model, rows).sum.item() == pytest.approx(
         textbook, rel=1e-6
     )
 
@@ -40,8 +40,8 @@ def test_z_loss_adds_the_square_of_the_log_partition():
     model, rows = tiny.model(), batch()
     scores, _, weights = logits(model, rows)
     z = float((scores.detach().exp().sum(-1).log().square() * weights).sum())
-    plain = NextToken(tiny.settings()).loss_sum(model, rows).item()
-    assert NextToken(tiny.settings(z_loss=0.01)).loss_sum(model, rows).item() == pytest.approx(
+    plain = NextToken(tiny.settings()).loss(model, rows).sum.item()
+    assert NextToken(tiny.settings(z_loss=0.01)).loss(model, rows).sum.item() == pytest.approx(
         plain + 0.01 * z, rel=1e-6
     )
 
@@ -106,9 +106,13 @@ def spoiled(monkeypatch, at, factor):
     """Makes the loss of step `at` (from 0) a multiple of itself."""
     usual = loop.accumulate
 
-    def accumulate(model, batch, loss_sum, weight, train, micro_batch, step, *rest):
-        scale = factor if step == at else 1.0
-        return usual(model, batch, lambda m, b: loss_sum(m, b) * scale, weight, train, micro_batch, step, *rest)
+    class Scaled(NextToken):
+        def loss(self, model, batch):
+            return Loss(super().loss(model, batch).sum * factor)
+
+    def accumulate(model, batch, objective, *, train, step, **options):
+        objective = Scaled(train) if step == at else objective
+        return usual(model, batch, objective, train=train, step=step, **options)
 
     monkeypatch.setattr(loop, "accumulate", accumulate)
 

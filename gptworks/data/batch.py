@@ -1,0 +1,104 @@
+"""What a step is computed from: rows of tokens with their targets, and where the next ones come from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptworks.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens. B rows, T places.
+
+    tokens [B, T] int64; targets [B, T] int64, the next token; weights [B, T] float32, 0 where there is no target;
+    segments [B, T] int32, a number for each piece of a document in its row, or None where attention is not masked.
+    `extra` holds what else an objective needs, tensors with B rows. `first` is the number of the first row within its
+    step; `share` how many rows each process has in a whole step; `unit` how many rows belong together and are never
+    divided between micro-batches or processes, as the two answers of a preference.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    segments: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    first: int = 0
+    share: int = 0
+    unit: int = 1
+
+    @property
+    def tokens_seen(self) -> int:
+        """Places with a target: what a run counts as tokens, whatever the loss is divided by."""
+        return int(torch.count_nonzero(self.weights))
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on a device."""
+        if device.type == "cpu":
+            return self
+        pin = device.type == "cuda"  # a pinned copy does not wait for the transfer
+        return self._each(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True))
+
+    def cut(self, start: int, stop: int) -> "Batch":
+        """Rows start .. stop-1, as far as there are any."""
+        return replace(self._each(lambda tensor: tensor[start:stop]), first=self.first + start)
+
+    def rows(self, size: int) -> Iterator["Batch"]:
+        """Micro-batches of at most `size` rows, in order."""
+        for start in range(0, len(self.tokens), size):
+            yield self.cut(start, start + size)
+
+    def _each(self, change: Any) -> "Batch":
+        """Every tensor changed in the same way."""
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            targets=change(self.targets),
+            weights=change(self.weights),
+            segments=None if self.segments is None else change(self.segments),
+            extra={name: change(tensor) for name, tensor in self.extra.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the data stands: the next row of an epoch."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+class Batches:
+    """A source of batches without state of its own: what comes next is a function of the cursor.
+
+    `ahead` says whether a batch may be made while the step before it still computes. What depends on the weights, as
+    text that the model itself writes, must not be.
+    """
+
+    ahead = True
+
+    def take(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """This process's share of the batch at `cursor`, and the cursor after the whole batch."""
+        raise NotImplementedError
+
+    @property
+    def epoch_rows(self) -> int | None:
+        """Rows of the first epoch; None where the data has no end."""
+        return None
+
+    def rows_in(self, epochs: float) -> int:
+        """Rows in so many epochs from the beginning. Raises UsageError where the data has no end."""
+        if self.epoch_rows is None:
+            raise UsageError("this data has no epochs to count: give train.max_steps")
+        return round(epochs * self.epoch_rows)
+
+    def epochs(self, cursor: Cursor) -> float:
+        """Epochs before `cursor`; the part of the one begun is counted in rows of the first."""
+        return cursor.epoch + (cursor.row / self.epoch_rows if self.epoch_rows else 0.0)
+
+    def sources(self, cursor: Cursor) -> list[dict[str, Any]]:
+        """What each source of text gave to the rows before `cursor`, for result.json."""
+        return []
