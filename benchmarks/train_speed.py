@@ -35,9 +35,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
 
     from gptworks.core import runtime
     from gptworks.core.config import Adapter, Model
-    from gptworks.model.adapters import attach
     from gptworks.model.config import build_config
-    from gptworks.model.transformer import Transformer
     from gptworks.planning.cost import Trainable, flops_per_token
 
     device = runtime.device()
@@ -57,8 +55,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         chosen = Model(family="gpt2", **sizes)
     config = build_config(chosen, shape["vocabulary"], shape["context"])
     adapter = Adapter(kind="lora", rank=job["lora"], base=job["precision"]) if job["lora"] else None
-    with torch.device("meta"):  # sizes alone
-        part = Trainable.of(attach(Transformer(config), adapter, 1)) if adapter else None
+    held = {"bf16": 2.0, "fp32": 4.0}
+    part = Trainable.of(config, adapter, [], held[job["precision"]]) if adapter else None
     if job["who"] in ("ours", "experts"):
         seconds, tokens = ours(job, config, adapter, device, dtype)
     else:
@@ -82,12 +80,14 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
     import torch
 
     from gptworks.core import runtime
-    from gptworks.core.config import Config, Train
+    from gptworks.core.config import Config
     from gptworks.data.loader import Loader
     from gptworks.data.shards import Stream
     from gptworks.model import build
     from gptworks.model.adapters import attach
-    from gptworks.training import setup
+    from gptworks.planning.choices import Base, Facts
+    from gptworks.planning.choose import choose
+    from gptworks.planning.machine import here
     from gptworks.training.loop import Layout, run
     from gptworks.training.objectives import NextToken
     from gptworks.training.optim import make_optimizers
@@ -97,17 +97,20 @@ def ours(job: dict[str, Any], config: Any, adapter: Any, device: Any, dtype: Any
     runtime.reuse_memory()
     rates = {"lr": 1e-4, "adam_lr": 1e-4, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.1}
     shape = {"context": job["context"], "threads": torch.get_num_threads(), "compile": job["compile"]}
-    train = Train(optimizer=job["optimizer"], max_steps=10**6, **rates, **shape)
     rows = rows_of(job)
-    workers = job["workers"] or setup._workers(Config(train=train), config, device, rows)[0]
-    train = train.model_copy(update={"workers": workers})
+    own = {"workers": job["workers"] or None, "micro_batch": job["micro_batch"] or None}
+    steady = {"optimizer": job["optimizer"], "max_steps": 10**6, "eval_every": 10**6, "checkpoint_every": 10**6}
+    asked = Config.model_validate({"train": {
+        **rates, **shape, **steady, **own, "batch_tokens": rows * job["context"], "precision": job["precision"],
+    }})  # fmt: skip
+    facts = Facts(config.vocab_size, 10**9, base=Base("this model", config))
+    train = choose(asked, facts, here(job["precision"])).chosen.train
     steps = job["warmup"] + job["steps"]
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (steps + 2) * rows * job["context"] + 2)
     loader = Loader(Stream(ids, np.zeros(1, dtype=np.int64), len(ids)), job["context"], rows, 1)
     model = build.fresh(config, 1)
     model = (attach(model, adapter, 1) if adapter else model).to(device)
-    micro_batch = job["micro_batch"] or setup.useful_rows(device, rows, job["context"], workers)
-    layout = Layout(device, dtype, micro_batch, job["compile"])
+    layout = Layout(device, dtype, train.micro_batch, job["compile"])
     seconds: list[float] = []
 
     def watch(state: State, m: Any) -> None:

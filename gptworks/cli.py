@@ -13,6 +13,7 @@ import typer
 
 from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
 from gptworks.core.log import PRINTABLE, console
+from gptworks.core.registry import users_place
 
 app = typer.Typer(
     help="A GPT-style language model through its whole life: text, tokenizer, training, evaluation, generation.",
@@ -51,6 +52,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Quiet = Annotated[bool, typer.Option("--quiet", help="On standard error, only warnings and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and do nothing.")]
+MachineFile = Annotated[
+    Path | None,
+    typer.Option(help="With --dry-run: for the machine in this file, from `gptworks env --json`."),
+]
 Folder = Annotated[
     Path, typer.Argument(help="A model folder, or owner/name[@revision] on the hub.", show_default=False)
 ]
@@ -74,6 +79,8 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
     except Exception as error:
         if isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error)):  # torch's words
             _fail("out of memory; use a smaller model, context or micro-batch", 77, debug)
+        if place := users_place(error):  # a mistake in a file that was named by file.py:Name
+            _fail(f"{place}: {type(error).__name__}: {error} (--debug shows more)", 64, debug)
         _fail(
             f"a bug in gptworks: {type(error).__name__}: {error} (--debug shows where; please report it)",
             70,
@@ -120,8 +127,10 @@ def _put(text: str) -> None:
         raise StorageError(f"standard output: {error.strerror or error}; free space or write it elsewhere") from None
 
 
-def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None, fresh: bool, as_json: bool,
-           quiet: bool, debug: bool, dry_run: bool) -> None:  # fmt: skip
+def _stage(
+    name: str, recipe: str, overrides: list[str] | None, *, out: Path | None, fresh: bool, as_json: bool, quiet: bool,
+    debug: bool, dry_run: bool, machine: Path | None,
+) -> None:  # fmt: skip
     console.quiet = quiet
 
     def work() -> None:
@@ -132,11 +141,13 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
 
         config = configuration.load(recipe, overrides)
         folder = out or Path("runs") / Path(recipe).stem
-        if dry_run:
-            _put(_dry_run(config, as_json) + "\n")
-            return
         from gptworks import lifecycle
 
+        if machine and not dry_run:
+            raise UsageError("--machine says what another machine would do: it goes with --dry-run")
+        if dry_run:
+            _put(_dry_run(lifecycle.choices(config, machine), as_json) + "\n")
+            return
         result = getattr(lifecycle, name)(config, folder, recipe, fresh)
         if as_json and result:
             _put(_json(result) + "\n")
@@ -144,46 +155,37 @@ def _stage(name: str, recipe: str, overrides: list[str] | None, out: Path | None
     _do(work, debug)
 
 
-def _dry_run(config: Any, as_json: bool) -> str:
+def _dry_run(choices: Any, as_json: bool) -> str:
+    """The configuration as far as it can be decided now, and what stays open."""
     from gptworks.core import config as configuration
-    from gptworks.model import hub
-    from gptworks.planning.dial import derive_shape, derive_training
-    from gptworks.training.setup import check_values
 
-    check_values(config)
-    if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
-        raise UsageError(f"model.path={config.model.path}: no such folder, and no name on the hub")
-    reasons: dict[str, str] = {}
-    asked = config
-    model, tokenizer = config.model, config.tokenizer
-    sized = model.depth or (model.hidden_size and model.num_hidden_layers)
-    unread = tokenizer.path or tokenizer.kind == "char"  # so we do not know how many ids it has
-    if not model.path and (sized or not unread):
-        vocab = 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
-        config, reasons, architecture = derive_shape(config, vocab)
-        config, more = derive_training(config, architecture, 10**9)
-        for key in ("train.batch_tokens", "train.max_tokens", "train.momentum"):
-            if key in more:  # these follow from the data, which we did not read
-                config = configuration.with_values(config, {key: None})
-                more[key] = "decided once the data is counted"
-        reasons |= more
     if as_json:
-        return _json(config.model_dump(mode="json"))
-    return configuration.dump(config, asked, reasons).rstrip()
+        return _json(choices.config.model_dump(mode="json"))
+    reasons = choices.reasons | {key: f"open: {why}" for key, why in choices.open.items()}
+    warnings = [f"# {warning}" for warning in choices.warnings]
+    return "\n".join([*warnings, configuration.recipe_lines(choices.config, reasons)])
 
 
 @app.command()
 def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
-        quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False) -> None:  # fmt: skip
+        quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False,
+        machine: MachineFile = None) -> None:  # fmt: skip
     """Do every stage the recipe names; run it again and it continues. --json prints the result."""
-    _stage("run", recipe, overrides, out, fresh, json, quiet, debug, dry_run)
+    _stage(
+        "run", recipe, overrides, out=out, fresh=fresh, as_json=json, quiet=quiet, debug=debug, dry_run=dry_run,
+        machine=machine,
+    )  # fmt: skip
 
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
-          quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False) -> None:  # fmt: skip
+          quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False,
+          machine: MachineFile = None) -> None:  # fmt: skip
     """Make tokenizer and shards where missing, then train; run it again and it continues. --json prints the result."""
-    _stage("train", recipe, overrides, out, fresh, json, quiet, debug, dry_run)
+    _stage(
+        "train", recipe, overrides, out=out, fresh=fresh, as_json=json, quiet=quiet, debug=debug, dry_run=dry_run,
+        machine=machine,
+    )  # fmt: skip
 
 
 @app.command()
@@ -451,9 +453,11 @@ def env(json: Json = False) -> None:
         import torch
 
         from gptworks.core import runtime
+        from gptworks.planning.machine import here
 
         device = runtime.device()
-        found = runtime.versions() | {
+        machine = here()
+        found: dict[str, Any] = runtime.versions() | {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "cuda": torch.version.cuda or "none",
             "bf16 units": "yes" if runtime.has_bf16(device) else "no",
@@ -461,7 +465,8 @@ def env(json: Json = False) -> None:
             "memory free": f"{runtime.available_memory(device) / 2**30:.1f} GiB",
             "matmul fp32": f"{runtime.matmul_rate(device, torch.float32) / 1e9:.0f} GFLOP/s",
         }
-        _print(found, json, lambda rows: "\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+        lines = "\n".join(f"{name:<14}{value}" for name, value in found.items())
+        _print(found | {"machine": machine.as_dict()}, json, lambda _: lines)
 
     _do(work, False)
 

@@ -14,7 +14,7 @@ import torch
 
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
-from gptworks.core.config import Config
+from gptworks.core.config import Config, Data
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console
 from gptworks.core.ranks import ranks
@@ -30,7 +30,10 @@ from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import stream_losses, total, unigram, xz
 from gptworks.model import adapters, build, card, hub
 from gptworks.model.build import Loaded
-from gptworks.training import session, setup
+from gptworks.planning.choices import Choices, Facts
+from gptworks.planning.choose import choose
+from gptworks.planning.machine import Machine, here
+from gptworks.training import session
 from gptworks.training.hooks import sampling
 
 # -- train -------------------------------------------------------------------------------------------------------
@@ -42,7 +45,7 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
     Under torchrun every process calls this: the main one prepares and writes, the others wait, then all train. Returns
     what result.json has (on the main process; the others get {}). Raises GptworksError.
     """
-    setup.check(config)
+    session.check(config)
     with runtime.interrupts.listening():
         try:
             if ranks.main:
@@ -57,6 +60,21 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
             return result
         finally:
             ranks.end()
+
+
+def choices(config: Config, machine: Path | None = None) -> Choices:
+    """What `train` would decide, as far as that can be told before any text is read; for the machine that a file
+    describes, else for this one. Raises UsageError, OutOfMemory."""
+    session.check_values(config)
+    if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
+        raise UsageError(f"model.path={config.model.path}: no such folder, and no name on the hub")
+    model, tokenizer = config.model, config.tokenizer
+    sized = model.depth or (model.hidden_size and model.num_hidden_layers)
+    unread = tokenizer.path or tokenizer.kind == "char"  # so it is not known how many ids it has
+    vocab_size = 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
+    known = model.path is None and config.problem.kind == "pretraining" and (sized or not unread)
+    where = Machine.read(machine) if machine else here(config.train.precision, config.train.threads)
+    return choose(config, Facts(vocab_size if known else None), where)
 
 
 def _find_lr(config: Config, out: Path) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def evaluate(
     models = [load(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
     asked = {"separator": separator, "text_column": text_column}
-    options = configuration.build({"data": asked}, "evaluate").data
+    options: Data = configuration.build({"data": asked}, "evaluate").data
     documents = shard_folder.read_documents(data, options)
     places, sizes = comparison.cut(documents if against is not None else [])
     scored = [
@@ -314,9 +332,15 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dic
             trained = file.read_bytes() != before
         elif stage == "evaluate":
             held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
+            if not held_out.is_file():
+                console.say(f"scores   no text to score: {config.problem.kind} holds none out")
+                continue
             result["evaluation"] = evaluate(out / "model", str(held_out), config.train.context)
             _say_evaluation(result["evaluation"])
         elif stage == "generate":
+            if "generate" not in configuration.problem_of({"problem": config.problem.kind}).sections:
+                console.say(f"sample   none: {config.problem.kind} has no prompts")
+                continue
             options = config.generate
             how = sampling(options, config.train.seed)
             result["generation"] = generate(out / "model", options.prompts, how, options.max_new_tokens)

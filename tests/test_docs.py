@@ -201,13 +201,12 @@ def test_exit_codes_in_the_docs_are_those_of_the_errors() -> None:
 def test_the_tree_in_the_docs_is_the_package() -> None:
     page = text_of(ROOT / "docs" / "architecture.md").split("## The tree")[1]
     tree = FENCE.findall(page)[0][1].split("examples/nano.py")[0]
-    named, folder = set(), ""
+    named, folders = set(), list[str]()
     for line in tree.splitlines()[1:]:
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
-        if indent == 2:
-            folder = name if name.endswith("/") else ""
+        folders[indent // 2 - 1 :] = [name]
         if not name.endswith("/"):
-            named.add(name if indent == 2 else folder + name)
+            named.add("".join(folders))
     package = ROOT / "gptworks"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     assert named - {"reporting/style.css"} == {name for name in files if not re.search("/__init__.py$", name)}

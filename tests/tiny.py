@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptworks.core.config import Model, Train
+from gptworks.core.config import Chosen, ChosenTrain, Config, Model
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Stream
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import build, kernels, transformer
 from gptworks.model.config import ModelConfig, build_config
 from gptworks.model.transformer import Transformer
+from gptworks.planning.choices import Facts, Measured
+from gptworks.planning.choose import choose
+from gptworks.planning.machine import Machine
 from gptworks.training import loop
 from gptworks.training.objectives import NextToken
 from gptworks.training.optim import make_optimizers
@@ -82,13 +85,29 @@ def stream(documents: int = 12, characters: int = 400, seed: int = 0) -> Stream:
     return Stream(np.array(ids, dtype=np.uint16), np.array(starts, dtype=np.int64), size)
 
 
-def settings(**values: Any) -> Train:
-    """Training settings with what the dial would otherwise choose."""
-    usual = {"optimizer": "adamw", "lr": 3e-3, "adam_lr": 3e-3, "momentum": 0.9, "weight_decay": 0.1, "warmup": 0.1}
-    return Train.model_validate({**usual, **values})
+def settings(**values: Any) -> ChosenTrain:
+    """Training settings with what would otherwise be chosen."""
+    usual = {
+        "optimizer": "adamw", "lr": 3e-3, "adam_lr": 3e-3, "momentum": 0.9, "weight_decay": 0.1, "warmup": 0.1,
+        "batch_tokens": 8 * CONTEXT, "micro_batch": 8, "context": CONTEXT, "max_steps": 12, "precision": "fp32",
+        "compile": False, "deterministic": True, "threads": 1, "workers": 1, "checkpoint_every": 12, "eval_every": 12,
+    }  # fmt: skip
+    return ChosenTrain.model_validate({**usual, **values})
 
 
-def state(train: Train, **parts: Any) -> State:
+MACHINE = Machine(
+    device="cpu", name="a processor", threads=2, memory=8 * 10**9, matmul={"fp32": 1e11, "bf16": 2e11}, bf16=False,
+    fp16=False, fp8=False, compiles=True,
+)  # fmt: skip
+
+
+def chosen(config: Config, **facts: Any) -> Chosen:
+    """What is chosen for a text of a million tokens on a machine that is no particular one."""
+    known = {"vocab_size": 300, "epoch_tokens": 10**6, "measured": Measured(31250, 0.01, 0.1, 100.0), **facts}
+    return choose(config, Facts(**known), MACHINE).chosen
+
+
+def state(train: ChosenTrain, **parts: Any) -> State:
     made = build.fresh(shape(**parts).with_dropout(parts.get("dropout") or 0.0), train.seed)
     return State(made, make_optimizers(made, train))
 
@@ -97,7 +116,7 @@ def loader(rows: int | None = 8, **options: Any) -> Loader:
     return Loader(stream(), CONTEXT, rows, seed=options.pop("seed", 1), **options)
 
 
-def run(started: State, train: Train, until: int, total: int = 12, micro_batch: int = 8, **options: Any) -> State:
+def run(started: State, train: ChosenTrain, until: int, total: int = 12, micro_batch: int = 8, **options: Any) -> State:
     layout = loop.Layout(torch.device("cpu"), options.pop("dtype", torch.float32), micro_batch)
     course = RunSchedule(train.model_copy(update={"max_steps": total}))
     objective = options.pop("objective", None) or NextToken(train)

@@ -20,8 +20,9 @@ def recipe(sheet: Sheet, name: str) -> None:
         tree["model"] |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         tree["model"].pop("parameters", None)
     vocabulary = 512 if sheet.tiny else OURS.get(name, 50304)
-    run = shapes.decided(tree, vocabulary)
-    chosen = [f"{key}={configuration.get(run.config, key)}: {run.reasons[key]}" for key in SHOWN if key in run.reasons]
+    decided = shapes.decided(tree, vocabulary)
+    run, reasons = decided.run, decided.choices.reasons
+    chosen = [f"{key}={configuration.get(run.config, key)}: {reasons[key]}" for key in SHOWN if key in reasons]
     sheet.row(f"choices of {name}", "; ".join(chosen).replace("train.", ""))
 
 

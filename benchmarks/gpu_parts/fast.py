@@ -54,7 +54,8 @@ class Fast:
         context = 64 if self.tiny else 1024
         shapes.fresh()
         began = time.perf_counter()
-        run = shapes.decided(shapes.gpt2("tiny" if self.tiny else size, tokens, context, **keys), self.vocabulary)
+        tree = shapes.gpt2("tiny" if self.tiny else size, tokens, context, **keys)
+        run = shapes.decided(tree, self.vocabulary).run
         prepared = time.perf_counter() - began
         seconds = shapes.steps(run, 2 + count)
         step = statistics.median(seconds[2:])
@@ -161,7 +162,7 @@ class Fast:
                 shapes.gpt2("tiny" if self.tiny else "124M", tokens, 64 if self.tiny else 1024, optimizer=name,
                             compile=False),
                 self.vocabulary,
-            )  # fmt: skip
+            ).run  # fmt: skip
             for parameter in run.state.model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             train, state = run.config.train, run.state

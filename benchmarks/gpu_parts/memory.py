@@ -7,9 +7,10 @@ import torch
 from gptworks.core import runtime
 from gptworks.core.config import Adapter
 from gptworks.model import adapters
+from gptworks.model.lowbit import scheme
 from gptworks.planning.cost import Trainable, step_memory
+from gptworks.training.assemble import Run
 from gptworks.training.optim import make_optimizers
-from gptworks.training.setup import Run
 from gpu_parts import shapes
 from gpu_parts.sheet import Sheet
 
@@ -29,11 +30,13 @@ def measure(sheet: Sheet, name: str, tree: dict[str, Any], adapter: str | None =
     """Two steps of a run; on a CPU, whose peak is the process's, for the rehearsal alone."""
     shapes.fresh()
     vocabulary = 512 if sheet.tiny else shapes.VOCABULARY
-    run = shapes.decided(tree, vocabulary)
+    run = shapes.decided(tree, vocabulary).run
     part = None
     if adapter:
-        model = adapters.attach(run.state.model, Adapter(kind="lora", rank=16, base=adapter), 1).to(sheet.device)
-        part = Trainable.of(model)
+        options = Adapter(kind="lora", rank=16, base=adapter)
+        model = adapters.attach(run.state.model, options, 1).to(sheet.device)
+        held = 2.0 if adapter == "bf16" else scheme(adapter).bytes_per_weight(model.config.hidden_size)
+        part = Trainable.of(model.config, options, [], held)
         run.state.model, run.state.optimizers = model, make_optimizers(model, run.config.train)
     rows = run.layout.micro_batch
     before = torch.cuda.memory_allocated() if sheet.device.type == "cuda" else 0

@@ -13,8 +13,10 @@ from gptworks.core import runtime
 from gptworks.core.config import build
 from gptworks.data.shards import Shards, Stream
 from gptworks.model.transformer import Transformer
-from gptworks.training import loop, setup
-from gptworks.training.objectives import NextToken
+from gptworks.training import loop
+from gptworks.training.assemble import Run
+from gptworks.training.decide import Decided, decide
+from gptworks.training.pretraining import Pretraining
 from gptworks.training.schedule import RunSchedule
 
 # GPT-2's: width, layers, heads. Its 1.5B has 48 layers of 1600.
@@ -35,6 +37,9 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
+    def decode(self, ids: Any, skip_control: bool = False) -> str:
+        return " ".join(map(str, ids[:8]))
+
 
 def gpt2(size: str, tokens: int, context: int, **keys: Any) -> dict[str, Any]:
     """The configuration of a GPT-2 of that size with steps of so many tokens; `keys` are of `train`."""
@@ -49,7 +54,7 @@ def gpt2(size: str, tokens: int, context: int, **keys: Any) -> dict[str, Any]:
     }
 
 
-def decided(tree: dict[str, Any], vocabulary: int) -> setup.Run:
+def decided(tree: dict[str, Any], vocabulary: int) -> Decided:
     """What the package chooses for that configuration here: precision, micro-batch, compilation."""
     if runtime.device().type == "cpu":  # a rehearsal, in which a compiler would take most of the time
         tree = tree | {"train": {"compile": False, **tree["train"]}}
@@ -58,9 +63,10 @@ def decided(tree: dict[str, Any], vocabulary: int) -> setup.Run:
     assert isinstance(tokens, int)
     ids = np.random.default_rng(1).integers(0, vocabulary, 4 * tokens + 2).astype(np.uint16)
     stream = Stream(ids, np.zeros(1, dtype=np.int64), len(ids))
-    shards = Shards(Path("random"), Numbers(vocabulary), stream, stream, {})  # type: ignore[arg-type]
+    files = {f"{split}.tokens": {"sha256": "0" * 64} for split in ("train", "eval")}
+    shards = Shards(Path("random"), Numbers(vocabulary), stream, stream, {"files": files})  # type: ignore[arg-type]
     with quick_weights():
-        return setup.decide(config, shards, None)
+        return decide(config, Pretraining(shards), None)
 
 
 @contextmanager
@@ -82,16 +88,16 @@ def quick_weights() -> Iterator[None]:
         Transformer.initialise = before  # type: ignore[method-assign]
 
 
-def steps(run: setup.Run, count: int) -> list[float]:
+def steps(run: Run, count: int) -> list[float]:
     """Seconds of each of so many steps, of which the first has what is done once."""
     seconds: list[float] = []
 
     def watch(state: Any, m: loop.StepMetrics) -> None:
         seconds.append(m.seconds)
 
-    train, began = run.config.train, run.state.step
+    train, began, work = run.config.train, run.state.step, run.start()
     loop.run(
-        run.state, run.loader, NextToken(train), train=train, layout=run.layout, schedule=RunSchedule(train),
+        run.state, work.batches, work.objective, train=train, layout=run.layout, schedule=RunSchedule(train),
         hooks=[watch], until=began + count,
     )  # fmt: skip
     wait()

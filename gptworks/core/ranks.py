@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,8 +47,13 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True in the process that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def data(self) -> "Group":
+        """The processes among which the rows are shared out: today all of them."""
+        return Group(self.rank, self.world)
 
     # -- before there is a group: one prepares, the others wait ------------------------------------------------------
 
@@ -271,6 +277,32 @@ def _heard() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(mouth)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that share out the rows of a run among them: each works on its own, sums are over all.
+
+    By default one process alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def total(self, *values: float) -> list[float]:
+        """Sums of a few numbers over all, in float64."""
+        return ranks.total(*values) if self.size > 1 else list(values)
+
+    def gather(self, value: T) -> list[T]:
+        """The plain Python value that each has, in the order of their ranks."""
+        return ranks.gather(value) if self.size > 1 else [value]
+
+    def beat(self) -> None:
+        """Tells the watchdog that there is progress."""
+        ranks.beat()
+
+
+ALONE = Group()
 
 
 class Watchdog(threading.Thread):

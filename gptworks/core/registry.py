@@ -3,7 +3,10 @@
 import difflib
 import importlib
 import importlib.util
+import traceback
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gptworks.core.errors import GptworksError, UsageError
@@ -28,11 +31,8 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
         raise UsageError(f"unknown {kind} {name!r}: {nearest(name, list(table))} (or your own: file.py:Name)")
     if not Path(path).is_file():
         raise UsageError(f"{kind} {name!r}: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec and spec.loader
-    module_object = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module_object)
+        module_object = _load(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
     except GptworksError:  # a signal to stop, for one
         raise
     except Exception as error:
@@ -41,3 +41,24 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
     if not hasattr(module_object, attribute):
         raise UsageError(f"{kind} {name!r}: {path} defines no {attribute!r}")
     return getattr(module_object, attribute)
+
+
+@cache
+def _load(path: str, changed: int) -> ModuleType:
+    """The module of a user's file as it is since it was `changed`; loaded once, so that its classes stay the same."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    _users_files.add(path)
+    spec.loader.exec_module(module)
+    return module
+
+
+_users_files: set[str] = set()
+
+
+def users_place(error: BaseException) -> str | None:
+    """Where in a user's own file an error came about, as `mine.py, line 12, in take`; None for an error elsewhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if str(Path(frame.filename).resolve()) in _users_files]
+    return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else None

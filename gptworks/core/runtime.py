@@ -5,6 +5,7 @@ import fcntl
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +110,46 @@ def cpu_name() -> str:
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def usual_threads() -> int:
+    """The threads that torch takes by itself, asked before a run of this process takes another number."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def can_compile(device: "torch.device") -> bool:
+    """Whether torch.compile has what it needs: a C++ compiler makes a CPU's kernels; Triton makes a GPU's, and has a C
+    compiler make what launches them."""
+    if device.type == "cuda":
+        compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+        return find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def dtype_of(precision: str) -> "torch.dtype":
+    """The type of the values in the passes of a run."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+
+
+def apply(device: "torch.device", threads: int, deterministic: bool, compiles: bool) -> None:
+    """Makes this process one of a run: its threads, its kernels, its memory. All that a run changes in a process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or products there differ from run to run
+    torch.set_deterministic_debug_mode("default" if not deterministic else "error" if device.type == "cpu" else "warn")
+    if deterministic and compiles:  # it imports the compiler, three seconds
+        torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_flush_denormal(True)
+    if device.type == "cpu":
+        reuse_memory()
 
 
 def available_memory(device: "torch.device") -> int:

@@ -46,6 +46,11 @@ class Batch:
         """Rows start .. stop-1, as far as there are any."""
         return replace(self._each(lambda tensor: tensor[start:stop]), first=self.first + start)
 
+    def share_of(self, rank: int, size: int) -> "Batch":
+        """Of a whole step's rows those of one of `size` processes; all have as many, but for the last."""
+        share = -(-len(self.tokens) // (size * self.unit)) * self.unit
+        return replace(self.cut(rank * share, (rank + 1) * share), first=rank * share, share=share)
+
     def rows(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of at most `size` rows, in order."""
         for start in range(0, len(self.tokens), size):

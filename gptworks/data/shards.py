@@ -56,6 +56,7 @@ class Stream:
     documents: np.ndarray
     bytes: int  # of the text, in UTF-8
     sources: tuple[SourceCount, ...] = ()  # in the order of the tokens
+    largest_id: int | None = None  # None: not known without looking at each
 
     @property
     def bytes_per_token(self) -> float:
@@ -89,7 +90,7 @@ class Writer:
         self.file: IO[bytes] = open(path / f"{split}.tokens", "wb")  # noqa: SIM115
         self.hash = hashlib.sha256()
         self.starts = array("Q")
-        self.tokens = self.bytes = 0
+        self.tokens = self.bytes = self.largest_id = 0
         self.marks: dict[int, tuple[int, int, int]] = {}  # documents, tokens and bytes before each source
         self._waiting: list[str] = []
 
@@ -114,7 +115,8 @@ class Writer:
         self._end()
         self.file.close()
         np.frombuffer(self.starts, dtype="<u8").tofile(self.path / f"{self.split}.documents")
-        return {"tokens": self.tokens, "documents": len(self.starts), "bytes": self.bytes}
+        counts = {"tokens": self.tokens, "documents": len(self.starts), "bytes": self.bytes}
+        return {**counts, "largest_id": self.largest_id}
 
     def parts(self, paths: list[str]) -> list[dict[str, Any]]:
         """What each of these sources has here, once all is written."""
@@ -147,6 +149,7 @@ class Writer:
         self.file.write(data)
         self.hash.update(data)
         self.tokens += len(ids)
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
 
 
 def prepare(
@@ -205,14 +208,16 @@ def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
     if bounds[0] != 0 or (np.diff(bounds) <= 0).any():
         raise DataError(f"{path}: {split}.documents does not cut {split}.tokens into documents")
     parts = tuple(SourceCount(**part) for part in facts.get("sources", []))
-    return Stream(tokens, documents, int(facts["bytes"]), parts)
+    largest = facts.get("largest_id")  # which shards of an earlier version do not have
+    return Stream(tokens, documents, int(facts["bytes"]), parts, largest if isinstance(largest, int) else None)
 
 
 def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
     """Raises DataError if the stream has an id the model has no row for."""
-    largest = max(
-        (int(stream.tokens[i : i + 10_000_000].max()) for i in range(0, len(stream.tokens), 10_000_000)), default=0
-    )
+    largest = stream.largest_id
+    if largest is None:
+        starts = range(0, len(stream.tokens), 10_000_000)
+        largest = max((int(stream.tokens[i : i + 10_000_000].max()) for i in starts), default=0)
     if largest >= vocab_size:
         raise DataError(f"{what}: token id {largest} is beyond the model's vocabulary of {vocab_size}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptworks.core.errors import NotFinite
-from gptworks.core.ranks import ranks
+from gptworks.core.ranks import ALONE, Group
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
@@ -62,28 +62,40 @@ def batched(rows: Iterable[Batch], size: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def stream_losses(
-    model: Transformer, stream: Stream, context: int, rows: int = 16, stride: int | None = None
+    model: Transformer,
+    stream: Stream,
+    context: int,
+    rows: int = 16,
+    stride: int | None = None,
+    group: Group = ALONE,
 ) -> Iterator[np.ndarray]:
     """-log p of every token of a stream after the first, in order, float32, an array for each batch.
 
-    A batch is `rows` blocks of `context` (or windows of it, `stride` apart). Of the processes of a run, each gives the
-    batches that are its own.
+    A batch is `rows` blocks of `context` (or windows of it, `stride` apart). Of the processes of a group, each gives
+    the batches that are its own.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         for number, batch in enumerate(batched(blocks(stream, context, stride), rows)):
-            if ranks.started and number % ranks.world != ranks.rank:
+            if number % group.size != group.rank:
                 continue
-            ranks.beat()
+            group.beat()
             yield token_losses(model, batch.to(device)).cpu()[batch.weights > 0].numpy()
     finally:
         model.train(was_training)
 
 
-def score(model: Transformer, stream: Stream, context: int, rows: int = 16, stride: int | None = None) -> Score:
+def score(
+    model: Transformer,
+    stream: Stream,
+    context: int,
+    rows: int = 16,
+    stride: int | None = None,
+    group: Group = ALONE,
+) -> Score:
     """The exact loss over a stream. Raises NotFinite. Arguments as in `stream_losses`."""
-    return total(stream_losses(model, stream, context, rows, stride), stream)
+    return total(stream_losses(model, stream, context, rows, stride, group), stream, group)
 
 
 @torch.no_grad()
@@ -100,7 +112,7 @@ def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16)
     return {"expert_busiest": float(shares.max()) * shares.shape[1], "experts_unused": int((shares == 0).sum())}
 
 
-def total(losses: Iterable[np.ndarray], stream: Stream) -> Score:
+def total(losses: Iterable[np.ndarray], stream: Stream, group: Group = ALONE) -> Score:
     """The score that the losses of all batches make. Raises NotFinite.
 
     Sums of a batch are float64 and their own sum is exact before it is rounded (Shewchuk 1997, as math.fsum), so it
@@ -110,7 +122,7 @@ def total(losses: Iterable[np.ndarray], stream: Stream) -> Score:
     for part in losses:
         sums.append(float(part.sum(dtype=np.float64)))
         tokens += len(part)
-    everyone = ranks.gather((sums, tokens))
+    everyone = group.gather((sums, tokens))
     nats, tokens = math.fsum(value for part, _ in everyone for value in part), sum(count for _, count in everyone)
     loss = nats / max(tokens, 1)
     if not math.isfinite(loss):

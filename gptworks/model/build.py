@@ -334,19 +334,20 @@ def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def save(
     path: Path, model: Transformer, tokenizer: Tokenizer, lineage: dict[str, Any], dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD, base: Loaded | None = None,
+    shard_bytes: int = SHARD, base: Loaded | None = None, architecture: str | None = None,
 ) -> None:  # fmt: skip
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer open, in one atomic step.
 
     Weights are written in `dtype`, each in its own if that is None, to files of `shard_bytes` at most, but for a tensor
     that is larger. `lineage` (recipe, parents, data, metrics) goes into gptworks.json and, for people, into README.md.
-    The chat template and the tokens that end a text are those of `base`.
-    Raises NotFinite, and StorageError, where the disk lacks room before anything is written.
+    The chat template and the tokens that end a text are those of `base`. `architecture` is the class that opens it, by
+    default the family's causal language model. Raises NotFinite, and StorageError, where the disk lacks room before
+    anything is written.
     """
     config = model.config
     family = FAMILIES[config.family]
     raw = {
-        "architectures": [family.architecture],
+        "architectures": [architecture or family.architecture],
         "model_type": config.family,
         "dtype": str(dtype or model.model.embed_tokens.weight.dtype).removeprefix("torch."),
         **family.write_config(config),

@@ -209,6 +209,54 @@ def default_intermediate(width: int, activation: str) -> int:
     return -(-width * 8 // 3 // 32) * 32 if activation == "swiglu" else 4 * width
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a plain decoder by name, with its shape; a shared matrix under the name of the embedding."""
+    c, d, v = config, config.hidden_size, config.vocab_size
+    biased = c.norm == "layernorm"
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
+    if c.positions == "learned":
+        shapes["model.embed_positions.weight"] = (c.max_position_embeddings, d)
+
+    def norm(name: str, size: int, bias: bool = biased) -> None:
+        shapes[f"{name}.weight"] = (size,)
+        if bias:
+            shapes[f"{name}.bias"] = (size,)
+
+    def linear(name: str, out: int, into: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (out, into)
+        if bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    for layer in range(c.num_hidden_layers):
+        block = f"model.layers.{layer}"
+        if c.norm_placement in ("pre", "both"):
+            norm(f"{block}.input_layernorm", d)
+            norm(f"{block}.post_attention_layernorm", d)
+        if c.norm_placement in ("post", "both"):
+            norm(f"{block}.attention_output_norm", d)
+            norm(f"{block}.mlp_output_norm", d)
+        for name, size in (("q", q), ("k", kv), ("v", kv)):
+            linear(f"{block}.self_attn.{name}_proj", size, d, c.attention_bias)
+        linear(f"{block}.self_attn.o_proj", d, q, c.output_bias)
+        if c.qk_norm:
+            norm(f"{block}.self_attn.q_norm", c.head_dim if c.qk_norm_per_head else q, bias=False)
+            norm(f"{block}.self_attn.k_norm", c.head_dim if c.qk_norm_per_head else kv, bias=False)
+        if c.sparse(layer):
+            e, f = c.num_experts, c.moe_intermediate_size
+            shapes[f"{block}.mlp.gate.weight"] = (e, d)
+            for name, shape in (("gate", (e, f, d)), ("up", (e, f, d)), ("down", (e, d, f))):
+                shapes[f"{block}.mlp.experts.{name}_proj"] = shape
+        else:
+            for name in ("gate", "up") if c.gated else ("up",):
+                linear(f"{block}.mlp.{name}_proj", c.intermediate_size, d, c.mlp_bias)
+            linear(f"{block}.mlp.down_proj", d, c.intermediate_size, c.mlp_bias)
+    norm("model.norm", d)
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (v, d)
+    return shapes
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Trainable parameters, shared ones once, fixed sinusoids not counted."""
     return blocks_parameters(config) + outer_parameters(config)

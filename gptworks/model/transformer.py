@@ -129,6 +129,11 @@ class Transformer(nn.Module):
         """What turns hidden states into scores."""
         return self.lm_head
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
     def tie(self) -> None:
         """Makes the head the input embedding, where the two are one matrix."""
         if self.config.tie_word_embeddings:

@@ -1,33 +1,51 @@
-"""What a model and a step cost: floating-point operations and memory, from the shape alone."""
+"""What a model and a step cost: floating-point operations and memory, from the shape alone. Loads no torch."""
 
+import fnmatch
+import math
 from dataclasses import dataclass
 
-from gptworks.model.adapters import adapters
-from gptworks.model.config import ModelConfig, blocks_parameters, logits_rows, parameter_count
-from gptworks.model.transformer import Transformer
+from gptworks.core.config import Adapter
+from gptworks.model.config import ModelConfig, blocks_parameters, logits_rows, parameter_count, parameter_shapes
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of the blocks
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What of a model is trained, where that is not all of it."""
+    """The trained part of a model of which some is frozen."""
 
     trained: int  # parameters with a gradient
     added: int  # of these, beside those of the architecture: adapters
     multiplied: int  # of these, the architecture's that are multiplied: not the tables that are looked up
-    weights: int  # bytes of all
+    weights: int  # bytes of the whole model
 
     @classmethod
-    def of(cls, model: Transformer) -> "Trainable":
-        own = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B, layer.magnitude)}
-        trained = [p for p in model.parameters() if p.requires_grad]
-        tables = {id(p) for name, p in model.named_parameters() if ".embed_" in name} - {id(model.lm_head.weight)}
-        tensors = [*model.parameters(), *model.buffers()]
-        return cls(
-            sum(p.numel() for p in trained),
-            sum(p.numel() for p in trained if id(p) in own),
-            sum(p.numel() for p in trained if id(p) not in own | tables),
-            sum(t.numel() * t.element_size() for t in tensors),
-        )
+    def of(
+        cls, config: ModelConfig, adapter: Adapter | None, freeze: list[str], bytes_per_weight: float = 4.0
+    ) -> "Trainable":
+        """From the architecture. With an `adapter`, which alone is trained, the matrices of the blocks take so many
+        bytes a weight, and all else is in float32. What `freeze` matches is not trained."""
+        shapes = parameter_shapes(config)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        frozen = {name for pattern in freeze for name in fnmatch.filter(shapes, pattern)}
+        buffers = config.max_position_embeddings * config.hidden_size if config.positions == "sinusoidal" else 0
+        weights = 4.0 * buffers
+        added = trained = multiplied = 0
+        for name, shape in shapes.items():
+            part = name.removesuffix(".weight").rpartition(".")[2]
+            inside = adapter is not None and len(shape) == 2 and part in LINEARS
+            weights += sizes[name] * (bytes_per_weight if inside else 4.0)
+            if adapter is not None and inside and part in (adapter.target_modules or LINEARS):
+                sides = {"lora_A": adapter.rank * shape[1], "lora_B": shape[0] * adapter.rank}
+                sides |= {"magnitude": shape[0]} if adapter.use_dora else {}
+                weights += 4 * sum(sides.values())
+                names = {f"{name.removesuffix('.weight')}.{side}": size for side, size in sides.items()}
+                added += sum(size for n, size in names.items() if not any(fnmatch.fnmatch(n, f) for f in freeze))
+            elif adapter is None and name not in frozen:
+                trained += sizes[name]
+                table = ".embed_" in name and not (config.tie_word_embeddings and "embed_tokens" in name)
+                multiplied += 0 if table else sizes[name]
+        return cls(trained + added, added, multiplied, int(weights))
 
 
 def flops_per_token(config: ModelConfig, context: int, trainable: Trainable | None = None) -> float:

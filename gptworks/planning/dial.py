@@ -4,13 +4,12 @@ Whatever the user set by hand stays; what is left to us is derived here, once, a
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-from gptworks.core.config import Config, Model, with_values
+from gptworks.core.config import Config, Model
 from gptworks.core.errors import UsageError
 from gptworks.core.log import count
 from gptworks.model.config import ModelConfig, build_config, parameter_count
+from gptworks.planning.choices import Choices, needed
 from gptworks.planning.cost import flops_per_token
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
@@ -19,34 +18,19 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refi
 ADAPTER_LR = 0.002
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
 
-
 EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
-T = TypeVar("T")
 
 
-@dataclass
-class Derived:
-    """Values we chose, by dotted key, and why."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def choose(self, key: str, value: T, reason: str) -> T:
-        self.values[key] = value
-        self.reasons[key] = reason
-        return value
-
-
-def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str], ModelConfig]:
+def derive_shape(choices: Choices, vocab_size: int) -> ModelConfig:
     """Sets context, width, depth and heads where they are open; gives the architecture. Raises UsageError."""
-    derived, model = Derived(), config.model
+    model = choices.config.model
     width_given, heads_given = model.hidden_size, model.num_attention_heads
     if width_given and heads_given and not model.head_dim and width_given % heads_given:
         raise UsageError(f"model.hidden_size={width_given} is not divisible by model.num_attention_heads={heads_given}")
-    context = config.train.context or derived.choose("train.context", 256, "our default")
+    context = choices.config.train.context or choices.set("train.context", 256, "our default")
     if model.hidden_size is None or model.num_hidden_layers is None:
-        _size(model, vocab_size, context, derived)
-    width: int = derived.values.get("model.hidden_size") or model.hidden_size or 0
+        _size(model, vocab_size, context, choices)
+    width = needed(choices.config.model.hidden_size)
     if model.num_attention_heads is None:
         heads, head_dim = _heads(model, width)
         if model.head_dim is None and width % heads:
@@ -54,31 +38,30 @@ def derive_shape(config: Config, vocab_size: int) -> tuple[Config, dict[str, str
                 f"model.hidden_size={width} has no whole heads beside num_key_value_heads="
                 f"{model.num_key_value_heads}; set num_attention_heads"
             )
-        derived.choose("model.num_attention_heads", heads, f"{head_dim} channels a head")
-    config = with_values(config, derived.values)
-    architecture = build_config(config.model, vocab_size, context)
+        choices.set("model.num_attention_heads", heads, f"{head_dim} channels a head")
+    architecture = build_config(choices.config.model, vocab_size, context)
     for key in ("family", "norm", "positions", "activation", "qk_norm", "tie_word_embeddings", "num_key_value_heads",
                 "head_dim", "intermediate_size", "rope_theta", *EXPERTS):  # fmt: skip
         if key in EXPERTS and not architecture.num_experts:
             continue
         if getattr(model, key) is None and not (key == "rope_theta" and architecture.positions != "rotary"):
             why = "holds every part asked for" if key == "family" else f"{architecture.family}'s default"
-            derived.choose(f"model.{key}", getattr(architecture, key), why)
+            choices.set(f"model.{key}", getattr(architecture, key), why)
     if model.bias is None:
-        derived.choose("model.bias", architecture.mlp_bias, f"{architecture.family}'s default")
+        choices.set("model.bias", architecture.mlp_bias, f"{architecture.family}'s default")
     if model.dropout is None:
-        derived.choose("model.dropout", 0.0, "little to gain below several passes over the text")
-    return with_values(config, derived.values), derived.reasons, architecture
+        choices.set("model.dropout", 0.0, "little to gain below several passes over the text")
+    return architecture
 
 
-def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None:
+def _size(model: Model, vocab_size: int, context: int, choices: Choices) -> None:
     """Width and depth from the dial, or from whichever of the two is given."""
     if model.depth or (model.num_hidden_layers and not model.parameters):
         depth = model.depth or model.num_hidden_layers or 0
         if model.hidden_size is None:
-            derived.choose("model.hidden_size", 64 * depth, "64 for each layer, the shape that scales well")
+            choices.set("model.hidden_size", 64 * depth, "64 for each layer, the shape that scales well")
         if model.num_hidden_layers is None:
-            derived.choose("model.num_hidden_layers", depth, "model.depth")
+            choices.set("model.num_hidden_layers", depth, "model.depth")
         return
     wanted = model.parameters or 3_000_000
     why = f"nearest to {count(wanted)} parameters" if model.parameters else "our default of 3M parameters"
@@ -105,9 +88,9 @@ def _size(model: Model, vocab_size: int, context: int, derived: Derived) -> None
             f"num_key_value_heads={model.num_key_value_heads}; set model.hidden_size and model.head_dim too"
         )
     if model.hidden_size is None:
-        derived.choose("model.hidden_size", best[1], why)
+        choices.set("model.hidden_size", best[1], why)
     if model.num_hidden_layers is None:
-        derived.choose("model.num_hidden_layers", best[2], why)
+        choices.set("model.num_hidden_layers", best[2], why)
 
 
 def _heads(model: Model, width: int) -> tuple[int, int]:
@@ -129,53 +112,60 @@ def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: i
 
 
 def derive_training(
-    config: Config, architecture: ModelConfig, train_tokens: int, flops_per_second: float = 0.0
-) -> tuple[Config, dict[str, str]]:
+    choices: Choices, architecture: ModelConfig, epoch_tokens: float | None, flops_per_second: float
+) -> None:
     """Sets batch, rates, decay and the length of the run, where open.
 
-    `train_tokens` is one epoch; `flops_per_second` what a step is likely to reach here, which turns a time budget into
-    an expected number of tokens.
+    `epoch_tokens` is one epoch, infinite for data without end; what follows from it stays open where it is None.
+    `flops_per_second` is what a step is likely to reach, which turns a time budget into an expected number of tokens.
     """
-    derived, train = Derived(), config.train
+    config, train = choices.config, choices.config.train
     context = train.context or architecture.max_position_embeddings
     parameters, width = parameter_count(architecture), architecture.hidden_size
-    horizon = _horizon(config, architecture, train_tokens, flops_per_second)
+    horizon = None if epoch_tokens is None else _horizon(config, architecture, epoch_tokens, flops_per_second)
+    unread = "decided once the data is counted"
 
     batch = train.batch_tokens
-    if batch is None:
-        batch = max(context, min(best_batch(horizon), train_tokens // 20) // context * context)
-        derived.choose("train.batch_tokens", batch, f"grows with the {count(horizon)} tokens the run is likely to see")
+    if batch is None and (horizon is None or epoch_tokens is None):
+        choices.leave("train.batch_tokens", unread)
+    elif batch is None:
+        batch = max(context, int(min(best_batch(needed(horizon)), needed(epoch_tokens) / 20)) // context * context)
+        reason = f"grows with the {count(needed(horizon))} tokens the run is likely to see"
+        choices.set("train.batch_tokens", batch, reason)
     falling = f"falls with the square root of the width, {width}"
     if train.lr is None:
         if config.adapter.kind and train.optimizer in ("adamw", "adam"):
             why = f"about ten times what suits all weights, whatever the rank (LoRA Without Regret, 2025); {falling}"
-            derived.choose("train.lr", _by_width(ADAPTER_LR, width), why)
+            choices.set("train.lr", _by_width(ADAPTER_LR, width), why)
         elif train.optimizer == "muon":
-            derived.choose("train.lr", 0.02, "Muon's update has the same size at every width")
+            choices.set("train.lr", 0.02, "Muon's update has the same size at every width")
         else:
-            derived.choose("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
+            choices.set("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
     if train.optimizer == "muon" and train.adam_lr is None:
-        derived.choose("train.adam_lr", _by_width(0.004, width), falling)
+        choices.set("train.adam_lr", _by_width(0.004, width), falling)
     if train.momentum is None and train.optimizer in ("muon", "sgd"):
-        steps = horizon / (train_tokens if batch == "full" else batch)
-        short = train.optimizer != "muon" or steps < 1000
-        why = "a short run gains from a short memory" if short else "Muon's usual"
-        derived.choose("train.momentum", 0.9 if short else 0.95, why)
+        if horizon is None or batch is None or epoch_tokens is None:
+            choices.leave("train.momentum", unread)
+        else:
+            steps = horizon / (epoch_tokens if batch == "full" else batch)
+            short = train.optimizer != "muon" or steps < 1000
+            why = "a short run gains from a short memory" if short else "Muon's usual"
+            choices.set("train.momentum", 0.9 if short else 0.95, why)
     if train.weight_decay is None and config.adapter.kind:
-        derived.choose("train.weight_decay", 0.0, "adapters start at nothing, and stay small by themselves")
+        choices.set("train.weight_decay", 0.0, "adapters start at nothing, and stay small by themselves")
     elif train.weight_decay is None:
         decay = 0.1 if train.optimizer in ("muon", "adamw") else 0.0
-        derived.choose("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
+        choices.set("train.weight_decay", decay, f"{train.optimizer}'s usual, decoupled")
     if train.warmup is None:
         warmup = 0.02 if train.optimizer == "muon" else 0.05
-        derived.choose("train.warmup", warmup, "the first updates are the riskiest")
+        choices.set("train.warmup", warmup, "the first updates are the riskiest")
     if not any((train.max_steps, train.max_tokens, train.max_epochs, train.time_budget_s)):
         if batch == "full":
-            derived.choose("train.max_epochs", 100.0, "one step each")
+            choices.set("train.max_epochs", 100.0, "one step each")
+        elif horizon is None or epoch_tokens is None:
+            choices.leave("train.max_tokens", unread)
         else:
-            tokens = int(horizon)
-            derived.choose("train.max_tokens", tokens, _horizon_reason(parameters, tokens, train_tokens))
-    return with_values(config, derived.values), derived.reasons
+            choices.set("train.max_tokens", int(horizon), _horizon_reason(parameters, int(horizon), epoch_tokens))
 
 
 def best_batch(horizon: float) -> int:
@@ -190,24 +180,24 @@ def _by_width(rate: float, width: int) -> float:
     return round(rate * (128 / width) ** 0.5, 6)
 
 
-def _horizon(config: Config, architecture: ModelConfig, train_tokens: int, flops_per_second: float) -> float:
+def _horizon(config: Config, architecture: ModelConfig, epoch_tokens: float, flops_per_second: float) -> float:
     """Tokens the run is likely to see; where nothing limits it, should see."""
     train = config.train
     limits: list[float] = []
     if train.max_tokens:
         limits.append(train.max_tokens)
     if train.max_epochs:
-        limits.append(train.max_epochs * train_tokens)
+        limits.append(train.max_epochs * epoch_tokens)
     if train.max_steps and isinstance(train.batch_tokens, int):
         limits.append(train.max_steps * train.batch_tokens)
     if train.time_budget_s and flops_per_second:
         cost = flops_per_token(architecture, train.context or architecture.max_position_embeddings)
         limits.append(max(0.8 * train.time_budget_s * flops_per_second / cost, 1.0))
-    ideal = min(TOKENS_PER_PARAMETER * parameter_count(architecture), MAX_DEFAULT_EPOCHS * train_tokens)
+    ideal = min(TOKENS_PER_PARAMETER * parameter_count(architecture), MAX_DEFAULT_EPOCHS * epoch_tokens)
     return min(limits, default=ideal)
 
 
-def _horizon_reason(parameters: int, tokens: int, train_tokens: int) -> str:
+def _horizon_reason(parameters: int, tokens: int, epoch_tokens: float) -> str:
     if tokens == TOKENS_PER_PARAMETER * parameters:
         return f"{TOKENS_PER_PARAMETER} for each of {count(parameters)} parameters, the compute-optimal ratio"
-    return f"{MAX_DEFAULT_EPOCHS} passes over {count(train_tokens)} tokens; more repetition helps little"
+    return f"{MAX_DEFAULT_EPOCHS} passes over {count(epoch_tokens)} tokens; more repetition helps little"

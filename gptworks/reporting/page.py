@@ -22,6 +22,10 @@ BASELINES = {
     "unigram": ("unigrams", "knows how frequent each token of this very text is, and nothing of their order"),
     "xz": ("xz -9e", "a compressor that has seen nothing but these bytes"),
 }
+KNOWN = {
+    "loss", "bits_per_byte", "perplexity", "grad_norm", "learning_rate", "epoch", "tokens", "tokens_per_second", "mfu",
+    "data_wait", "seconds", "memory_gib", "skipped", "loss_scale", "expert_busiest", "experts_unused",
+}  # fmt: skip
 LABELS = {"data": "trained on", "data_sha256": "SHA-256 of the data", "parents": "parent"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -142,24 +146,14 @@ def read_rows(text: str) -> dict[str, Any]:
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The values of config.yaml, what was asked, and each value's comment, its reason, all by dotted key."""
+    """The values of config.yaml, what was asked, and the reason of each value, all by dotted key."""
     tree = yaml.safe_load(text)
     if not isinstance(tree, dict):
         raise ValueError("not a mapping")
-    asked = flatten(tree.pop("asked", None))
-    values = flatten(tree)
-    reasons: dict[str, str] = {}
-    path: list[str] = []
-    for line in text.split("\n"):
-        path[(len(line) - len(line.lstrip())) // 2 :] = [line.partition(":")[0].strip()]
-        key = ".".join(path)
-        for mark in re.finditer("  # ", line) if key in values else ():
-            try:  # a "#" inside a quoted value begins no comment: what stands before one has to be the value
-                if yaml.safe_load(line[: mark.start()]) == {path[-1]: values[key]}:
-                    reasons.setdefault(key, line[mark.end() :])
-            except yaml.YAMLError:
-                continue
-    return {"values": values, "asked": asked, "reasons": reasons}
+    asked, reasons = flatten(tree.pop("asked", None)), tree.pop("reasons", None)
+    tree.pop("changes", None)  # result.json tells them in words
+    reasons = {str(key): str(why) for key, why in reasons.items()} if isinstance(reasons, dict) else {}
+    return {"values": flatten(tree), "asked": asked, "reasons": reasons}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -269,6 +263,7 @@ def headline(run: Run) -> str:
         ("training loss so far", None if loss else show(run.last("train/loss"), "{:.4f}")),
         ("bits per byte", bits),
         ("perplexity", show(get(result, "eval", "perplexity") or run.last("eval/perplexity"), "{:,.5g}")),
+        *((f"evaluation {name}", show(run.last(f"eval/{name}"), "{:.4g}")) for name in own_figures(run)),
         ("whole time" if result else "time so far", show(result.get("seconds") or run.last("train/seconds"), duration)),
         ("parameters", show(result.get("parameters"), count)),
         ("tokens seen", show(result.get("tokens") or run.last("train/tokens"), count)),
@@ -277,6 +272,12 @@ def headline(run: Run) -> str:
     told = sentence(joined("; ", what, how))
     notes = "".join(f'<p class="problem">{h(problem)}</p>' for problem in run.problems)
     return f"<header><h1>{h(title(run))}</h1>{told}{notes}<dl>{shown}</dl></header>"
+
+
+def own_figures(run: Run) -> list[str]:
+    """The figures that the run's problem logs beside those of every run, in the order of their names."""
+    tags = {tag for row in run.rows for tag in row if tag.startswith(("train/", "eval/"))}
+    return sorted({tag.partition("/")[2] for tag in tags} - KNOWN)
 
 
 def places(value: Any) -> str:
@@ -301,6 +302,10 @@ def curves(run: Run) -> str:
             ("Tokens per second", "tokens_per_second", True),
         )
     )
+    for name in own_figures(run):
+        lines = [Series("training", "train", run.series(f"train/{name}"))]
+        lines.append(Series("evaluation", "eval", run.series(f"eval/{name}"), dots=True))
+        small += chart(name.replace("_", " ").capitalize(), lines, run.step)
     return section("Curves", loss, best, f'<div class="small">{small}</div>' if small else "")
 
 

@@ -1,10 +1,10 @@
-"""What happens beside the steps: logging, evaluation, samples, checkpoints, stopping. Each is a hook of the loop."""
+"""What happens beside the steps: evaluation, logging, samples, a time budget, checkpoints. Each is a hook of the loop.
 
-import hashlib
-import importlib.util
-import json
+The loop calls them in the order in which `session` lists them, which is part of what they do: an evaluation may end the
+run, and what is logged, sampled and saved after it knows that.
+"""
+
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,133 +12,34 @@ from typing import Any
 
 import torch
 
-from gptworks.core import folder
-from gptworks.core.config import Change, Config
-from gptworks.core.errors import Preempted, UsageError
+from gptworks.core.config import Change, ChosenTrain, Generate
+from gptworks.core.errors import NotFinite, Preempted, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
-from gptworks.core.runtime import interrupts, peak_memory, process_seconds
-from gptworks.data.shards import Shards
+from gptworks.core.runtime import interrupts, peak_memory
+from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.infer.scoring import Score, expert_use, score
 from gptworks.training.loop import StepMetrics
+from gptworks.training.metrics import Metrics
+from gptworks.training.problem import Evaluation, Evaluator, Problem
 from gptworks.training.schedule import RunSchedule, flat_share
 from gptworks.training.state import Saving, State, using
-
-
-class Metrics:
-    """metrics.jsonl, always; the same values in tensorboard/, under Hugging Face's tag names, and at Weights & Biases,
-    when asked.
-
-    A resumed run drops what was logged after the checkpoint it continues from, so no step is there twice.
-    """
-
-    def __init__(self, run: Path, from_step: int, tensorboard: bool, wandb: str | None = None) -> None:
-        self.path = run / "metrics.jsonl"
-        self.last_loss: float | None = None  # the last logged training loss, of this process or one before
-        self._trim(from_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self.board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None)
-        self.wandb: Any = _wandb(wandb, run) if wandb else None
-
-    def _trim(self, from_step: int) -> None:
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):  # a sample may have other ends of lines in it
-            try:
-                row = json.loads(line)
-                if row["step"] <= from_step:
-                    kept.append(line + "\n")
-                    self.last_loss = row.get("train/loss", self.last_loss)
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a power cut left half-written
-        folder.write_text(self.path, "".join(kept))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self.last_loss = values.get("train/loss", self.last_loss)
-        failpoint("metrics.write")
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        if self.board:
-            for tag, value in values.items():
-                self.board.add_scalar(tag, value, step)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})  # by a metric of our own, so that a resumed run may go back
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        self.file.write(json.dumps({"step": step, tag: text}, ensure_ascii=False) + "\n")
-        self.file.flush()
-        if self.board:
-            self.board.add_text(tag, f"    {text}".replace("\n", "\n    "), step)
-
-    def hyperparameters(self, config_text: str, config: Config) -> None:
-        flat = {
-            f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
-            for section, values in config.model_dump(mode="json").items()
-            if isinstance(values, dict)
-            for key, value in values.items()
-            if value is not None
-        }
-        if self.wandb:
-            self.wandb.config.update(flat, allow_val_change=True)
-        if not self.board:
-            return
-        from torch.utils.tensorboard.summary import hparams
-
-        self.board.add_text("config", "    " + config_text.replace("\n", "\n    "), 0)
-        for summary in hparams(flat, {"eval/loss": 0.0}):
-            self.board.file_writer.add_summary(summary)
-
-    def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def check_wandb(project: str | None) -> None:
-    """Raises UsageError where Weights & Biases is asked for and not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise UsageError(f'train.wandb={project}: wandb is not installed; pip install "gptworks[wandb]"')
-
-
-def _wandb(project: str, run: Path) -> Any:
-    """A Weights & Biases run that goes on where the run in this folder does."""
-    import wandb
-
-    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    board = wandb.init(project=project, id=name, name=run.name, resume="allow", dir=str(run))
-    board.define_metric("*", step_metric="step")
-    return board
 
 
 class Logger:
     """Logs every `every` steps, and keeps the live line current."""
 
     def __init__(
-        self,
-        metrics: Metrics,
-        every: int,
-        schedule: RunSchedule,
-        bytes_per_token: float,
-        flops: float,
-        rate: float,
-        epoch_rows: int,
-    ) -> None:
-        self.metrics, self.every, self.schedule = metrics, every, schedule
-        self.nats_to_bits_per_byte = 1 / math.log(2) / bytes_per_token
-        self.flops, self.rate, self.epoch_rows = flops, rate, epoch_rows
+        self, metrics: Metrics, every: int, schedule: RunSchedule, *,
+        batches: Batches, bytes_per_token: float | None, flops: float, rate: float,
+    ) -> None:  # fmt: skip
+        """`flops` is what a token costs, `rate` the FLOP/s of the machine; bytes per token turn nats into bits."""
+        self.metrics, self.every, self.schedule, self.batches = metrics, every, schedule, batches
+        self.to_bits = None if bytes_per_token is None else 1 / math.log(2) / bytes_per_token
+        self.flops, self.rate = flops, rate
         self._clear()
         self._said = 0.0
 
@@ -164,11 +65,11 @@ class Logger:
             state.step,
             {
                 "train/loss": loss,
-                "train/bits_per_byte": loss * self.nats_to_bits_per_byte,
+                **({} if self.to_bits is None else {"train/bits_per_byte": loss * self.to_bits}),
                 **{f"train/{name}": total / weight for name, (total, weight) in self._figures.items() if weight},
                 **({"train/grad_norm": m.grad_norm} if math.isfinite(m.grad_norm) else {}),
                 "train/learning_rate": m.lr,
-                "train/epoch": state.cursor.epoch + state.cursor.row / self.epoch_rows,
+                "train/epoch": self.batches.epochs(state.cursor),
                 "train/tokens": state.tokens,
                 "train/tokens_per_second": speed,
                 "train/mfu": speed * self.flops / self.rate,
@@ -183,77 +84,83 @@ class Logger:
         self._clear()
         if console.terminal:
             console.live(line)
-        if (
-            time.perf_counter() - self._said > (10 if not console.terminal else 30)
-            or state.step == self.schedule.length
-        ):
+        last = state.step == self.schedule.length
+        if time.perf_counter() - self._said > (10 if not console.terminal else 30) or last:
             self._said = time.perf_counter()
             console.say(line)
 
     def _line(self, state: State, loss: float, speed: float) -> str:
         total = self.schedule.length
         left = (total - state.step) * state.seconds / state.step
+        bits = "" if self.to_bits is None else f"{loss * self.to_bits:.3f} bits/byte  "
+        figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in self._figures.items() if w)
         return (
-            f"step {state.step:>{len(str(total))}}/{total}  loss {loss:.4f}  "
-            f"{loss * self.nats_to_bits_per_byte:.3f} bits/byte  {count(speed)} tokens/s  "
+            f"step {state.step:>{len(str(total))}}/{total}  loss {loss:.4f}  {bits}{figures}{count(speed)} tokens/s  "
             f"{speed * self.flops / self.rate:.0%} of matmul rate  data {self._data / max(self._seconds, 1e-9):.1%}  "
             f"{duration(left)} left"
         )
 
 
-class Evaluator:
-    """Exact loss on the evaluation split every `every` steps; ends the run on a target or when patience runs out."""
+class Evaluations:
+    """Measures the model every so many steps; ends the run on a target, or when patience runs out."""
 
     def __init__(
-        self, metrics: Metrics | None, shards: Shards, config: Config, schedule: RunSchedule, rows: int
-    ) -> None:
+        self, evaluate: Evaluator, problem: Problem, train: ChosenTrain, schedule: RunSchedule,
+        metrics: Metrics | None = None,
+    ) -> None:  # fmt: skip
         """`metrics` is None where nothing is to be written: in a replay, and on all processes but the main one."""
-        self.metrics, self.shards, self.schedule, self.rows = metrics, shards, schedule, rows
-        self.every, self.train = config.train.eval_every or schedule.planned, config.train
-        self.last: tuple[int, Score] | None = None
+        self.evaluate, self.problem, self.train, self.schedule = evaluate, problem, train, schedule
+        self.metrics = metrics
+        self.last: tuple[int, Evaluation] | None = None
 
-    def measure(self, state: State) -> Score:
-        """The score of the weights, or of their average where one is kept; measured once a step."""
+    def measure(self, state: State) -> Evaluation:
+        """An evaluation of the weights, or of their average where one is kept; made once a step."""
         if self.last is None or self.last[0] != state.step:
-            assert self.train.context
             failpoint("eval.start")
             with using(state.model, state.average):
-                self.last = (state.step, score(state.model, self.shards.eval, self.train.context, self.rows))
+                self.last = (state.step, self._checked(state))
         return self.last[1]
 
-    def final(self, state: State) -> Score:
-        """The score of the weights that the run gives: the best where they are kept, else as `measure`."""
+    def final(self, state: State) -> Evaluation:
+        """That of the weights that the run gives: the best where they are kept, else as `measure`."""
         if not state.best:
             return self.measure(state)
-        assert self.train.context
         with using(state.model, state.best):
-            return score(state.model, self.shards.eval, self.train.context, self.rows)
+            return self._checked(state)
+
+    def _checked(self, state: State) -> Evaluation:
+        """Raises UsageError where the watched figure is missing, NotFinite where a figure is not finite."""
+        evaluation, watched = self.evaluate(state.model), self.problem.watched
+        if watched not in evaluation.figures:
+            raise UsageError(
+                f"{type(self.problem).__name__} watches {watched!r}, and its evaluation has "
+                f"{', '.join(evaluation.figures) or 'no figure'}"
+            )
+        for name, value in evaluation.figures.items():
+            if not math.isfinite(value):
+                raise NotFinite(f"step {state.step}: the evaluation's {name} is {value}; nothing of it was written")
+        return evaluation
 
     def __call__(self, state: State, m: StepMetrics) -> str | None:
-        if not self.schedule.due(state.step, self.every):
+        if not self.schedule.due(state.step, self.train.eval_every):
             return None
-        total = self.schedule.length
-        found = self.measure(state)
+        evaluation, total = self.measure(state), self.schedule.length
         if self.metrics:
-            values = {f"eval/{key}": getattr(found, key) for key in ("loss", "bits_per_byte", "perplexity")}
-            if state.model.config.num_experts and self.train.context:
-                with using(state.model, state.average):
-                    used = expert_use(state.model, self.shards.eval, self.train.context, self.rows)
-                values |= {f"eval/{key}": value for key, value in used.items()}
+            logged = evaluation.figures if evaluation.logged is None else evaluation.logged
+            values = {f"eval/{name}": value for name, value in logged.items()}
             self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
-            console.say(
-                f"step {state.step:>{len(str(total))}}/{total}  eval loss {found.loss:.4f}  "
-                f"{found.bits_per_byte:.3f} bits/byte  perplexity {found.perplexity:.2f}"
-            )
-        if state.best_loss is None or found.loss < state.best_loss:
-            state.best_loss, state.evals_since_best = found.loss, 0
+            console.say(f"step {state.step:>{len(str(total))}}/{total}  eval {'  '.join(evaluation.shown)}")
+        found, best = evaluation.figures[self.problem.watched], state.best_figure
+        if best is None or (found < best if self.problem.lower_is_better else found > best):
+            state.best_figure, state.evals_since_best = found, 0
             if self.train.patience is not None:
                 with using(state.model, state.average):
                     state.best = {name: p.detach().to("cpu", copy=True) for name, p in state.trained().items()}
         else:
             state.evals_since_best += 1
-        if self.train.target_loss is not None and found.loss <= self.train.target_loss:
-            return f"reached train.target_loss={self.train.target_loss}"
+        target = self.train.target_loss
+        if target is not None and evaluation.figures.get("loss", math.inf) <= target:
+            return f"reached train.target_loss={target}"
         if self.train.patience is not None and state.evals_since_best >= self.train.patience:
             return f"no improvement in {state.evals_since_best} evaluations (train.patience)"
         return None
@@ -263,26 +170,25 @@ class Sampler:
     """A sample of text now and then, so that a person sees the model learn."""
 
     def __init__(
-        self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], config: Config, schedule: RunSchedule
-    ) -> None:
+        self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
+        options: Generate, seed: int, schedule: RunSchedule,
+    ) -> None:  # fmt: skip
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
-        self.options, self.seed = config.generate, config.train.seed
-        self.schedule = schedule
+        self.options, self.seed, self.schedule = options, seed, schedule
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         steps = {max(round(self.schedule.length * share), 1) for share in (0.1, 0.3, 1.0)}
         if state.step not in steps or not self.options.prompts:
             return
         engine = Engine(state.model, self.tokenizer, self.stop_ids)
-        how = sampling(self.options, self.seed)
-        prompt = self.options.prompts[0]
+        prompt, how = self.options.prompts[0], sampling(self.options, self.seed)
         with using(state.model, state.average):
             result = engine.generate(prompt, how, min(60, self.options.max_new_tokens))
         self.metrics.text(state.step, "sample", prompt + result.text)
 
 
-def sampling(options: Any, seed: int | None) -> Sampling:
-    """The sampling a recipe's `generate` section asks for."""
+def sampling(options: Generate, seed: int | None) -> Sampling:
+    """The sampling that a recipe's `generate` section asks for."""
     return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p, seed)
 
 
@@ -294,24 +200,19 @@ class TimeBudget:
     """
 
     def __init__(
-        self,
-        config: Config,
-        schedule: RunSchedule,
-        most: int | None,
-        eval_seconds: float,
-        state: State,
-        record: Callable[[], None],
-    ) -> None:
-        """`most` is None where the plan is an earlier process's."""
-        assert config.train.checkpoint_every
+        self, train: ChosenTrain, schedule: RunSchedule, *, most: int | None, eval_seconds: float, from_step: int,
+        record: Callable[[Change], None], clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        """`most` steps fit into all other limits, None where the plan is an earlier process's; `clock` gives the
+        seconds since the command began."""
+        self.train, self.schedule, self.most, self.every = train, schedule, most, train.checkpoint_every
         self.eval_seconds, self.evaluated, self.first = eval_seconds, 0, 0.0
-        self.train, self.schedule, self.most, self.every = config.train, schedule, most, config.train.checkpoint_every
-        self.record, self.from_step, self.started = record, state.step, time.perf_counter()
+        self.record, self.from_step, self.clock, self.started = record, from_step, clock, clock()
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         flat = flat_share(self.train)
         self.first = self.first or m.seconds  # with what is compiled and allocated once
-        self.evaluated += self.schedule.due(state.step, self.train.eval_every or self.schedule.planned)
+        self.evaluated += self.schedule.due(state.step, self.train.eval_every)
         if (
             self.from_step
             or not self.train.time_budget_s
@@ -321,21 +222,20 @@ class TimeBudget:
         ):
             return
         if change := ranks.agree(self._decide(state, flat)):
-            self.schedule.changes.append(change)
-            self.record()
+            self.record(change)
 
     def _decide(self, state: State, flat: float) -> Change | None:
         train, length = self.train, self.schedule.length
-        assert train.time_budget_s and train.eval_every
+        assert train.time_budget_s
         if self.most is None or state.step == 1:
             return None
-        spent = time.perf_counter() - self.started - self.eval_seconds * self.evaluated
+        spent = self.clock() - self.started - self.eval_seconds * self.evaluated
         pace = (max(spent, state.seconds) - self.first) / (state.step - 1)  # with samples and checkpoints
         # As many evaluations as planned, however long the run gets: their distance stretches with it.
         to_come = max(math.ceil(self.schedule.planned / train.eval_every) - self.evaluated, 1)
-        left = train.time_budget_s - process_seconds() - 2.0 - self.eval_seconds * to_come
+        left = train.time_budget_s - self.clock() - 2.0 - self.eval_seconds * to_come
         steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
-        if state.step < round((train.warmup or 0.0) * steps) or abs(steps - length) <= 0.02 * length:
+        if state.step < round(train.warmup * steps) or abs(steps - length) <= 0.02 * length:
             return None
         why = f"{steps} steps fit into train.time_budget_s={train.time_budget_s:g}, not {length}"
         console.say(f"step {state.step}: {why}")

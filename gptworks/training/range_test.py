@@ -10,11 +10,10 @@ from gptworks.core.config import with_values
 from gptworks.core.errors import DataError, NotFinite
 from gptworks.core.log import console
 from gptworks.core.runtime import interrupts
+from gptworks.training.assemble import Run
 from gptworks.training.loop import StepMetrics, run
-from gptworks.training.objectives import NextToken
 from gptworks.training.optim import make_optimizers
 from gptworks.training.schedule import RunSchedule
-from gptworks.training.setup import Run
 from gptworks.training.state import State
 
 STEPS = 120
@@ -41,7 +40,6 @@ class RangeTest:
 def range_test(ready: Run) -> RangeTest:
     """Trains a copy of the model at rising rates; `ready` stays as it is. Raises DataError if no loss ever falls."""
     train, (low, high) = ready.config.train, SPAN
-    assert train.lr
     settings: dict[str, Any] = {
         "train.lr": train.lr * high,
         "train.adam_lr": None if train.adam_lr is None else train.adam_lr * high,
@@ -56,6 +54,7 @@ def range_test(ready: Run) -> RangeTest:
     trial = with_values(ready.config, settings).train
     state = State(copy.deepcopy(ready.state.model), [])
     state.optimizers = make_optimizers(state.model, trial)
+    work = ready.start(state)
     rates: list[float] = []
     losses: list[float] = []
 
@@ -69,7 +68,7 @@ def range_test(ready: Run) -> RangeTest:
 
     with contextlib.suppress(NotFinite):  # the last rate was far too high: that is what we look for
         run(
-            state, ready.loader, NextToken(trial), train=trial, layout=ready.layout, schedule=RunSchedule(trial),
+            state, work.batches, work.objective, train=trial, layout=ready.layout, schedule=RunSchedule(trial),
             hooks=[watch],
         )  # fmt: skip
     console.clear()

@@ -28,9 +28,11 @@ class RunSchedule:
     warm-up and at least 2 %, to what the schedule says for the new length. A new `lr` holds at once, as it is meant to.
     """
 
-    def __init__(self, train: Train) -> None:
-        assert train.max_steps, "setup decides the length"
-        self.train, self.planned, self.changes = train, train.max_steps, list(train.changes)
+    def __init__(self, train: Train, changes: list[Change] | None = None) -> None:
+        """`changes` is read and not copied: what is appended to the list holds at once. None: those of `train`."""
+        assert train.max_steps, "the length is decided before"
+        self.train, self.planned = train, train.max_steps
+        self.changes = train.changes if changes is None else changes
 
     @property
     def length(self) -> int:

@@ -33,8 +33,8 @@ KEPT = 2
 NAME = re.compile(r"^step-(\d{8})$")
 WINDOW = 128  # gradient norms that a spike is judged by
 COUNTERS: dict[str, Any] = {
-    "step": int, "tokens": int, "best_loss": float | None, "evals_since_best": int, "skipped": int, "norms": list,
-    "seconds": float, "stopped": str | None, "scale": float, "steps_since_scaled": int,
+    "step": int, "tokens": int, "best_figure": float | None, "evals_since_best": int, "skipped": int, "norms": list,
+    "seconds": float, "stopped": str | None, "scale": float, "steps_since_scaled": int, "values": dict,
 }  # fmt: skip
 
 
@@ -47,14 +47,15 @@ class State:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # targets trained on
     cursor: Cursor = field(default_factory=Cursor)
-    best_loss: float | None = None  # lowest evaluation loss so far
+    best_figure: float | None = None  # the best of the watched figure so far
     evals_since_best: int = 0
     skipped: int = 0  # steps left out as spikes, or in fp16 for a gradient beyond its range
     scale: float = 2.0**16  # of the loss in fp16, so that small gradients are not lost
     steps_since_scaled: int = 0
+    values: dict[str, Any] = field(default_factory=dict)  # plain ones of the problem's own
     norms: list[float] = field(default_factory=list)  # the last gradient norms, where spikes are looked for
     average: dict[str, Tensor] = field(default_factory=dict)  # of the weights (train.ema), else empty
-    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the lowest loss (train.patience), else empty
+    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the best figure (train.patience), else empty
     seconds: float = 0.0  # of training, over all of the run's processes
     stopped: str | None = None  # why the run ended, once it has
     reader: "Saving | None" = None  # a checkpoint in the making, which still reads the tensors
@@ -84,7 +85,8 @@ class State:
 
     def counters(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in COUNTERS}
-        return values | {"cursor": asdict(self.cursor), "norms": list(self.norms)}
+        own = json.loads(json.dumps(self.values))  # as a checkpoint gives them back
+        return values | {"cursor": asdict(self.cursor), "norms": list(self.norms), "values": own}
 
     def fingerprint(self) -> str:
         """SHA-256 over every bit that decides the next step: all tensors and counters, not the clock."""
@@ -251,8 +253,11 @@ def newest_good(checkpoints: Path) -> Path | None:
 def restore(state: State, path: Path) -> dict[str, Any]:
     """Fills a newly made state from a verified checkpoint; returns the facts stored with it. Raises DataError."""
     failpoint("checkpoint.restore")
-    added = {"scale": state.scale, "steps_since_scaled": 0}  # which a checkpoint of an earlier version has not
-    facts = added | folder.read_json(path / "state.json")
+    facts = folder.read_json(path / "state.json")
+    if not isinstance(facts, dict):
+        raise DataError(f"{path}: not a checkpoint of this version: {type(facts).__name__}")
+    added = {"scale": state.scale, "steps_since_scaled": 0, "values": {}}  # since version 0.1.0
+    facts = added | {"best_figure" if key == "best_loss" else key: value for key, value in facts.items()}
     parameters = state.trained()
     try:
         for key, kind in COUNTERS.items():

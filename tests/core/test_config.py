@@ -1,6 +1,8 @@
 """Configuration fails closed: whatever is typed gives a checked Config or one line that names the key."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptworks.core import config
+from gptworks.core.config import recipe
 from gptworks.core.errors import DataError, UsageError
 
 KEYS = list(config.keys())
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def refused(overrides: Any, *words: str) -> None:
@@ -146,7 +150,7 @@ def test_any_command_line_gives_a_config_or_one_line(overrides: list[str]) -> No
 @settings(max_examples=300, deadline=None)
 def test_any_recipe_file_gives_a_config_or_one_line(text: str) -> None:
     try:
-        tree = config._parse(text, "recipe")
+        tree = recipe._parse(text, "recipe")
         if isinstance(tree, dict):
             config.build(tree, "recipe")
     except UsageError as error:
@@ -182,7 +186,7 @@ def test_a_key_that_is_there_twice_is_a_usage_error(tmp_path: Path, text: str) -
 
 def test_a_key_beside_a_merged_mapping_is_there_once() -> None:
     text = "a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c, x: 3}"
-    assert config._parse(text, "recipe") == {"a": {"x": 1}, "b": {"c": {"x": 2}}, "d": {"x": 3}}
+    assert recipe._parse(text, "recipe") == {"a": {"x": 1}, "b": {"c": {"x": 2}}, "d": {"x": 3}}
 
 
 @pytest.mark.parametrize(
@@ -265,11 +269,25 @@ def test_every_builtin_recipe_loads() -> None:
 
 
 def round_trip(made: config.Config, path: Path, reasons: dict[str, str]) -> None:
-    path.write_text(config.dump(made, made, reasons), encoding="utf-8")
-    resolved, asked = config.read_resolved(path)
-    assert resolved == made
-    assert config.build(asked, "asked") == made
-    assert not any(config.changes(asked, made, kind) for kind in ("fixed", "flexible", "free"))
+    chosen = resolved(made)
+    config.RunFile(path, chosen, made, reasons).write()
+    again = config.RunFile.read(path)
+    assert again.chosen == chosen and again.reasons == reasons and again.changes == []
+    assert again.asked == made
+    assert not any(config.differences(again.asked, made, kind) for kind in ("fixed", "flexible", "free"))
+
+
+def resolved(asked: config.Config) -> config.Chosen:
+    """With some value for each key that a run has to have."""
+    filled = {
+        "batch_tokens": 64, "micro_batch": 1, "context": 64, "max_steps": 10, "lr": 0.1, "weight_decay": 0.0,
+        "warmup": 0.0, "threads": 1, "workers": 1, "checkpoint_every": 5, "eval_every": 5,
+    }  # fmt: skip
+    tree = asked.model_dump(mode="json")
+    train = {key: filled[key] if value is None and key in filled else value for key, value in tree["train"].items()}
+    autos = {"precision": "fp32", "compile": False, "deterministic": True}
+    train |= {key: value for key, value in autos.items() if train[key] == "auto"}
+    return config.build(tree | {"train": train}, "test", config.Chosen)
 
 
 @pytest.mark.parametrize("recipe", config.recipe_names())
@@ -308,22 +326,26 @@ def test_damaged_config_of_a_run_is_reported(tmp_path: Path, text: bytes) -> Non
     path = tmp_path / "config.yaml"
     path.write_bytes(text)
     with pytest.raises((DataError, UsageError), match="config.yaml"):
-        config.read_resolved(path)
+        config.RunFile.read(path)
 
 
 def test_changes_lists_the_keys_of_a_kind() -> None:
     old = {"train": {"seed": 1, "lr": 1e-3, "log_every": 5}, "data": {"train": "a.txt"}}
     new = config.load(None, ["train.seed=2", "train.lr=2e-3", "train.log_every=7", "data.train=a.txt"])
-    assert config.changes(old, new, "fixed") == [("train.seed", 1, 2)]
-    assert config.changes(old, new, "flexible") == [("train.lr", 1e-3, 2e-3)]
-    assert config.changes(old, new, "free") == [("train.log_every", 5, 7)]
+    old = config.build(old, "before")
+    assert config.differences(old, new, "fixed") == [("train.seed", 1, 2)]
+    assert config.differences(old, new, "flexible") == [("train.lr", 1e-3, 2e-3)]
+    assert config.differences(old, new, "free") == [("train.log_every", 5, 7)]
 
 
 def test_a_default_spelled_out_is_no_change() -> None:
-    assert config.changes({}, config.load(None, ["train.seed=1", "tokenizer.kind=bpe"]), "fixed") == []
+    assert (
+        config.differences(config.load(None), config.load(None, ["train.seed=1", "tokenizer.kind=bpe"]), "fixed") == []
+    )
 
 
-OTHER = {"data.train": "another.txt", "train.max_tokens": 10**6, "train.betas": [0.5, 0.6], "stages": ["train"],
+OTHER = {"problem.kind": f"{EXAMPLES / 'own_problem.py'}:Reverse",
+         "data.train": "another.txt", "train.max_tokens": 10**6, "train.betas": [0.5, 0.6], "stages": ["train"],
          "generate.prompts": ["x"], "train.changes": [{"step": 5, "lr": 0.1}], "train.batch_tokens": 4096,
          "adapter.target_modules": ["q_proj"], "train.freeze": ["*.mlp.*"],
          "model.add_tokens": ["x"]}  # fmt: skip
@@ -352,27 +374,118 @@ def another_value(key: str) -> object:
 
 @pytest.mark.parametrize("key", config.keys())
 def test_every_key_is_seen_to_change_under_its_own_kind_alone(key: str) -> None:
-    before = config.load(None, beside(key)).model_dump(mode="json", exclude_unset=True)
+    before = config.load(None, beside(key))
     changed = config.load(None, beside(key) | {key: another_value(key)})
     for kind in ("fixed", "flexible", "free"):
-        assert [found for found, _, _ in config.changes(before, changed, kind)] == [key] * (
+        assert [found for found, _, _ in config.differences(before, changed, kind)] == [key] * (
             config.on_resume(key) == kind
         )
 
 
-def test_an_amended_config_keeps_values_and_reasons_and_gains_changes(tmp_path: Path) -> None:
-    made, path = config.load(None, ["train.max_steps=10"]), tmp_path / "config.yaml"
-    text = config.dump(made, made, {"train.lr": "because"})
-    changes = [config.Change(step=3, lr=0.5), config.Change(step=10, length=20, why='train.max_steps=20, was: "10"')]
-    asked = config.load(None, ["train.max_steps=20", "train.lr=0.5"])
-    for _ in range(2):  # amending again changes nothing
-        values = {"train.changes": [c.model_dump() for c in changes], "train.patience": 4}
-        now = config.with_values(made, values)
-        text = config.amend(text, now.train, asked)
-        path.write_text(text, encoding="utf-8")
-        resolved, then = config.read_resolved(path)
-        assert resolved == now
-        assert config.build(then, "asked") == asked and "# because" in text
+def test_changes_of_a_run_have_one_place_and_are_read_back(tmp_path: Path) -> None:
+    made = config.load(None, ["train.max_steps=10"])
+    file = config.RunFile(tmp_path / "config.yaml", resolved(made), made, {"train.lr": "because"})
+    changes = [
+        config.Change(step=3, lr=0.5), config.Change(step=7, values={"train.patience": 4, "problem.patience": 2}),
+        config.Change(step=10, length=20, why='train.max_steps=20, was: "10"'),
+    ]  # fmt: skip
+    file.asked = config.load(None, ["train.max_steps=20", "train.lr=0.5"])
+    for change in changes:
+        file.append(change)
+    again = config.RunFile.read(file.path)
+    assert again == file and again.changes == changes
+    assert "changes" not in again.text().split("train:")[1].split("generate:")[0]
+    assert again.chosen.train.patience is None and "# because" in again.text()
+
+
+def test_a_runs_file_is_a_recipe_too(tmp_path: Path) -> None:
+    made = config.load("laptop")
+    config.RunFile(tmp_path / "config.yaml", resolved(made), made, {"train.lr": "because"}).write()
+    again = config.load(str(tmp_path / "config.yaml"))
+    assert again.train.lr == 0.1 and again.model.parameters == made.model.parameters
+
+
+PROBLEM = """
+from gptworks.core.config import ProblemSettings, fixed, flexible, free
+from gptworks.training.problem import Problem
+
+class Settings(ProblemSettings):
+    patience: int = flexible(3, "a setting of the problem's own")
+    changes: list[str] = fixed([], "another")
+    lr: float = free(0.5, "a third")
+    seed: int = fixed(1, "a fourth")
+
+class Mine(Problem):
+    Settings = Settings
+    @classmethod
+    def open(cls, config, place): return cls()
+    def start(self, model, config, group, values): ...
+"""
+
+
+def test_no_key_is_special_by_its_name_wherever_it_stands(tmp_path: Path) -> None:
+    """A problem's own patience, changes, lr and seed are its own: those of `train` do not move with them."""
+    (tmp_path / "mine.py").write_text(PROBLEM)
+    kind = f"{tmp_path / 'mine.py'}:Mine"
+    asked = [f"problem={kind}", "problem.patience=7", "problem.changes=a,b", "problem.lr=2", "problem.seed=9"]
+    made = config.load("laptop", asked)
+    assert made.problem.changes == ["a", "b"] and made.problem.patience == 7
+    file = config.RunFile(tmp_path / "config.yaml", resolved(made), made)
+    file.append(config.Change(step=4, values={"train.patience": 9}))
+    file.append(config.Change(step=6, values={"problem.patience": 5}))
+    again = config.RunFile.read(file.path)
+    assert again == file and again.chosen.problem == made.problem and again.chosen.train.changes == []
+    assert (again.at(3).train.patience, again.at(3).problem.patience) == (None, 7)
+    assert (again.at(5).train.patience, again.at(5).problem.patience) == (9, 7)
+    assert (again.at(6).train.patience, again.at(6).problem.patience) == (9, 5)
+    now = config.load("laptop", [*asked[:1], "problem.patience=8", *asked[2:]])
+    assert config.differences(made, now, "flexible") == [("problem.patience", 7, 8)]
+    assert "data" not in again.text() and "tokenizer" not in again.text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["problem.patience=x"], "problem.patience='x'"),
+        (["problem.patiense=1"], "unknown key 'problem.patiense': did you mean problem.patience"),
+        (["data.train=a.txt"], "data.train: Mine does not use the section 'data'"),
+        (["tokenizer.kind=char"], "does not use the section 'tokenizer'"),
+        (["problem.kind=nowhere.py:Mine"], "no such file"),
+        (["problem.kind=[1]"], "name a problem, or file.py:Name"),
+        (["problem.kind=pretrainin"], "did you mean 'pretraining'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_key_of_a_problem_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> None:
+    (tmp_path / "mine.py").write_text(PROBLEM)
+    with pytest.raises(UsageError, match=problem):
+        config.load("laptop", [f"problem={tmp_path / 'mine.py'}:Mine", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (("    def start(self, model, config, group, values): ...\n", ""), "has no start"),
+        (("class Mine(Problem):", "class Mine:"), "has no sections"),
+        (('seed: int = fixed(1, "a fourth")', "seed: int = 1"), "problem.seed: a key is declared by fixed"),
+        (("class Mine", "raise KeyError('x')\nclass Mine"), "cannot be loaded: KeyError: 'x'"),
+        (("class Mine", "class Other"), "defines no 'Mine'"),
+    ],
+)
+def test_a_problem_file_that_is_none_is_refused_in_one_line(
+    tmp_path: Path, damage: tuple[str, str], problem: str
+) -> None:
+    (tmp_path / "mine.py").write_text(PROBLEM.replace(*damage))
+    with pytest.raises(UsageError, match=problem):
+        config.load("laptop", [f"problem={tmp_path / 'mine.py'}:Mine"])
+
+
+def test_a_recipe_is_read_and_its_problem_checked_before_torch_is_loaded() -> None:
+    code = (
+        "import sys\nfrom gptworks.core import config\nmade = config.load('laptop')\n"
+        "config.problem_of({}).check(made)\nprint('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,12 @@ def test_documents_end_with_their_own_token_where_there_is_one(tmp_path: Path) -
     writer = Writer(tmp_path, "train", made)
     for text in ("ab", "c"):
         writer.add(Piece(text, True))
-    assert writer.close() == {"tokens": 7, "documents": 2, "bytes": 3}
+    assert writer.close() == {
+        "tokens": 7,
+        "documents": 2,
+        "bytes": 3,
+        "largest_id": max(made.encode("abc") + [made.bos_id, made.eos_id]),
+    }
     ids = np.fromfile(tmp_path / "train.tokens", dtype="<u2").tolist()
     a, b, c = made.encode("abc")
     assert ids == [made.bos_id, a, b, made.eos_id, made.bos_id, c, made.eos_id]

@@ -1,5 +1,6 @@
 """Costs from the shape alone, against what torch measures."""
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptworks.core import runtime
-from gptworks.core.config import Config
-from gptworks.core.errors import OutOfMemory
+from gptworks.core.config import Adapter
+from gptworks.model import adapters, build
 from gptworks.model.config import blocks_parameters, parameter_count
+from gptworks.model.lowbit import scheme
+from gptworks.model.transformer import Transformer
 from gptworks.planning.cost import Trainable, flops_per_token, step_memory
-from gptworks.training import setup
+from gptworks.training import assemble
 
 
 @pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)
@@ -39,8 +41,8 @@ def test_flops_follow_the_formula():
 def test_frozen_blocks_save_a_third_and_tables_were_never_multiplied():
     model = tiny.model(family="llama")
     assert not model.config.tie_word_embeddings
-    setup.freeze(model, ["model.layers.*"])
-    saved = flops_per_token(model.config, 32) - flops_per_token(model.config, 32, Trainable.of(model))
+    frozen = Trainable.of(model.config, None, ["model.layers.*"])
+    saved = flops_per_token(model.config, 32) - flops_per_token(model.config, 32, frozen)
     assert saved == pytest.approx(2 * blocks_parameters(model.config), abs=2 * 32)  # the last norm learns
 
 
@@ -182,37 +184,24 @@ def test_a_step_whose_update_does_not_fit_has_no_rows():
     assert memory.rows(memory.of(3)) == 3
 
 
-@pytest.mark.parametrize("rows, fitting, expected", [(512, 125, 64), (8, 8, 8), (7, 4, 4), (12, 5, 4), (13, 12, 7)])
-def test_micro_batches_are_of_one_size_if_that_takes_less_than_twice_as_many(rows, fitting, expected, monkeypatch):
-    config = Config.model_validate({"train": {"context": 32, "batch_tokens": 32 * rows, "threads": 1}})
-    architecture = tiny.shape()
-    memory = step_memory(architecture, 32, "muon", 4)
-    room = memory.fixed + (fitting + 0.5) * memory.row
-    monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
-    monkeypatch.setitem(setup.PASS_TOKENS, "cpu", 10**6)
-    layout = setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)[1]
-    assert layout.micro_batch == expected
-
-
-@pytest.mark.parametrize("threads, workers, rows", [(1, 1, 4), (2, 1, 8), (2, 2, 4), (8, 2, 16)])
-def test_a_forward_pass_on_a_processor_has_a_thousand_tokens_a_thread(threads, workers, rows, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert setup.useful_rows(torch.device("cpu"), 1000, 256, workers) == rows
-    assert setup.useful_rows(torch.device("cpu"), 3, 256, 1) == 3
-    assert setup.useful_rows(torch.device("cpu"), 3, 10**6, workers) == 1
-
-
-def test_an_impossible_step_names_what_fits(monkeypatch, capsys):
-    config = Config.model_validate({"train": {"context": 32, "batch_tokens": 1024, "micro_batch": 32, "threads": 1}})
-    architecture = tiny.shape()
-    memory = step_memory(architecture, 32, "muon", 4)
-    room = memory.fixed + 5.5 * memory.row
-    monkeypatch.setattr(runtime, "available_memory", lambda device: int(room / 0.9))
-    with pytest.raises(OutOfMemory, match=r"train.micro_batch=5 fits") as refused:
-        setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)
-    assert refused.value.code == 77
-    layout = setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, True)[1]
-    assert layout.micro_batch == 32 and "a step needs about" in capsys.readouterr().err  # as it was begun
-    monkeypatch.setattr(runtime, "available_memory", lambda device: 1000)
-    with pytest.raises(OutOfMemory, match="smaller model"):
-        setup._layout(config, architecture, torch.device("cpu"), torch.float32, None, False)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_trained_is_told_from_the_shape_as_it_is_of_the_model(family, tied):
+    adapter = Adapter(kind="lora", rank=4, target_modules=["q_proj", "down_proj"])
+    for config in (tiny.shape(family=family, tie_word_embeddings=tied or family == "gpt2"),):
+        for freeze in ([], ["model.layers.*"], ["*.embed_*"], ["*norm*", "lm_head*"]):
+            model = Transformer(config)
+            patterns = [pattern for pattern in freeze if fnmatch.filter(dict(model.named_parameters()), pattern)]
+            if patterns:
+                assemble.freeze(model, patterns)
+            part = Trainable.of(config, None, patterns)
+            assert part.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert part.weights == sum(t.numel() * t.element_size() for t in model.parameters())
+        for held, share in (("fp32", 4.0), ("bf16", 2.0), ("nf4", scheme("nf4").bytes_per_weight(32))):
+            options = adapter.model_copy(update={"base": held, "use_dora": held == "bf16"})
+            adapted = adapters.attach(build.fresh(config, 1), options, 1)
+            part = Trainable.of(config, options, [], share)
+            tensors = [*adapted.parameters(), *adapted.buffers()]
+            assert part.trained == part.added == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            assert part.multiplied == 0
+            assert part.weights == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.02)

@@ -8,6 +8,7 @@ from gptworks.core import config as configuration
 from gptworks.core.config import Config
 from gptworks.core.errors import UsageError
 from gptworks.model.config import ModelConfig, parameter_count
+from gptworks.planning.choices import Choices
 from gptworks.planning.dial import best_batch, derive_shape, derive_training
 
 
@@ -16,15 +17,20 @@ def load(**values: Any) -> Config:
 
 
 def whole(vocab: int = 1024, tokens: int = 10_000_000, **values: Any) -> tuple[Config, dict[str, str], ModelConfig]:
-    config, reasons, architecture = derive_shape(load(**values), vocab)
-    config, more = derive_training(config, architecture, tokens)
-    return config, reasons | more, architecture
+    choices = Choices(load(**values))
+    architecture = derive_shape(choices, vocab)
+    derive_training(choices, architecture, tokens, 0.0)
+    return choices.config, choices.reasons, architecture
+
+
+def shape_of(config: Config, vocab: int) -> ModelConfig:
+    return derive_shape(Choices(config), vocab)
 
 
 @pytest.mark.parametrize(("wish", "vocab"), [("1M", 1024), ("3M", 1024), ("10M", 4096), ("124M", 50257), ("1B", 50257)])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_the_size_wished_for_is_reached_within_a_quarter(wish, vocab, family):
-    _, _, architecture = derive_shape(load(model__parameters=wish, model__family=family), vocab)
+    architecture = shape_of(load(model__parameters=wish, model__family=family), vocab)
     wanted = {"M": 1e6, "B": 1e9}[wish[-1]] * int(wish[:-1])
     assert parameter_count(architecture) == pytest.approx(wanted, rel=0.25)
 
@@ -38,14 +44,14 @@ def test_the_size_wished_for_is_reached_within_a_quarter(wish, vocab, family):
 )  # fmt: skip
 def test_the_size_wished_for_is_reached_beside_parts_set_by_hand(parts):
     asked = {f"model__{key}": value for key, value in parts.items()}
-    _, _, architecture = derive_shape(load(model__parameters="10M", **asked), 1024)
+    architecture = shape_of(load(model__parameters="10M", **asked), 1024)
     assert parameter_count(architecture) == pytest.approx(10e6, rel=0.25)
     assert {key: getattr(architecture, key) for key in parts} == parts
 
 
 def test_heads_that_no_width_holds_are_refused():
     with pytest.raises(UsageError, match="num_attention_heads=99991"):
-        derive_shape(load(model__parameters="10M", model__num_attention_heads=99991), 1024)
+        shape_of(load(model__parameters="10M", model__num_attention_heads=99991), 1024)
 
 
 @pytest.mark.parametrize("dial", [{"model__depth": 4}, {"model__parameters": "3M"}, {}], ids=str)
@@ -105,7 +111,7 @@ def test_a_small_text_is_repeated_four_times_and_a_large_one_read_in_part():
 
 def test_a_width_without_whole_heads_is_refused():
     with pytest.raises(UsageError, match="num_attention_heads"):
-        derive_shape(load(model__hidden_size=64, model__num_hidden_layers=2, model__num_key_value_heads=3), 1024)
+        shape_of(load(model__hidden_size=64, model__num_hidden_layers=2, model__num_key_value_heads=3), 1024)
 
 
 def test_two_dials_at_once_are_refused():
@@ -117,8 +123,9 @@ def test_the_rate_of_adapters_falls_with_the_width():
     values = {"model.path": "x", "adapter.kind": "lora", "train.optimizer": "adamw"}
     rates = {}
     for width in (128, 2048):
-        _, _, shape = derive_shape(load(model__hidden_size=width, model__num_hidden_layers=2), 99)
-        config, reasons = derive_training(configuration.load(None, values), shape, 10**6)
-        rates[width] = config.train.lr
-        assert "LoRA Without Regret" in reasons["train.lr"]
+        shape = shape_of(load(model__hidden_size=width, model__num_hidden_layers=2), 99)
+        choices = Choices(configuration.load(None, values))
+        derive_training(choices, shape, 10**6, 0.0)
+        rates[width] = choices.config.train.lr
+        assert "LoRA Without Regret" in choices.reasons["train.lr"]
     assert rates[128] == pytest.approx(4 * rates[2048]) and 4e-4 < rates[2048] < 6e-4

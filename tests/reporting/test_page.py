@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
-from gptworks.core import config as configuration
+from gptworks.core.config import RunFile
 from gptworks.core.errors import DataError
 from gptworks.reporting.chart import MOST_POINTS, decades, thin, ticks
 from gptworks.reporting.page import write_report
@@ -98,7 +99,7 @@ def full(tmp_path: Path, tiny_config: Callable[..., Any]) -> Path:
     asked = tiny_config()
     resolved = tiny_config(**{"train.lr": 0.006, "train.micro_batch": 8, "generate.prompts": ["the ", "a  # b"]})
     reasons = {"train.lr": "falls with the width  # squared", "generate.prompts": "two <b>prompts</b>"}
-    (run / "config.yaml").write_text(configuration.dump(resolved, asked, reasons), encoding="utf-8")
+    RunFile(run / "config.yaml", tiny.chosen(resolved), asked, reasons).write()
     write_rows(run, rows())
     (run / "result.json").write_text(json.dumps(RESULT))
     (run / "data" / "manifest.json").write_text(json.dumps(MANIFEST))
@@ -148,7 +149,8 @@ def test_every_text_from_a_file_is_escaped(full: Path, tiny_config: Callable[...
     parents = [{"path": NASTY, "sha256": NASTY}]
     (full / "model" / "gptworks.json").write_text(json.dumps({NASTY: NASTY, "data": NASTY, "parents": parents}))
     asked = tiny_config(**{"data.train": "<script>a"})
-    text = configuration.dump(asked, asked, {"train.threads": "<script>b", "train.lr": "<script>c"})
+    reasons = {"train.threads": "<script>b", "train.lr": "<script>c"}
+    text = RunFile(full / "config.yaml", tiny.chosen(asked), asked, reasons).text()
     (full / "config.yaml").write_text(text + "'<script>d': {'<script>e': '<script>f', '<script>g': null}\n")
 
     page = Page(write_report(full))
@@ -183,8 +185,7 @@ def test_reasons_and_what_was_asked_stand_beside_each_value(full: Path) -> None:
 
 
 def test_a_value_that_differs_from_what_was_asked_shows_both(full: Path, tiny_config: Callable[..., Any]) -> None:
-    text = configuration.dump(tiny_config(**{"train.max_steps": 24}), tiny_config(), {})
-    (full / "config.yaml").write_text(text, encoding="utf-8")
+    RunFile(full / "config.yaml", tiny.chosen(tiny_config(**{"train.max_steps": 24})), tiny_config()).write()
     assert re.search(r"max_steps\s*24\s*asked for as 12", Page(write_report(full)).text)
 
 

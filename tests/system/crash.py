@@ -129,7 +129,7 @@ def end_state(out: Path, steps: int) -> dict[str, str]:
     }
     found = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     state = json.loads((last / "state.json").read_text())
-    keys = ("step", "tokens", "cursor", "best_loss", "evals_since_best", "skipped", "norms")
+    keys = ("step", "tokens", "cursor", "best_figure", "evals_since_best", "skipped", "norms")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [(row["step"], row["train/loss"], row["train/grad_norm"]) for row in rows if "train/loss" in row]
     evals = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]

@@ -158,7 +158,7 @@ def serve() -> None:
     import gptworks.training.range_test  # noqa: F401
     from gptworks import cli, lifecycle
     from gptworks.core import runtime
-    from gptworks.training import setup
+    from gptworks.training import session
 
     for optional in ("pyarrow.parquet", "backports.zstd"):
         with contextlib.suppress(ImportError):
@@ -169,7 +169,7 @@ def serve() -> None:
     runtime.matmul_rate = lambda *arguments: 1e10  # half a second a command, which decides nothing here
 
     def reached(*arguments: Any) -> dict[str, Any]:
-        setup.check(arguments[0])
+        session.check(arguments[0])
         return {"reached": "work"}
 
     runtime.versions()  # `uname -p`, whose answer Python keeps

@@ -120,8 +120,8 @@ def window_of_norms_lost() -> None:
 
 
 @mutant
-def best_loss_forgotten() -> None:
-    after_restore(lambda s: setattr(s, "best_loss", None))
+def best_figure_forgotten() -> None:
+    after_restore(lambda s: setattr(s, "best_figure", None))
 
 
 @mutant

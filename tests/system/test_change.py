@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gptworks import lifecycle
-from gptworks.core import config as configuration
 from gptworks.core import folder
+from gptworks.core.config import RunFile
 from gptworks.core.errors import Preempted, RunMismatch
 from gptworks.training import loop
 from gptworks.training.hooks import Checkpointer
@@ -55,8 +55,8 @@ def test_a_finished_run_is_extended_without_a_jump_in_the_rate(train, tmp_path, 
     found, run = rates(tmp_path / "run"), tmp_path / "run"
     steepest = max(abs(a - b) for a, b in zip(found[:11], found[1:12], strict=True))
     assert abs(found[12] - found[11]) <= max(steepest, 0.5 * max(found)) and len(found) == 30
-    resolved, _ = configuration.read_resolved(run / "config.yaml")
-    assert [(c.step, c.length) for c in resolved.train.changes] == [(12, 30)]
+    file = RunFile.read(run / "config.yaml")
+    assert [(c.step, c.length) for c in file.changes] == [(12, 30)]
     assert again["changes"] == ["train.max_steps=30, was 12"]
     assert train(**{"train.schedule": schedule, "train.max_steps": 30})["steps"] == 30  # finished, as it says
     assert lifecycle.verify(run)["identical"]
@@ -98,8 +98,8 @@ def test_a_rate_changed_on_purpose_holds_from_that_step_and_is_recorded(train, t
     result = train(**flat, **{"train.lr": 0.005, "train.adam_lr": 0.01})
     assert rates(tmp_path / "run") == [0.02] * 6 + [0.005] * 6
     assert result["changes"] == ["train.lr=0.005, was 0.02"]
-    resolved, _ = configuration.read_resolved(tmp_path / "run" / "config.yaml")
-    assert resolved.train.lr == 0.02 and resolved.train.changes[0].lr == 0.005
+    file = RunFile.read(tmp_path / "run" / "config.yaml")
+    assert file.chosen.train.lr == 0.02 and file.changes[0].lr == 0.005
     assert lifecycle.verify(tmp_path / "run")["identical"]  # from 8 to 12
 
 
@@ -151,8 +151,8 @@ def test_what_can_no_longer_be_had_is_refused_and_loses_nothing(train, tmp_path,
 def test_the_course_written_down_is_the_course_that_was_run(train, tmp_path):
     train()
     train(**{"train.max_steps": 20})
-    resolved, _ = configuration.read_resolved(tmp_path / "run" / "config.yaml")
-    course, peak = RunSchedule(resolved.train), resolved.train.lr
+    file = RunFile.read(tmp_path / "run" / "config.yaml")
+    course, peak = RunSchedule(file.chosen.train, file.changes), file.chosen.train.lr
     assert rates(tmp_path / "run") == pytest.approx([peak * course.factor(step) for step in range(20)])
 
 
@@ -177,7 +177,7 @@ def test_what_would_end_a_run_now_does_not_end_its_replay_nor_differ_from_it(tra
     steady = {"train.max_steps": 20, "train.eval_every": 2}
     train(stop=12, **steady, **{"train.target_loss": 0.1})
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "run", lambda *_: 1 / 0)
+        patch.setattr(loop, "run", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(**steady, **{"train.target_loss": 5.0, "train.patience": 9})
     found = lifecycle.verify(tmp_path / "run")

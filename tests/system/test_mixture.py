@@ -9,6 +9,7 @@ import pytest
 
 from gptworks import lifecycle
 from gptworks.core import config as configuration
+from gptworks.core.config import RunFile
 from gptworks.core.errors import RunMismatch
 from gptworks.data.batch import Cursor
 from gptworks.data.loader import Loader
@@ -39,7 +40,7 @@ def test_a_mixture_is_trained_told_resumed_and_replayed(
     with pytest.raises(RunMismatch, match=r"data\.train=.*weight: 0\.7"):
         lifecycle.train(tiny_config(**TINY_RUN, **{"data.train": other}), out, "tiny")
 
-    resolved, _ = configuration.read_resolved(out / "config.yaml")
+    resolved = RunFile.read(out / "config.yaml").chosen
     stream = open_shards(out / "data").train
     loader = Loader(stream, 32, 8, resolved.train.seed, weights=resolved.data.weights)
     cursor = Cursor()

@@ -115,7 +115,7 @@ def end_state(run: Path, step: int) -> dict[str, object]:
     last = run / "checkpoints" / f"step-{step:08d}"
     state = folder.read_json(last / "state.json")
     files = {name: folder.sha256(last / name) for name in ("model.safetensors", "optimizer.safetensors")}
-    return files | {key: state[key] for key in ("step", "tokens", "cursor", "best_loss")}
+    return files | {key: state[key] for key in ("step", "tokens", "cursor", "best_figure")}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from gptworks import lifecycle
 from gptworks.core import folder, runtime
 from gptworks.core.errors import DataError, Preempted, RunMismatch
 from gptworks.model import build
-from gptworks.training.hooks import Checkpointer, Metrics
+from gptworks.training.hooks import Checkpointer
+from gptworks.training.metrics import Metrics
 from gptworks.training.state import listing
 
 STEPS = 12
@@ -80,7 +81,7 @@ def end_state(run: Path, steps: int = STEPS) -> dict[str, object]:
     state = folder.read_json(last / "state.json")
     files = [last / "model.safetensors", last / "optimizer.safetensors", run / "model" / "model.safetensors"]
     found: dict[str, object] = {f"{f.parent.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    return found | {key: state[key] for key in ("step", "tokens", "cursor", "best_loss", "evals_since_best")}
+    return found | {key: state[key] for key in ("step", "tokens", "cursor", "best_figure", "evals_since_best")}
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:

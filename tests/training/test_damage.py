@@ -141,7 +141,7 @@ def test_counters_that_are_none_are_refused_though_the_hashes_agree(tmp_path, co
         restore(empty(), tmp_path / "step-00000001")
 
 
-@pytest.mark.parametrize("counter", ["step", "tokens", "cursor", "best_loss", "evals_since_best"])
+@pytest.mark.parametrize("counter", ["step", "tokens", "cursor", "best_figure", "evals_since_best"])
 def test_a_counter_that_differs_is_named(counter):
     one, two = empty(), empty()
     assert one.difference(two) is None

@@ -12,7 +12,7 @@ import torch
 
 from gptworks import lifecycle
 from gptworks.core.errors import NotFinite, UsageError
-from gptworks.training import loop, setup
+from gptworks.training import loop
 from gptworks.training.gradients import accumulate
 from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.state import restore, save
@@ -108,17 +108,14 @@ def test_a_checkpoint_of_an_earlier_version_has_no_scale_and_opens(tmp_path):
     tiny.run(state, train, 2)
     path = save(state, tmp_path, {})
     facts = json.loads((path / "state.json").read_text())
-    del facts["scale"], facts["steps_since_scaled"]
+    del facts["scale"], facts["steps_since_scaled"], facts["values"]
+    facts["best_loss"] = facts.pop("best_figure")
     (path / "state.json").write_text(json.dumps(facts))
     other = tiny.state(train)
     restore(other, path)
     assert state.difference(other) is None
 
 
-def test_a_cpu_refuses_it_and_an_old_card_takes_it(tiny_config, tmp_path, monkeypatch):
+def test_a_cpu_refuses_it(tiny_config, tmp_path):
     with pytest.raises(UsageError, match="no units for it; use auto"):
         lifecycle.train(tiny_config(**{"train.precision": "fp16"}), tmp_path / "run")
-    for bf16, fp16, chosen in ((True, True, "bf16"), (False, True, "fp16"), (False, False, "fp32")):
-        monkeypatch.setattr(setup.runtime, "has_bf16", lambda device, has=bf16: has)
-        monkeypatch.setattr(setup.runtime, "has_fp16", lambda device, has=fp16: has)
-        assert setup._machine(tiny_config(**{"train.precision": "auto"}))[0].train.precision == chosen

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from gptworks import lifecycle
 from gptworks.core import folder
 from gptworks.core.errors import RunMismatch, UsageError
-from gptworks.training import hooks, loop, state
+from gptworks.training import loop, metrics, state
 from gptworks.training.objectives import Loss, NextToken
+from gptworks.training.pretraining import HeldOut
+from gptworks.training.problem import Evaluation
 from gptworks.training.state import spike_limit
 
 
@@ -147,13 +149,13 @@ def test_the_same_steps_are_left_out_after_a_resume(monkeypatch, tmp_path):
 @pytest.fixture
 def worsening(monkeypatch):
     """Evaluation losses 3, 2, 1, 2, 3, ... whatever the weights are."""
-    usual, calls = hooks.score, []
+    calls = []
 
-    def scored(*arguments):
+    def scored(self, model):
         calls.append(1)
-        return usual(*arguments).__class__(abs(3 - len(calls)) + 1.0, 1.0, 1.0, 1, 1)
+        return Evaluation({"loss": abs(3 - len(calls)) + 1.0}, ("loss", "whatever"))
 
-    monkeypatch.setattr(hooks, "score", scored)
+    monkeypatch.setattr(HeldOut, "__call__", scored)
 
 
 def test_early_stopping_gives_the_weights_of_the_lowest_evaluation(tiny_config, tmp_path, worsening):
@@ -171,7 +173,7 @@ def test_early_stopping_gives_the_weights_of_the_lowest_evaluation(tiny_config, 
 
 
 def test_wandb_is_asked_for_only_where_it_is_installed(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(hooks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "gptworks\[wandb\]"'):
         lifecycle.train(tiny_config(**{"train.wandb": "mine"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

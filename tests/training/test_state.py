@@ -39,7 +39,7 @@ def damage(path, name="model.safetensors"):
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_restored_state_equals_the_saved_in_every_bit(tmp_path, name):
     train, state = trained(name)
-    state.best_loss, state.evals_since_best = 0.1 + 0.2, 2
+    state.best_figure, state.evals_since_best = 0.1 + 0.2, 2
     path = save(state, tmp_path, {"threads": 1})
     fresh = tiny.state(train, dropout=0.1)
     assert fresh.fingerprint() != state.fingerprint()

@@ -1,23 +1,28 @@
-"""Recipes: YAML and `key=value` overrides become one frozen, fully checked Config.
+"""The sections of a configuration: every key with its type, its default, its meaning, and what a continued run may do.
 
-Nothing is guessed in silence. An unknown key is an error that names the nearest valid one; a value that is left
-to us (None here) is derived later, and what was chosen is written into the run's config.yaml with its reason.
 Beside each key stands whether a run that exists may continue with another value: `fixed` keys may not change;
 `flexible` ones may, and what changed is kept with the step it holds from; `free` ones do not touch the result.
+
+A Config is what was asked: what it leaves open is None. A Chosen is what a run has: every such key is a value.
 """
 
-import difflib
 import re
-import types
-from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
-from gptworks.core.errors import DataError, UsageError
+from gptworks.core.config.messages import shown
+from gptworks.core.errors import UsageError
 
 NUMBER = r"[+-]?(?:[0-9](?:_?[0-9])*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"  # 1_000, 3e-4, .5
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -119,7 +124,7 @@ class Data(Section):
             except ValidationError as error:
                 worst = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key before all
                 problem = f"{worst['loc'][0]}: {worst['msg'].lower()}"
-                raise ValueError(f"{_shown(entry.get('path'))}: {problem}") from None
+                raise ValueError(f"{shown(entry.get('path'))}: {problem}") from None
         paths = [entry.path for entry in entries]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ValueError(f"{twice[0][:80]!r} is named twice: add the weights up")
@@ -220,7 +225,18 @@ class Change(Section):
     lr: NonNegative | None = None
     adam_lr: NonNegative | None = None
     stretch: bool = False  # evaluations and checkpoints keep their number: the intervals grow with the length
+    values: dict[str, Any] = {}  # of other keys, by dotted name
     why: str = ""
+
+
+class ProblemSettings(Section):
+    """What a run is to solve. A problem may have keys of its own beside these (`training/problem.py`)."""
+
+    kind: str = fixed("pretraining", "what the run learns: pretraining (or file.py:Name)")
+
+
+# Torch is not loaded before a problem is opened: its file imports it where it needs it.
+PROBLEMS = {"pretraining": "gptworks.training.pretraining:Pretraining"}
 
 
 class Train(Section):
@@ -310,6 +326,7 @@ class Config(Section):
     tokenizer: Tokenizer = Tokenizer()
     model: Model = Model()
     adapter: Adapter = Adapter()
+    problem: ProblemSettings = ProblemSettings()
     train: Train = Train()
     generate: Generate = Generate()
     license: str | None = free(None, "the model's licence as the hub names it, for its card; None: its parent's")
@@ -336,259 +353,68 @@ class Config(Section):
         return self
 
 
+class ChosenTrain(Train):
+    """The settings of a run that has begun: what was left open is decided."""
+
+    batch_tokens: Literal["full"] | Count
+    micro_batch: Count
+    context: int
+    max_steps: Count
+    lr: NonNegative
+    weight_decay: NonNegative
+    warmup: Fraction
+    precision: Literal["fp32", "bf16", "fp16", "fp8"]
+    compile: bool
+    deterministic: bool
+    threads: Count
+    workers: Count
+    checkpoint_every: Count
+    eval_every: Count
+
+
+class Chosen(Config):
+    """A configuration of which nothing is open."""
+
+    train: ChosenTrain
+
+
+C = TypeVar("C", bound=Config)
+
+
+@cache
+def with_problem(kind: type[C], settings: type[ProblemSettings]) -> type[C]:
+    """`kind` with the settings of a problem as its section `problem`."""
+    if settings is ProblemSettings:
+        return kind
+    for name, field in settings.model_fields.items():
+        if not isinstance(field.json_schema_extra, dict) or "resume" not in field.json_schema_extra:
+            raise UsageError(
+                f"problem.{name}: a key is declared by fixed(), flexible() or free(), which say its default"
+            )
+    return create_model(kind.__name__, __base__=kind, problem=(settings, settings()))
+
+
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a Config with its field, sections left out."""
-    found: dict[str, Any] = {}
+    """Every dotted key of a configuration with its field, sections left out."""
+    fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= keys(field.annotation, f"{prefix}{name}.")
+            fields |= keys(field.annotation, f"{prefix}{name}.")
         else:
-            found[prefix + name] = field
-    return found
+            fields[prefix + name] = field
+    return fields
 
 
-# Short forms: `model=FOLDER` is what people type for `model.path=FOLDER`.
-SHORT = {"model": "model.path", "adapter": "adapter.kind"}
-
-
-def recipe_names() -> list[str]:
-    folder = resources.files("gptworks") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def recipe_text(recipe: str) -> str:
-    """The YAML of a built-in recipe, or of a file."""
-    if recipe in recipe_names():
-        return (resources.files("gptworks") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
-        close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(recipe_names())}"
-        raise UsageError(f"unknown recipe {recipe!r}: {hint} (or a .yaml file of your own)")
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe file") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte in the path
-        raise UsageError(f"{path}: cannot read the recipe: {error}") from error
-
-
-def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None) -> Config:
-    """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError.
-
-    An overriding `model=FOLDER` takes the place of the recipe's model and tokenizer sections (what `BESIDE_PATH` names
-    stays).
-    """
-    tree = (_parse(recipe_text(recipe), recipe) or {}) if recipe else {}
-    if not isinstance(tree, dict):
-        raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
-    pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
-    pairs = [(SHORT.get(key, key), value) for key, value in pairs]
-    if dict(pairs).get("model.path") is not None:
-        shape = tree.get("model")
-        tree["model"] = {k: v for k, v in shape.items() if k in BESIDE_PATH} if isinstance(shape, dict) else {}
-        tree.pop("tokenizer", None)
-    for key, value in pairs:
-        _assign(tree, key, value)
-    return build(tree, recipe or "configuration")
-
-
-def build(tree: dict[str, Any], where: str) -> Config:
-    """Validates a nested mapping; every error is one line that names the key."""
-    try:
-        return Config.model_validate(tree)
-    except (ValidationError, RecursionError) as error:
-        raise UsageError(f"{where}: {_explain(error)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML keeps the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value[:80]!r} is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-def _parse(text: str, where: str | None) -> Any:
-    try:
-        return _Loader(text).get_single_data()
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        problem = " ".join(str(error).split())
-        raise UsageError(f"{where}: not valid YAML: {problem[:300]}") from None
-
-
-def _split(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"{text!r}: an override is key=value, for example train.max_steps=100")
-    if value == "":
-        return key, ""
-    return key, _parse(value, key) if value[0] in "[{" or value in ("null", "true", "false") else value
-
-
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    node = tree
-    for name in path:
-        child = node.setdefault(name, {})
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise UsageError(f"{key}: {name} is a value, not a section")
-        node = child
-    field = keys().get(key)
-    if (
-        isinstance(value, str)
-        and field is not None
-        and _takes_list(field.annotation)
-        and not _takes_text(field.annotation)
-    ):
-        parts = [value] if key == "generate.prompts" else value.split(",")  # a prompt may have commas
-        value = [part for part in parts if part]
-    node[last] = value
-
-
-def _members(annotation: Any) -> list[Any]:
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
-
-
-def _takes_list(annotation: Any) -> bool:
-    return any(get_origin(member) in (list, tuple) for member in _members(annotation))
-
-
-def _takes_text(annotation: Any) -> bool:
-    return any(member is str for member in _members(annotation))
-
-
-# What others call our keys: nanoGPT's and Hugging Face's names.
-ELSEWHERE = {
-    "batch_size": "train.batch_tokens", "beta1": "train.betas", "block_size": "train.context",
-    "d_model": "model.hidden_size", "dtype": "train.precision", "epochs": "train.max_epochs",
-    "eval_interval": "train.eval_every",
-    "gradient_accumulation_steps": "train.micro_batch", "grad_clip": "train.clip", "learning_rate": "train.lr",
-    "lr_scheduler_type": "train.schedule", "max_iters": "train.max_steps", "max_seq_length": "train.context",
-    "n_embd": "model.hidden_size", "n_head": "model.num_attention_heads", "n_layer": "model.num_hidden_layers",
-    "num_train_epochs": "train.max_epochs", "optim": "train.optimizer", "warmup_iters": "train.warmup",
-    "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup",
-}  # fmt: skip
-
-
-def _explain(error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if isinstance(part, (str, int))]
-    key = ".".join(
-        part for part in path if not part.startswith(("function-", "constrained-", "literal[", "list[", "tuple["))
-    )
-    known = keys()
-    sections = [name for name in Config.model_fields if name != "stages"]
-    if first["type"] == "extra_forbidden":
-        close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]  # in another section
-        close = close or [ELSEWHERE[name] for name in [key.rpartition(".")[2]] if name in ELSEWHERE]
-        close = close or difflib.get_close_matches(key, list(known) + sections, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else "`gptworks train RECIPE --dry-run` lists every key"
-        return f"unknown key {key[:100]!r}: {hint}"
-    while key and key not in known and key not in sections and "." in key:
-        key = key.rpartition(".")[0]  # drop pydantic's union member names
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if key in known:
-        alternatives = [
-            e["msg"] for e in error.errors() if e["loc"][: key.count(".") + 1] == first["loc"][: key.count(".") + 1]
-        ]
-        message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in alternatives))
-        return f"{key}={_shown(first['input'])}: {message[0].lower() + message[1:]}"
-    return f"{key}: {message}" if key else message
-
-
-def _shown(value: Any) -> str:
-    """A value for an error line, however large it is."""
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return "a number of more than 300 digits"
-    if isinstance(value, (dict, list, tuple)):
-        value = type(value).__name__ if len(value) > 5 or any(isinstance(v, (dict, list)) for v in value) else value
-    shown = repr(value[:80] if isinstance(value, str) else value)
-    return shown[:80]
-
-
-def on_resume(key: str) -> str:
-    """fixed, flexible or free."""
-    extra = keys()[key].json_schema_extra
+def on_resume(key: str, section: type[BaseModel] = Config) -> str:
+    """What a continued run may do with a key: fixed, flexible or free."""
+    extra = keys(section)[key].json_schema_extra
     assert isinstance(extra, dict) and extra.get("resume") in ("fixed", "flexible", "free"), f"undeclared key {key}"
     return str(extra["resume"])
 
 
-def changes(old: dict[str, Any], new: Config, kind: str) -> list[tuple[str, Any, Any]]:
-    """The keys of a kind in which `new` differs from the mapping an existing run was started with: (key, old, new)."""
-    before = build(old, "the run's config.yaml")
-    pairs = ((key, get(before, key), get(new, key)) for key in keys() if on_resume(key) == kind)
-    return [(key, was, now) for key, was, now in pairs if was != now]
-
-
 def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
     return value
-
-
-def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """A copy of `config` with dotted keys set; the result is checked again."""
-    tree = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in values.items():
-        _assign(tree, key, value)
-    return build(tree, "derived configuration")
-
-
-def dump(config: Config, asked: Config, reasons: dict[str, str]) -> str:
-    """config.yaml: every key resolved, with the reason of each derived one; and what was asked, for the next start."""
-    lines = ["# Resolved by gptworks. 'asked' is what the recipe and the command line said; a comment is our reason."]
-    lines += _lines(config.model_dump(mode="json"), reasons, "")
-    lines.append("asked:")
-    lines += [f"  {line}" for line in _lines(asked.model_dump(mode="json", exclude_unset=True), {}, "")]
-    return "\n".join(lines) + "\n"
-
-
-def amend(text: str, train: Train, asked: Config) -> str:
-    """The text of a config.yaml with what may change on the way as it is in `train`, and with what was asked last."""
-    changes = [change.model_dump(mode="json", exclude_defaults=True) for change in train.changes]
-    for name, value in {"changes": changes, "target_loss": train.target_loss, "patience": train.patience}.items():
-        line = f"  {name}: {_scalar(value)}"
-        text = re.sub(rf"^  {name}: .*$", lambda _, line=line: line, text, count=1, flags=re.MULTILINE)  # type: ignore[misc]
-    head = text.split("\nasked:\n")[0]
-    lines = ["asked:"] + [f"  {line}" for line in _lines(asked.model_dump(mode="json", exclude_unset=True), {}, "")]
-    return "\n".join([head, *lines]) + "\n"
-
-
-def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield f"{name}:"
-            yield from (f"  {line}" for line in _lines(value, reasons, f"{prefix}{name}."))
-        else:
-            reason = reasons.get(prefix + name)
-            yield f"{name}: {_scalar(value)}" + (f"  # {reason}" if reason else "")
-
-
-def _scalar(value: Any) -> str:
-    """One line of YAML. Text with anything unusual is quoted, so that line breaks of every kind are escaped."""
-    parts = value if isinstance(value, list) else [value]
-    parts = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else [part])]
-    quote = '"' if any(isinstance(part, str) and not part.isprintable() for part in parts) else None
-    text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9)
-    return text.strip().removesuffix("...").strip()
-
-
-def read_resolved(path: Path) -> tuple[Config, dict[str, Any]]:
-    """Reads a run's config.yaml back: the resolved Config, and what was asked."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        asked = tree.pop("asked") or {}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a run's configuration ({error}); start over with --fresh") from error
-    return build(tree, str(path)), asked

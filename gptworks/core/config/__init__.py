@@ -1,0 +1,33 @@
+"""The configuration of a run: its keys, how a recipe is read, and what a run keeps of it."""
+
+from gptworks.core.config.messages import ELSEWHERE
+from gptworks.core.config.recipe import build, load, problem_of, recipe_names, recipe_text, with_values
+from gptworks.core.config.run_file import RunFile, differences, recipe_lines
+from gptworks.core.config.schema import (
+    Adapter,
+    Change,
+    Chosen,
+    ChosenTrain,
+    Config,
+    Data,
+    Generate,
+    Model,
+    ProblemSettings,
+    Section,
+    Tokenizer,
+    Train,
+    Weighted,
+    fixed,
+    flexible,
+    free,
+    get,
+    keys,
+    on_resume,
+)
+
+__all__ = [
+    "ELSEWHERE", "Adapter", "Change", "Chosen", "ChosenTrain", "Config", "Data", "Generate", "Model",
+    "ProblemSettings", "RunFile", "Section", "Tokenizer", "Train", "Weighted", "build", "differences", "fixed",
+    "flexible", "free", "get", "keys", "load", "on_resume", "problem_of", "recipe_lines", "recipe_names",
+    "recipe_text", "with_values",
+]  # fmt: skip

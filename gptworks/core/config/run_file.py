@@ -1,0 +1,116 @@
+"""config.yaml of a run: what was chosen and why, what was asked, and what changed on the way.
+
+Its top level is a recipe's, with `reasons`, `asked` and `changes` as sections beside, so that a run's file can be
+trained again as a recipe. It is data: everything is read back from the sections; the comments beside values are for
+people. One writer, `RunFile.write`; the changes of a run have no other place.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gptworks.core import folder
+from gptworks.core.config.recipe import BY_PROBLEM, build, problem_of, with_values
+from gptworks.core.config.schema import Change, Chosen, Config, get, keys, on_resume
+from gptworks.core.errors import DataError
+
+HEAD = "# Resolved by gptworks. 'asked' is what the recipe and the command line said; a comment is our reason."
+
+
+@dataclass
+class RunFile:
+    """The configuration of a run, as its folder keeps it."""
+
+    path: Path
+    chosen: Chosen  # as the run began
+    asked: Config
+    reasons: dict[str, str] = field(default_factory=dict)  # by dotted key
+    changes: list[Change] = field(default_factory=list)  # in the order of their steps
+
+    @classmethod
+    def read(cls, path: Path) -> "RunFile":
+        """Raises DataError for a file that is no run's."""
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            asked, reasons = tree.pop("asked") or {}, tree.pop("reasons", None) or {}
+            if "changes" in tree:
+                tree["train"]["changes"] = tree.pop("changes")
+            if not isinstance(reasons, dict) or not isinstance(asked, dict):
+                raise TypeError("reasons and asked are mappings")
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a run's configuration ({error}); start over with --fresh") from error
+        chosen = build(tree, str(path), Chosen)
+        changes = list(chosen.train.changes)
+        chosen = with_values(chosen, {"train.changes": []})
+        return cls(path, chosen, build(asked, f"{path}: asked"), {str(k): str(v) for k, v in reasons.items()}, changes)
+
+    def write(self) -> None:
+        """Puts the file in place, whole or not at all. Raises StorageError."""
+        folder.write_text(self.path, self.text())
+
+    def append(self, change: Change) -> None:
+        """Adds a change and writes it down."""
+        self.changes.append(change)
+        self.write()
+
+    def at(self, step: int) -> Chosen:
+        """The configuration that holds at a step: as begun, with the values of the changes before."""
+        values: dict[str, Any] = {}
+        for change in self.changes:
+            if change.step <= step:
+                values |= change.values
+        return with_values(self.chosen, values) if values else self.chosen
+
+    def text(self) -> str:
+        """The file as it is written."""
+        changes = [change.model_dump(mode="json", exclude_defaults=True) for change in self.changes]
+        tree = shown_tree(self.chosen)
+        del tree["train"]["changes"]
+        lines = [HEAD, *_lines(tree, self.reasons, ""), "changes:" if changes else "changes: []"]
+        lines += [f"  - {_scalar(change)}" for change in changes]
+        if self.reasons:
+            lines += ["reasons:", *(f"  {key}: {_scalar(reason)}" for key, reason in sorted(self.reasons.items()))]
+        asked = self.asked.model_dump(mode="json", exclude_unset=True)
+        return "\n".join([*lines, *(_lines({"asked": asked}, {}, "") if asked else ["asked: {}"])]) + "\n"
+
+
+def shown_tree(config: Config) -> dict[str, Any]:
+    """A configuration as nested values, without the sections that its problem does not use."""
+    tree = config.model_dump(mode="json")
+    used = problem_of(tree).sections
+    return {name: section for name, section in tree.items() if name not in BY_PROBLEM or name in used}
+
+
+def recipe_lines(config: Config, reasons: dict[str, str]) -> str:
+    """A configuration as YAML, with the reason of each derived value as a comment: what a dry run prints."""
+    return "\n".join(_lines(shown_tree(config), reasons, ""))
+
+
+def differences(before: Config, now: Config, kind: str) -> list[tuple[str, Any, Any]]:
+    """The keys of a kind in which what is asked now differs from what was asked before: (key, old, new)."""
+    section = type(now)
+    shared = [key for key in keys(section) if key in keys(type(before))]  # another problem has other keys
+    pairs = [(key, get(before, key), get(now, key)) for key in shared if on_resume(key, section) == kind]
+    return [(key, was, is_now) for key, was, is_now in pairs if was != is_now]
+
+
+def _lines(tree: dict[str, Any], reasons: dict[str, str], prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield f"{name}:"
+            yield from (f"  {line}" for line in _lines(value, reasons, f"{prefix}{name}."))
+        else:
+            reason = reasons.get(prefix + name)
+            yield f"{name}: {_scalar(value)}" + (f"  # {reason}" if reason else "")
+
+
+def _scalar(value: Any) -> str:
+    """One line of YAML. Text with anything unusual is quoted, so that line breaks of every kind are escaped."""
+    parts = value if isinstance(value, list) else [value]
+    parts = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else [part])]
+    quote = '"' if any(isinstance(part, str) and not part.isprintable() for part in parts) else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=quote, allow_unicode=True, width=10**9)
+    return text.strip().removesuffix("...").strip()

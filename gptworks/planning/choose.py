@@ -1,0 +1,389 @@
+"""Everything decided before step one, as a function: what was asked, what is known, which machine -> choices.
+
+Nothing of the process is touched and no torch is loaded, so the same question can be asked for another machine, or
+again for a finished run. It is asked twice for a run: what depends on text and clock stays open the first time, and is
+decided once rows were counted and steps were timed (`Facts.measured`). One decision may follow later: a time budget is
+planned anew from the run's own pace (`training/hooks.py`).
+"""
+
+import math
+from dataclasses import replace
+
+from gptworks.core.config import Adapter, Config, Train
+from gptworks.core.errors import OutOfMemory, UsageError
+from gptworks.core.log import duration
+from gptworks.model.config import ModelConfig, parameter_count
+from gptworks.planning.choices import Choices, Facts, Measured, needed
+from gptworks.planning.cost import Memory, Trainable, flops_per_token, step_memory
+from gptworks.planning.dial import derive_shape, derive_training
+from gptworks.planning.machine import Machine, usual_precision
+
+USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
+# A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
+# kernels (docs/log.md), on an H100 for GPT-2 124M (docs/benchmarks.md).
+COMPILE_SECONDS = {"cpu": 30.0, "cuda": 15.0}
+COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.35}
+# A pass through a block, both ways, with its share of the update, where a GPU waits for its host to start the kernels.
+BLOCK_SECONDS = {"cuda": 4.3e-3}
+CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
+WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
+# Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
+PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
+EVALUATION_SHARE = 0.08  # of a time budget, for evaluations; one there is always
+MARGIN = 0.95  # of what is left of a time budget is planned for
+ELEMENT = {"fp32": 4}  # bytes of a value in the passes; 2 in any other precision
+
+LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
+
+
+def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
+    """All that a run needs to know, each value with its reason.
+
+    Raises UsageError for what cannot be had, OutOfMemory where not even a row of a step fits. Where the vocabulary is
+    not known, what follows from it stays open.
+    """
+    choices = Choices(asked)
+    if facts.base is not None:
+        _take_over(choices, facts)
+    elif facts.vocab_size is not None:
+        choices.architecture = derive_shape(choices, facts.vocab_size)
+    else:
+        choices.leave("model.num_hidden_layers", "the tokenizer's size is not known yet")
+    _set_up_process(choices, machine)
+    architecture = choices.architecture
+    if architecture is None:
+        return choices
+    flops = USUAL_UTILISATION * machine.rate(choices.config.train.precision) * machine.processes
+    epoch_tokens = math.inf if facts.endless else facts.epoch_tokens
+    derive_training(choices, architecture, epoch_tokens, flops)
+    if facts.base and facts.base.adapter and choices.config.adapter.kind:
+        _adopt_adapter(choices, facts.base.adapter, facts.base.name)
+    choices.trainable = trainable_part(choices.config, architecture, facts.bytes_per_weight)
+    _share_out(choices, architecture, facts, machine)
+    _limit(choices, facts, machine)
+    _set_intervals(choices, architecture, facts, machine)
+    return choices
+
+
+def _take_over(choices: Choices, facts: Facts) -> None:
+    """The shape of the model that the run starts from."""
+    base = needed(facts.base)
+    context = choices.config.train.context or choices.set(
+        "train.context", base.architecture.max_position_embeddings, "the model's"
+    )
+    if context > base.architecture.max_position_embeddings:
+        raise UsageError(
+            f"train.context={context}: {base.name} has positions for {base.architecture.max_position_embeddings}"
+        )
+    choices.architecture = base.architecture
+
+
+def _adopt_adapter(choices: Choices, begun: Adapter, name: str) -> None:
+    """The settings that an adapter was begun with. Raises UsageError for others."""
+    asked = choices.config.adapter
+    if asked.target_modules:
+        raise UsageError(f"adapter.target_modules cannot be chosen now: {name} has its layers")
+    for key, value in begun:
+        if key in ("kind", "dropout", "target_modules", "base"):
+            continue
+        if getattr(asked, key) not in (value, Adapter.model_fields[key].default):
+            raise UsageError(f"adapter.{key}={getattr(asked, key)}: {name} was begun with {value}")
+        choices.set(f"adapter.{key}", value, "the adapter's")
+    choices.set("adapter.base", begun.base or "fp32", "the adapter's")
+
+
+def trainable_part(config: Config, architecture: ModelConfig, bytes_per_weight: float | None) -> Trainable | None:
+    """The trained part of the model, where that is not all of it; bytes of a low-bit weight where there are some."""
+    adapter = config.adapter if config.adapter.kind else None
+    if adapter is None and not config.train.freeze:
+        return None
+    held = {None: 4.0, "fp32": 4.0, "bf16": 2.0}.get(adapter.base if adapter else None) or needed(bytes_per_weight)
+    return Trainable.of(architecture, adapter, config.train.freeze, held)
+
+
+def _set_up_process(choices: Choices, machine: Machine) -> None:
+    """Threads, precision and determinism."""
+    train, device = choices.config.train, machine.device
+    if train.threads is None:
+        shared = f", shared by {machine.per_machine} processes" if machine.processes > 1 else ""
+        choices.set("train.threads", machine.threads, f"this machine's cores{shared}; part of a bitwise resume")
+    precision: str = train.precision
+    if precision == "auto":
+        units = "multiplies bf16 in hardware" if machine.bf16 else "has no bf16 units"
+        usual = usual_precision(machine.bf16, machine.fp16)
+        precision = choices.set("train.precision", usual, f"{device} {units}; weights stay fp32")
+    elif precision == "bf16" and not machine.bf16:
+        choices.warnings.append(
+            f"train.precision=bf16: this {device} has no bf16 units and will be slower than with fp32"
+        )
+    elif precision == "fp16" and not machine.fp16:
+        raise UsageError(f"train.precision=fp16: this {device} has no units for it; use auto")
+    elif precision == "fp8":
+        if not machine.fp8:
+            raise UsageError(f"train.precision=fp8: this {device} has no float8 units; use auto")
+        if choices.config.adapter.kind:
+            raise UsageError("train.precision=fp8 is for models trained whole; beside adapters take bf16 or auto")
+        if (train.context or 16) % 16:
+            raise UsageError(f"train.precision=fp8 wants rows of a multiple of 16 tokens, not {train.context}")
+    if train.deterministic == "auto":
+        choices.set("train.deterministic", device == "cpu", "free on a CPU, costs speed on a GPU")
+    if choices.config.adapter.kind and choices.config.adapter.base is None:
+        halves = precision in ("bf16", "fp8")
+        base, why = ("bf16", "as the frozen layers multiply") if halves else ("fp32", "as they are")
+        choices.set("adapter.base", base, why)
+
+
+def memory_of_step(
+    config: Config, architecture: ModelConfig, trainable: Trainable | None, facts: Facts, machine: Machine,
+    context: int,
+) -> Memory:  # fmt: skip
+    """Of a step that is not compiled, which takes more: `auto` decides later, and the end of an epoch never is."""
+    train = config.train
+    # The average; the best, which is kept in the processor's memory; the model that a time budget is planned with.
+    on_cpu = machine.device == "cpu"
+    copies = bool(train.ema) + (train.patience is not None and on_cpu) + bool(train.time_budget_s)
+    element = ELEMENT.get(train.precision, 2)
+    memory = step_memory(
+        architecture, context, train.optimizer, element, machine.device, config.data.mask_documents, False, trainable,
+        copies,
+    )  # fmt: skip
+    fixed = memory.fixed + facts.beside_bytes
+    if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
+        trained = trainable.trained if trainable else parameter_count(architecture)
+        rows = _wanted_rows(config, machine)
+        levels = math.ceil(math.log2(max(rows, 2))) + 3 * (machine.processes > 1)
+        fixed += 4 * trained * levels
+    return replace(memory, fixed=fixed)
+
+
+def free_memory(machine: Machine) -> int:
+    """Bytes that a process of the run may plan with."""
+    return int(machine.memory * 0.9) // (machine.per_machine if machine.device == "cpu" else 1)
+
+
+def _wanted_rows(config: Config, machine: Machine) -> int:
+    """Rows of a step that each process computes; endlessly many where a step is the whole corpus."""
+    return 10**9 if config.train.batch_tokens == "full" else -(-batch_rows(config) // machine.processes)
+
+
+def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
+    """Workers, and rows in a forward pass: as asked, or as many as memory holds. Raises OutOfMemory naming what would
+    fit."""
+    config, train = choices.config, choices.config.train
+    if train.batch_tokens is None:
+        for key in ("train.workers", "train.micro_batch"):
+            if getattr(train, key.partition(".")[2]) is None:
+                choices.leave(key, choices.open["train.batch_tokens"])
+        return
+    context, unit, processes = needed(train.context), facts.unit, machine.processes
+    wanted, free = _wanted_rows(config, machine), free_memory(machine)
+    trained = choices.trainable.trained if choices.trainable else parameter_count(architecture)
+
+    def memory(context: int) -> Memory:
+        return memory_of_step(config, architecture, choices.trainable, facts, machine, context)
+
+    def rows_of_each(workers: int) -> int:
+        return memory(context).rows(free - 4 * trained * (workers - 1)) // workers // unit * unit
+
+    def need(context: int, rows: int) -> float:
+        return memory(context).of(rows) / 1e9
+
+    workers, why = _workers(config, architecture, machine, wanted)
+    if train.workers is None:
+        if rows_of_each(workers) < unit:
+            workers, why = 1, "memory is too small for more"
+        choices.set("train.workers", workers, why)
+    fits = rows_of_each(workers)
+    if fits < unit:
+        shorter = (c for c in (2**e for e in range(20, 3, -1)) if c < context and need(c, unit) <= free / 1e9)
+        short = next(shorter, None)
+        advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
+        rows = "one row needs" if unit == 1 else f"{unit} rows need"
+        raise OutOfMemory(f"{rows} about {need(context, unit):.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
+    if train.micro_batch is not None:
+        if train.micro_batch % unit:
+            raise UsageError(f"train.micro_batch={train.micro_batch}: {unit} rows belong together; take a multiple")
+        if train.reduce == "canonical" and batch_rows(config) % (train.micro_batch * processes):
+            raise UsageError(
+                f"train.reduce=canonical shares out whole micro-batches: {batch_rows(config)} rows a step do not "
+                f"divide into micro-batches of {train.micro_batch} on {processes} process{'es' * (processes > 1)}"
+            )
+        if min(train.micro_batch, wanted) > fits:
+            raise OutOfMemory(
+                f"train.micro_batch={train.micro_batch} needs about {need(context, train.micro_batch):.1f} GB "
+                f"and {free / 1e9:.1f} GB are free; train.micro_batch={fits} fits"
+            )
+        return
+    micro = max(unit, min(fits, useful_rows(machine.device, wanted, context, needed(train.threads), workers)))
+    micro = micro // unit * unit
+    if train.reduce == "canonical":
+        step = batch_rows(config)
+        shares = max(processes, math.gcd(step, 8))  # so that a run may move to as many as eight processes
+        micro = max((m for m in range(unit, micro + 1, unit) if step % (m * shares) == 0), default=0)
+        if not micro:
+            raise UsageError(
+                f"train.reduce=canonical: the {step} rows of a step (train.batch_tokens) do not divide among "
+                f"{processes} processes"
+            )
+    elif wanted > micro and train.batch_tokens != "full":  # as many for each worker, and if it can be all of one size
+        fewest = -(-wanted // (workers * micro))
+        even = (n for n in range(fewest, 2 * fewest) if wanted % (workers * n * unit) == 0)
+        micro = -(-wanted // (workers * next(even, fewest)))
+        micro = -(-micro // unit) * unit
+    choices.set("train.micro_batch", int(micro), f"{memory(context).row * micro / 1e6:.0f} MB of activations")
+
+
+def useful_rows(device: str, rows: int, context: int, threads: int, workers: int) -> int:
+    """Rows of a forward pass beyond which nothing is gained, when workers share the rows of a step."""
+    tokens = PASS_TOKENS.get(device, PASS_TOKENS["cuda"])
+    if device == "cpu":
+        tokens *= max(threads // workers, 1)
+    return min(-(-rows // workers), max(tokens // context, 1))
+
+
+def _workers(config: Config, architecture: ModelConfig, machine: Machine, rows: int) -> tuple[int, str]:
+    """Threads that compute micro-batches side by side (`gradients.side_by_side`), as asked or as many as there are.
+    Raises UsageError for what keeps a step whole."""
+    train, threads = config.train, needed(config.train.threads)
+    dropped = architecture.embed_dropout or architecture.attention_dropout or architecture.residual_dropout
+    dropped = dropped or config.adapter.dropout
+    obstacles = {
+        f"runs on {machine.device}": machine.device != "cpu",
+        "draws dropout from one generator": bool(dropped),
+        "adds up in one order (train.reduce=canonical)": train.reduce == "canonical",
+        "is compiled": train.compile is True,
+    }
+    obstacle = next((name for name, holds in obstacles.items() if holds), None)
+    if train.workers is not None:
+        if train.workers > 1 and obstacle:
+            raise UsageError(f"train.workers={train.workers}: a step that {obstacle} has one; leave the key out")
+        if train.workers > threads:
+            raise UsageError(f"train.workers={train.workers} are more than train.threads={threads}")
+        return train.workers, ""
+    if obstacle:
+        return 1, f"a step that {obstacle} has one"
+    batches = rows // train.micro_batch if train.micro_batch else rows * needed(train.context) // WORKER_TOKENS
+    workers = max(min(threads, rows, batches), 1)
+    return workers, f"{threads} threads, {rows * needed(train.context)} tokens a step"
+
+
+def batch_rows(config: Config) -> int:
+    """Rows of a step. Raises UsageError where a step has less than one."""
+    train = config.train
+    assert isinstance(train.batch_tokens, int) and train.context
+    if train.batch_tokens < train.context:
+        raise UsageError(
+            f"train.batch_tokens={train.batch_tokens} is less than one row of train.context={train.context}"
+        )
+    return train.batch_tokens // train.context
+
+
+def limits(config: Config, rows_in_epochs: int | None) -> list[tuple[int, str]]:
+    """The steps that each of the limits comes to, and which it is. `rows_in_epochs` are those of `train.max_epochs`."""
+    train = config.train
+    found: list[tuple[int, str]] = []
+    if train.max_steps:
+        found.append((train.max_steps, f"train.max_steps={train.max_steps}"))
+    if train.max_tokens:
+        steps = train.max_tokens // (batch_rows(config) * needed(train.context))
+        found.append((max(1, steps), f"train.max_tokens={train.max_tokens}"))
+    if train.max_epochs:
+        if train.batch_tokens == "full":
+            steps = math.ceil(train.max_epochs)
+        else:
+            steps = math.ceil(needed(rows_in_epochs) / batch_rows(config))
+        found.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
+    return found
+
+
+def most_steps(config: Config, rows_in_epochs: int | None) -> int:
+    """What limits other than the clock allow."""
+    return min(limits(config, rows_in_epochs), default=(10**15, ""))[0]
+
+
+def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
+    """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits."""
+    config, train, measured = choices.config, choices.config.train, facts.measured
+    if measured is None and (train.time_budget_s or train.max_epochs or not train.max_steps):
+        choices.leave("train.max_steps", "decided once rows are counted and steps are timed")
+        return
+    found = limits(config, measured.rows if measured else None)
+    if train.time_budget_s:
+        found.append(_steps_in_budget(train, needed(measured)))
+    steps, why = min(found)
+    if train.max_steps != steps:
+        choices.set("train.max_steps", steps, why)
+
+
+def _steps_in_budget(train: Train, measured: Measured) -> tuple[int, str]:
+    """The steps that fit into what is left of a time budget, beside evaluations."""
+    budget, left = needed(train.time_budget_s), measured.left_seconds
+    times = evaluations(budget, measured.eval_seconds) if train.eval_every is None else 1
+    step_seconds = measured.step_seconds
+    if train.eval_every:
+        step_seconds += measured.eval_seconds / train.eval_every
+    steps = int((left - times * measured.eval_seconds - 1.0) * MARGIN / step_seconds)
+    if steps < 1:
+        raise UsageError(
+            f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation "
+            f"and a step takes {duration(step_seconds)}; give more time or a smaller model"
+        )
+    return steps, f"{duration(left)} of {budget:g} s left, {1000 * step_seconds:.0f} ms a step"
+
+
+def evaluations(budget: float, seconds: float) -> int:
+    """How many evaluations of so many seconds each a time budget is given, the last included."""
+    return max(1, min(5, int(EVALUATION_SHARE * budget / max(seconds, 1e-9))))
+
+
+def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
+    """How often to evaluate and save, and whether compiling pays, now that the length is known."""
+    config, train, measured = choices.config, choices.config.train, facts.measured
+    if "train.max_steps" in choices.open or "train.batch_tokens" in choices.open:
+        why = "follows from the number of steps"
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(train, name) is None:
+                choices.leave(f"train.{name}", why)
+        if train.compile == "auto":
+            choices.leave("train.compile", why)
+        return
+    total, context, processes = needed(train.max_steps), needed(train.context), machine.processes
+    full = train.batch_tokens == "full"
+    tokens = total * (1 if full else batch_rows(config) * context)
+    rate = USUAL_UTILISATION * machine.rate(train.precision) * processes
+    expected = tokens * flops_per_token(architecture, context, choices.trainable) / rate  # seconds
+    if not full:
+        passes = total * math.ceil(batch_rows(config) / processes / needed(train.micro_batch))
+        expected = max(expected, passes * architecture.num_hidden_layers * BLOCK_SECONDS.get(machine.device, 0.0))
+    if train.eval_every is None:
+        times = 10
+        if train.time_budget_s:
+            times = evaluations(train.time_budget_s, needed(measured).eval_seconds)
+        why = f"{times} evaluations" if times > 1 else "one evaluation, at the end"
+        choices.set("train.eval_every", max(1, math.ceil(total / times)), why)
+    if train.checkpoint_every is None:
+        apart, why = total / 10, "ten checkpoints, two kept; at each a time budget is planned anew"
+        if not train.time_budget_s and not full:
+            apart, why = max(apart, total * CHECKPOINT_SECONDS / expected), "at most ten, not too often; two are kept"
+        choices.set("train.checkpoint_every", min(math.ceil(apart), total), why)
+    if train.compile == "auto":
+        _compile(choices, architecture, machine, expected)
+    elif train.compile and not machine.compiles:
+        needs = "Triton and a C compiler" if machine.device == "cuda" else "a C++ compiler (g++ or clang++)"
+        raise UsageError(f"train.compile=true needs {needs} here; install what is missing or use auto")
+
+
+def _compile(choices: Choices, architecture: ModelConfig, machine: Machine, expected: float) -> None:
+    """Compiles where it saves more of the expected seconds than it takes."""
+    train, kind = choices.config.train, machine.device
+    takes, gain = COMPILE_SECONDS.get(kind, math.inf), COMPILE_GAIN.get(kind, 0.0)
+    wanted = {
+        "a step of one worker": train.workers == 1 and train.batch_tokens != "full",
+        "experts only in bf16 on a GPU": not architecture.num_experts
+        or (kind == "cuda" and train.precision in ("bf16", "fp8")),  # elsewhere each batch has other sizes
+    }
+    lacking = next((what for what, there in wanted.items() if not there), None)
+    pays = expected * gain > takes and not lacking and machine.compiles
+    cost = f"compiling takes {takes:.0f} s and saves some {gain:.0%}"
+    why = f"for {lacking}" if lacking else f"about {duration(expected)} of training; {cost}"
+    choices.set("train.compile", bool(pays), why)

@@ -1,0 +1,103 @@
+"""What a run is decided for: a machine as a value, measured here or read from a file."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from gptworks.core import runtime
+from gptworks.core.errors import UsageError
+from gptworks.core.ranks import ranks
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One of the machines of a run, as far as decisions depend on it. Nothing here changes the process."""
+
+    device: str  # cpu | cuda | mps
+    name: str  # of the processor that computes
+    threads: int  # that torch would take by itself
+    memory: int  # bytes that may still be taken on the device
+    matmul: dict[str, float]  # FLOP/s of a large product, by precision
+    bf16: bool  # whether matrices are multiplied in it by hardware; so the next two
+    fp16: bool
+    fp8: bool
+    compiles: bool  # whether torch.compile has the compilers it needs
+    processes: int = 1  # of the run, on all machines
+    per_machine: int = 1
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of a large product in a precision; fp8 counts as bf16, in which its models are evaluated. Raises
+        UsageError for one that was not measured."""
+        wanted = "bf16" if precision == "fp8" else precision
+        if wanted not in self.matmul:
+            raise UsageError(f"machine.matmul has no {wanted}, in which this run would compute")
+        return self.matmul[wanted]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> "Machine":
+        """The machine that `gptworks env --json` wrote down. Raises UsageError for a file that lacks a value."""
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: cannot read the machine: {error}") from None
+        return cls.of(tree.get("machine", tree) if isinstance(tree, dict) else {}, str(path))
+
+    @classmethod
+    def of(cls, tree: Any, where: str) -> "Machine":
+        """From plain values. Raises UsageError that names the first value that is missing or of another kind."""
+        if not isinstance(tree, dict):
+            raise UsageError(f"{where}: no machine is described there; `gptworks env --json` writes one")
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            value = tree.get(field.name)
+            if value is None and field.name in ("processes", "per_machine"):
+                value = 1
+            kind = {"device": str, "name": str, "matmul": dict}.get(field.name, field.type)
+            fits = isinstance(value, kind) if isinstance(kind, type) else False
+            if kind is int:
+                fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not fits:
+                raise UsageError(f"{where}: machine.{field.name} is missing or wrong; `gptworks env --json` writes it")
+            values[field.name] = value
+        rates = values["matmul"]
+        known = get_args(Precision)
+        if not rates or not all(name in known and isinstance(v, (int, float)) and v > 0 for name, v in rates.items()):
+            raise UsageError(f"{where}: machine.matmul has FLOP/s by precision ({', '.join(known)}), each above 0")
+        return cls(**values)
+
+
+def usual_precision(bf16: bool, fp16: bool) -> Precision:
+    """What a run computes in where nothing else is asked."""
+    return "bf16" if bf16 else "fp16" if fp16 else "fp32"
+
+
+def here(precision: str = "auto", threads: int | None = None) -> Machine:
+    """This machine. Its matmul rate is measured, in the precision that a run asks for, with that many threads."""
+    import torch
+
+    device = runtime.device()
+    usual = runtime.usual_threads()
+    if ranks.world > 1:  # torchrun sets OMP_NUM_THREADS=1, which says nothing about the machine
+        usual = max(runtime.cores() // ranks.per_machine, 1)
+    torch.set_num_threads(threads or usual)
+    bf16, fp16 = runtime.has_bf16(device), runtime.has_fp16(device)
+    measured = usual_precision(bf16, fp16) if precision == "auto" else "bf16" if precision == "fp8" else precision
+    return Machine(
+        device=device.type,
+        name=torch.cuda.get_device_name() if device.type == "cuda" else runtime.cpu_name(),
+        threads=usual,
+        memory=runtime.available_memory(device),
+        matmul={measured: runtime.matmul_rate(device, runtime.dtype_of(measured))},
+        bf16=bf16,
+        fp16=fp16,
+        fp8=runtime.has_float8(device),
+        compiles=runtime.can_compile(device),
+        processes=ranks.world,
+        per_machine=ranks.per_machine,
+    )

@@ -1,0 +1,115 @@
+"""A run out of its parts: the model as the choices describe it, its optimizers, and the problem started with both."""
+
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+
+from gptworks.core.config import Chosen, Config
+from gptworks.core.errors import UsageError
+from gptworks.core.ranks import ranks
+from gptworks.core.runtime import device, dtype_of
+from gptworks.model import adapters, build
+from gptworks.model.build import Loaded
+from gptworks.model.config import ModelConfig, build_config
+from gptworks.model.lowbit import scheme
+from gptworks.model.transformer import Transformer
+from gptworks.planning.choose import trainable_part
+from gptworks.planning.cost import Trainable
+from gptworks.training.loop import Layout
+from gptworks.training.optim import make_optimizers
+from gptworks.training.problem import Problem, Work
+from gptworks.training.state import State
+
+
+@dataclass
+class Run:
+    """A run that is ready to start."""
+
+    config: Chosen
+    problem: Problem
+    base: Loaded | None
+    state: State
+    layout: Layout
+    trainable: Trainable | None  # where not all of the model is trained
+    stop_ids: tuple[int, ...]  # that end a text
+
+    def start(self, state: State | None = None) -> Work:
+        """The problem's batches, objective and evaluation for the run's model, or for that of another state."""
+        state = state or self.state
+        return self.problem.start(state.model, self.config, ranks.data, state.values)
+
+
+def assemble(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
+    """Builds the model and its optimizers. Raises UsageError."""
+    tokenizer = problem.tokenizer
+    architecture = architecture_of(config, problem, base)
+    model = build.fresh(architecture, config.train.seed) if base is None else _trainable_copy(base, config)
+    freeze(model, config.train.freeze)
+    layout = layout_of(config)
+    state = State(model.to(layout.device), [])
+    if config.train.precision == "fp8":
+        state.model.use_float8()
+    state.optimizers = make_optimizers(state.model, config.train)
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    trainable = trainable_part(config, architecture, bytes_per_weight(config, base))
+    return Run(config, problem, base, state, layout, trainable, stop_ids=base.stop_ids if base else own)
+
+
+def architecture_of(config: Chosen, problem: Problem, base: Loaded | None) -> ModelConfig:
+    """The shape of the model that is trained."""
+    if base is not None:
+        return base.model.config
+    return build_config(config.model, len(problem.tokenizer), config.train.context)
+
+
+def layout_of(config: Chosen) -> Layout:
+    """How a step is carried out here."""
+    train = config.train
+    return Layout(device(), dtype_of(train.precision), train.micro_batch, train.compile)
+
+
+def bytes_per_weight(config: Config, base: Loaded | None) -> float | None:
+    """What a frozen matrix takes in the low-bit form that `adapter.base` names; None where it names none."""
+    begun = base.adapter.base if base and base.adapter else None
+    held = begun or config.adapter.base
+    if held in (None, "fp32", "bf16") or base is None:
+        return None
+    return scheme(held).bytes_per_weight(base.model.config.hidden_size)
+
+
+def _trainable_copy(base: Loaded, config: Chosen) -> Transformer:
+    """The model that a run begins with: a copy of the base's, of which adapters or all is trained."""
+    adapter = config.adapter
+    if adapter.kind is None:
+        if base.adapter:
+            raise UsageError(
+                f"{base.name} is an adapter: train it further with adapter=lora, or `gptworks merge` it first"
+            )
+        return adapters.copy_of(base.model.requires_grad_(True))
+    if base.adapter is None:
+        return adapters.attach(base.model, adapter, config.train.seed)
+    return adapters.resume(base.model)
+
+
+def freeze(model: Transformer, patterns: list[str]) -> None:
+    """Parameters whose names match keep their values. Raises UsageError for a pattern that matches nothing."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise UsageError(
+                f"train.freeze has {pattern!r}, which no parameter matches; there is {next(iter(parameters))}"
+            )
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UsageError("train.freeze leaves nothing to train")
+
+
+@torch.no_grad()
+def trial_of(run: Run) -> State:
+    """A state of the run's beginning with a model of its own, to try steps on."""
+    state = State(adapters.copy_of(run.state.model), [])
+    state.optimizers = make_optimizers(state.model, run.config.train)
+    return state

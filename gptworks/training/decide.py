@@ -1,0 +1,104 @@
+"""From what was asked to a run that is ready to start: facts and machine, choices, model, timings, choices again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gptworks.core import runtime
+from gptworks.core.config import Chosen, Config
+from gptworks.core.errors import UsageError
+from gptworks.core.log import console
+from gptworks.model.build import Loaded
+from gptworks.planning.choices import Base, Choices, Facts, Measured
+from gptworks.planning.choose import choose, free_memory, memory_of_step, most_steps
+from gptworks.planning.machine import Machine, here
+from gptworks.training.assemble import Run, architecture_of, assemble, bytes_per_weight, layout_of
+from gptworks.training.problem import Problem
+from gptworks.training.timing import measure
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A run that is ready to start, and what it was decided from."""
+
+    run: Run
+    choices: Choices
+    facts: Facts
+    machine: Machine
+    measured: Measured
+    most_steps: int  # that limits other than the clock allow
+
+
+def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
+    """What is known of the data and of the model that the run starts from."""
+    return Facts(
+        vocab_size=len(problem.tokenizer),
+        epoch_tokens=problem.epoch_tokens,
+        endless=problem.epoch_tokens is None,
+        base=None if base is None else Base(base.name, base.model.config, base.adapter),
+        unit=problem.unit,
+        beside_bytes=problem.beside.bytes,
+        bytes_per_weight=bytes_per_weight(config, base),
+    )
+
+
+def decide(
+    config: Config, problem: Problem, base: Loaded | None, clock: Callable[[], float] = runtime.process_seconds
+) -> Decided:
+    """Chooses, builds the model, times steps where there is a time budget, and chooses to the end. `clock` gives the
+    seconds since the command began. Raises UsageError, OutOfMemory."""
+    facts = facts_of(config, problem, base)
+    _check_prompts(config, problem, base)
+    machine = here(config.train.precision, config.train.threads)
+    first = choose(config, facts, machine)
+    for warning in first.warnings:
+        console.warn(warning)
+    run = _built(first.provisional, problem, base)
+    measured = measure(run, run.start(), clock)
+    facts = replace(facts, measured=measured)
+    choices = choose(config, facts, machine)
+    run.config = choices.chosen
+    run.layout = layout_of(run.config)
+    _apply(run.config)
+    return Decided(run, choices, facts, machine, measured, most_steps(first.config, measured.rows))
+
+
+def provisional(config: Config, problem: Problem, base: Loaded | None) -> Run:
+    """A run whose length is not decided, for what only tries steps on it."""
+    choices = choose(config, facts_of(config, problem, base), here(config.train.precision, config.train.threads))
+    return _built(choices.provisional, problem, base)
+
+
+def reopened(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
+    """A run that was decided before, as its configuration says; where memory is short now, it is only warned of."""
+    _check_prompts(config, problem, base)
+    run, facts = _built(config, problem, base), facts_of(config, problem, base)
+    machine = here(config.train.precision, config.train.threads)
+    architecture = architecture_of(config, problem, base)
+    memory = memory_of_step(config, architecture, run.trainable, facts, machine, config.train.context)
+    need, free = memory.of(config.train.micro_batch), free_memory(machine)
+    if need > free:
+        console.warn(f"a step needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+    return run
+
+
+def _built(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
+    _apply(config)
+    return assemble(config, problem, base)
+
+
+def _apply(config: Chosen) -> None:
+    train = config.train
+    runtime.apply(runtime.device(), train.threads, train.deterministic, train.compile)
+
+
+def _check_prompts(config: Config, problem: Problem, base: Loaded | None) -> None:
+    """Raises UsageError for a prompt that could not be continued: an error now, and not after the training."""
+    if "generate" not in problem.sections:
+        return
+    context = base.model.config.max_position_embeddings if base else config.train.context or 256
+    for prompt in config.generate.prompts:
+        size = len(problem.tokenizer.front + problem.tokenizer.encode(prompt))
+        if size >= context:
+            raise UsageError(
+                f"generate.prompts: {prompt[:40]!r} has {size:,} tokens; the model takes fewer than {context:,}"
+            )

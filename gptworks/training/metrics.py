@@ -1,0 +1,107 @@
+"""What a run logs: metrics.jsonl always, and the same values where a person looks at them."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gptworks.core import folder
+from gptworks.core.config import Config
+from gptworks.core.errors import UsageError
+from gptworks.core.failpoint import failpoint
+
+
+class Metrics:
+    """metrics.jsonl, always; the same values in tensorboard/, under Hugging Face's tag names, and at Weights & Biases,
+    when asked.
+
+    A resumed run drops what was logged after the checkpoint it continues from, so no step is there twice.
+    """
+
+    def __init__(self, run: Path, from_step: int, tensorboard: bool, wandb: str | None = None) -> None:
+        self.path = run / "metrics.jsonl"
+        self.last_loss: float | None = None  # the last logged training loss, of this process or one before
+        self._trim(from_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self.board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+        self.wandb: Any = _wandb(wandb, run) if wandb else None
+
+    def _trim(self, from_step: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").split("\n"):  # a sample may have other ends of lines in it
+            try:
+                row = json.loads(line)
+                if row["step"] <= from_step:
+                    kept.append(line + "\n")
+                    self.last_loss = row.get("train/loss", self.last_loss)
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a power cut left half-written
+        folder.write_text(self.path, "".join(kept))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.last_loss = values.get("train/loss", self.last_loss)
+        failpoint("metrics.write")
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.board:
+            for tag, value in values.items():
+                self.board.add_scalar(tag, value, step)
+        if self.wandb:
+            self.wandb.log({**values, "step": step})  # by a metric of our own, so that a resumed run may go back
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self.file.write(json.dumps({"step": step, tag: text}, ensure_ascii=False) + "\n")
+        self.file.flush()
+        if self.board:
+            self.board.add_text(tag, f"    {text}".replace("\n", "\n    "), step)
+
+    def hyperparameters(self, config_text: str, config: Config) -> None:
+        flat = {
+            f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
+            for section, values in config.model_dump(mode="json").items()
+            if isinstance(values, dict)
+            for key, value in values.items()
+            if value is not None
+        }
+        if self.wandb:
+            self.wandb.config.update(flat, allow_val_change=True)
+        if not self.board:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        self.board.add_text("config", "    " + config_text.replace("\n", "\n    "), 0)
+        for summary in hparams(flat, {"eval/loss": 0.0}):
+            self.board.file_writer.add_summary(summary)
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises UsageError where Weights & Biases is asked for and not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f'train.wandb={project}: wandb is not installed; pip install "gptworks[wandb]"')
+
+
+def _wandb(project: str, run: Path) -> Any:
+    """A Weights & Biases run that goes on where the run in this folder does."""
+    import wandb
+
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    board = wandb.init(project=project, id=name, name=run.name, resume="allow", dir=str(run))
+    board.define_metric("*", step_metric="step")
+    return board

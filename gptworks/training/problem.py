@@ -1,0 +1,132 @@
+"""What a run solves, as a value: where its rows come from, what they cost, and how it is measured.
+
+A problem is a class, named by `problem=pretraining` or `problem=mine.py:Name`. It lives in four moments: `check`,
+before anything is read; `prepare`, in the main process, into the run's data folder; `open`, in every process, and when
+a run is replayed; `start`, with the model on its device. `examples/own_problem.py` is a whole one.
+
+This file and a problem's own import torch where they use it: a recipe is checked before torch is loaded.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gptworks.core.config import Chosen, Config, ProblemSettings
+
+if TYPE_CHECKING:
+    from gptworks.core.ranks import Group
+    from gptworks.data.batch import Batches
+    from gptworks.data.tokenizer import Tokenizer
+    from gptworks.model.build import Loaded
+    from gptworks.model.transformer import Transformer
+    from gptworks.training.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a problem keeps what it prepares, and what it is prepared beside."""
+
+    data: Path  # the run's data folder
+    base: "Loaded | None" = None  # the model that the run starts from
+    begun: bool = False  # whether the run has checkpoints, and so keeps the rows it began with
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. `figures` are logged as eval/NAME and kept in result.json; the problem watches one."""
+
+    figures: dict[str, float]
+    shown: Sequence[str]  # for a person, the most important first: "loss 1.4697", "2.120 bits/byte"
+    logged: dict[str, float] | None = None  # where that is not the same as `figures`
+
+
+class Evaluator(ABC):
+    """Measures a model. Called by every process, each of which may do its share."""
+
+    @abstractmethod
+    def __call__(self, model: "Transformer") -> Evaluation: ...
+
+    def part(self, model: "Transformer") -> float:
+        """Computes a part of an evaluation, to be timed; gives its share of what this process does of a whole one."""
+        self(model)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model or a folder that a run depends on, by what it is to it."""
+
+    role: str  # base | teacher | reference | ...
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A second model that is held beside the trained one, and is not trained."""
+
+    bytes: int = 0
+    flops_per_token: float = 0.0
+
+
+@dataclass
+class Work:
+    """A started problem: what the loop needs."""
+
+    batches: "Batches"
+    objective: "Objective"
+    evaluate: Evaluator
+    lines: list[str] = field(default_factory=list)  # about the data, for a person
+
+
+class Problem(ABC):
+    """What a run is to solve. Subclasses have `open` and `start`; the rest has defaults.
+
+    An opened problem has a `tokenizer`, and an `identity` that a checkpoint must agree with.
+    """
+
+    Settings: ClassVar[type[ProblemSettings]] = ProblemSettings  # its section `problem.*` of a configuration
+    sections: ClassVar[frozenset[str]] = frozenset()  # of data, tokenizer and generate those that it uses
+    watched: ClassVar[str] = "loss"  # the figure of an evaluation that early stopping goes by
+    lower_is_better: ClassVar[bool] = True
+    unit: ClassVar[int] = 1  # rows that belong together and are never divided
+    saved_as: ClassVar[str | None] = None  # config.json's `architectures`; None: the family's causal language model
+
+    tokenizer: "Tokenizer"
+    identity: str
+    epoch_tokens: int | None = None  # None: the data has no end
+    bytes_per_token: float | None = None  # of text, where the loss can be told in bits per byte
+    parents: tuple[Parent, ...] = ()
+    beside: Beside = Beside()
+
+    @classmethod  # noqa: B027
+    def check(cls, config: Config) -> None:
+        """Raises UsageError for what is wrong whatever the data is."""
+
+    @classmethod  # noqa: B027
+    def prepare(cls, config: Config, place: Place) -> None:
+        """Makes what `open` opens, in the main process, or continues to; says what was made. Raises DataError."""
+
+    @classmethod  # noqa: B027
+    def verify(cls, config: Config, place: Place) -> None:
+        """Compares what was prepared with its hashes, where `prepare` did not run: on other machines, and before a
+        replay. Raises DataError."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, config: Config, place: Place) -> "Problem":
+        """Opens what was prepared. Raises DataError."""
+
+    @abstractmethod
+    def start(self, model: "Transformer", config: Chosen, group: "Group", values: dict[str, Any]) -> Work:
+        """Batches, objective and evaluation for a model on its device.
+
+        `group` says which rows are this process's. `values` are plain ones of the problem's own that a checkpoint
+        keeps: empty at first, and only to be changed by batches that are not made ahead.
+        """
+
+    def lineage(self, config: Chosen) -> dict[str, Any]:
+        """Plain values that the model's folder tells of the data."""
+        return {}

@@ -1,0 +1,51 @@
+"""What only the text and a clock can tell before step one: rows in the epochs asked for, seconds of a step."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from gptworks.core.log import console
+from gptworks.core.runtime import interrupts
+from gptworks.planning.choices import Measured
+from gptworks.training.assemble import Run, trial_of
+from gptworks.training.loop import StepMetrics
+from gptworks.training.loop import run as train
+from gptworks.training.problem import Work
+from gptworks.training.schedule import RunSchedule, flat_share
+from gptworks.training.state import State
+
+CALIBRATION_SECONDS = 6.0  # of steps, before a plan that stays
+FIRST_SECONDS = 1.0  # before one that the run's own pace replaces
+
+
+def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
+    """Counts the rows of `train.max_epochs`, and where there is a time budget times a few steps and a part of an
+    evaluation on a copy of the model. `clock` gives the seconds since the command began."""
+    options = run.config.train
+    rows = None
+    if options.max_epochs and options.batch_tokens != "full":
+        rows = work.batches.rows_in(options.max_epochs)
+    if not options.time_budget_s:
+        return Measured(rows)
+    console.live("timing a few steps")
+    trial = trial_of(run)
+    trial_work = run.start(trial)
+    times: list[float] = []
+    began = time.perf_counter()
+    enough = FIRST_SECONDS if flat_share(options) else min(CALIBRATION_SECONDS, options.time_budget_s / 20)
+
+    def timer(_: State, m: StepMetrics) -> str | None:
+        interrupts.check()
+        times.append(m.seconds)
+        return "timed" if len(times) >= 2 and time.perf_counter() - began > enough else None
+
+    endless = RunSchedule(options.model_copy(update={"max_steps": 10**9}), [])
+    layout = replace(run.layout, compile=False)
+    train(
+        trial, trial_work.batches, trial_work.objective, train=options, layout=layout, schedule=endless, hooks=[timer]
+    )
+    began = time.perf_counter()
+    share = trial_work.evaluate.part(trial.model)
+    eval_seconds = (time.perf_counter() - began) / share
+    return Measured(rows, statistics.median(times[1:]), eval_seconds, options.time_budget_s - clock())

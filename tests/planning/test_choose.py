@@ -1,0 +1,250 @@
+"""Every decision before step one, on values alone: no model, no text, no clock."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from gptworks import lifecycle
+from gptworks.core import config as configuration
+from gptworks.core.config import Config, RunFile
+from gptworks.core.errors import DataError, OutOfMemory, UsageError
+from gptworks.planning.choices import Base, Facts, Measured
+from gptworks.planning.choose import choose, useful_rows
+from gptworks.planning.cost import step_memory
+from gptworks.planning.machine import Machine
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FACTS = Facts(vocab_size=32, epoch_tokens=10**6)
+GPU = replace(tiny.MACHINE, device="cuda", name="a GPU", memory=80 * 10**9, matmul={"bf16": 7e14}, bf16=True, fp16=True)
+
+
+def asked(**train) -> Config:
+    usual = {"context": 32, "batch_tokens": 1024, "max_steps": 100, "threads": 1}
+    return Config.model_validate({"model": SHAPE, "train": {**usual, **train}})
+
+
+def with_room(rows: float) -> Machine:
+    """A machine whose memory holds so many rows of a step."""
+    memory = step_memory(choose(asked(), FACTS, tiny.MACHINE).architecture, 32, "muon", 4)
+    return replace(tiny.MACHINE, memory=int((memory.fixed + rows * memory.row) / 0.9))
+
+
+@pytest.mark.parametrize("rows, fitting, expected", [(512, 125, 64), (8, 8, 8), (7, 4, 4), (12, 5, 4), (13, 12, 7)])
+def test_micro_batches_are_of_one_size_if_that_takes_less_than_twice_as_many(rows, fitting, expected, monkeypatch):
+    monkeypatch.setitem(choose.__globals__["PASS_TOKENS"], "cpu", 10**6)
+    choices = choose(asked(batch_tokens=32 * rows), FACTS, with_room(fitting + 0.5))
+    assert choices.config.train.micro_batch == expected
+
+
+@pytest.mark.parametrize("threads, workers, rows", [(1, 1, 4), (2, 1, 8), (2, 2, 4), (8, 2, 16)])
+def test_a_forward_pass_on_a_processor_has_a_thousand_tokens_a_thread(threads, workers, rows):
+    assert useful_rows("cpu", 1000, 256, threads, workers) == rows
+    assert useful_rows("cpu", 3, 256, threads, 1) == 3
+    assert useful_rows("cpu", 3, 10**6, threads, workers) == 1
+
+
+def test_an_impossible_step_names_what_fits():
+    with pytest.raises(OutOfMemory, match=r"train.micro_batch=5 fits") as refused:
+        choose(asked(micro_batch=32), FACTS, with_room(5.5))
+    assert refused.value.code == 77
+    with pytest.raises(OutOfMemory, match="train.context=16 fits"):
+        choose(asked(context=64, batch_tokens=2048), FACTS, with_room(0.6))
+    with pytest.raises(OutOfMemory, match="smaller model"):
+        choose(asked(), FACTS, replace(tiny.MACHINE, memory=1000))
+
+
+def test_rows_that_belong_together_make_up_micro_batches():
+    pairs = replace(FACTS, unit=2)
+    for rows in (2, 6, 14, 32, 50):
+        assert choose(asked(batch_tokens=32 * rows), pairs, tiny.MACHINE).config.train.micro_batch % 2 == 0
+    with pytest.raises(UsageError, match="2 rows belong together"):
+        choose(asked(micro_batch=3), pairs, tiny.MACHINE)
+    with pytest.raises(OutOfMemory, match="2 rows need about"):
+        choose(asked(), pairs, with_room(1.5))
+
+
+def test_a_second_model_takes_its_part_of_the_memory():
+    machine = with_room(20.5)
+    alone = choose(asked(micro_batch=20), FACTS, machine)
+    assert alone.config.train.micro_batch == 20
+    with pytest.raises(OutOfMemory, match="fits"):
+        choose(asked(micro_batch=20), replace(FACTS, beside_bytes=10**6), machine)
+
+
+def test_precision_is_what_the_processor_multiplies_in_hardware():
+    for bf16, fp16, chosen in ((True, True, "bf16"), (False, True, "fp16"), (False, False, "fp32")):
+        machine = replace(tiny.MACHINE, bf16=bf16, fp16=fp16, matmul={"bf16": 1e12, "fp16": 1e12, "fp32": 1e11})
+        assert choose(asked(), FACTS, machine).config.train.precision == chosen
+    with pytest.raises(UsageError, match="no units for it; use auto"):
+        choose(asked(precision="fp16"), FACTS, tiny.MACHINE)
+    with pytest.raises(UsageError, match="no float8 units"):
+        choose(asked(precision="fp8"), FACTS, tiny.MACHINE)
+    assert "slower than with fp32" in choose(asked(precision="bf16"), FACTS, tiny.MACHINE).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"reduce": "canonical"}, "adds up in one order"), ({"compile": True}, "is compiled"),
+     ({"workers": 3}, "more than train.threads=2")],
+    ids=str,
+)  # fmt: skip
+def test_what_keeps_a_step_whole_refuses_workers(settings, reason):
+    with pytest.raises(UsageError, match=reason):
+        choose(asked(**{"threads": 2, "workers": 2} | settings), FACTS, tiny.MACHINE)
+
+
+def test_dropout_keeps_a_step_whole_that_of_an_adapter_too():
+    config = asked(threads=2, batch_tokens=2048)
+    assert choose(config, FACTS, tiny.MACHINE).config.train.workers == 2
+    dropped = Config.model_validate({"model": {**SHAPE, "dropout": 0.1}, "train": config.train.model_dump()})
+    assert choose(dropped, FACTS, tiny.MACHINE).config.train.workers == 1
+    base = replace(FACTS, base=Base("a model", tiny.shape()))
+    for dropout, workers in ((0.0, 2), (0.1, 1)):
+        adapted = configuration.load(None, ["model=base", "adapter=lora", f"adapter.dropout={dropout}",
+                                            "train.threads=2", "train.context=32", "train.batch_tokens=2048",
+                                            "train.max_steps=9"])  # fmt: skip
+        assert choose(adapted, base, tiny.MACHINE).config.train.workers == workers
+
+
+def test_threads_of_a_machine_are_shared_by_its_processes():
+    shared = replace(tiny.MACHINE, threads=4, processes=8, per_machine=2)
+    choices = choose(asked(threads=None), FACTS, shared)
+    assert choices.config.train.threads == 4 and "shared by 2 processes" in choices.reasons["train.threads"]
+
+
+def test_what_needs_text_or_timing_stays_open_and_says_so():
+    choices = choose(asked(max_steps=None, batch_tokens=None), Facts(), tiny.MACHINE)
+    assert "model.num_hidden_layers" in choices.open
+    unread = choose(asked(max_steps=None, batch_tokens=None), Facts(vocab_size=32), tiny.MACHINE)
+    assert {
+        "train.batch_tokens",
+        "train.max_tokens",
+        "train.max_steps",
+        "train.micro_batch",
+        "train.eval_every",
+    } <= set(unread.open)
+    with pytest.raises(UsageError, match="is open"):
+        _ = unread.chosen
+    timed = choose(asked(max_steps=None, time_budget_s=100), FACTS, tiny.MACHINE)
+    assert set(timed.open) == {"train.max_steps", "train.eval_every", "train.checkpoint_every", "train.compile"}
+    measured = replace(FACTS, measured=Measured(None, step_seconds=0.1, eval_seconds=2.0, left_seconds=90.0))
+    done = choose(asked(max_steps=None, time_budget_s=100), measured, tiny.MACHINE)
+    assert not done.open and done.chosen.train.max_steps == int((90 - 4 * 2 - 1) * 0.95 / 0.1)
+
+
+def test_the_smallest_limit_counts():
+    measured = replace(FACTS, measured=Measured(rows=31250))
+    for limits, steps in (
+        ({"max_steps": 7, "max_tokens": 10**6, "max_epochs": 50}, 7),
+        ({"max_steps": None, "max_tokens": 5000}, 4),
+        ({"max_steps": None, "max_epochs": 2}, 977),
+    ):
+        assert choose(asked(**limits), measured, tiny.MACHINE).chosen.train.max_steps == steps
+    full = choose(asked(max_steps=None, batch_tokens="full", max_epochs=3.0), measured, tiny.MACHINE)
+    assert full.chosen.train.max_steps == 3
+
+
+def test_a_budget_that_is_used_up_is_refused():
+    late = replace(FACTS, measured=Measured(None, step_seconds=1.0, eval_seconds=0.1, left_seconds=1.5))
+    with pytest.raises(UsageError, match="give more time or a smaller model"):
+        choose(asked(max_steps=None, time_budget_s=10), late, tiny.MACHINE)
+
+
+def test_compiling_pays_on_a_gpu_for_a_long_run_alone():
+    large = {"model": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}}
+    train = {"context": 1024, "batch_tokens": 524288}
+    for steps, compiles in ((5, False), (5000, True)):
+        config = Config.model_validate({**large, "train": {**train, "max_steps": steps}})
+        assert choose(config, replace(FACTS, vocab_size=50304), GPU).config.train.compile is compiles
+    with pytest.raises(UsageError, match="needs Triton and a C compiler"):
+        choose(asked(compile=True), FACTS, replace(GPU, compiles=False))
+
+
+def test_an_adapter_goes_on_with_the_settings_it_was_begun_with():
+    begun = configuration.Adapter(kind="lora", rank=4, alpha=8.0, base="bf16")
+    facts = replace(FACTS, base=Base("an adapter", tiny.shape(), begun))
+    overrides = ["model=x", "adapter=lora", "train.context=32", "train.batch_tokens=1024", "train.max_steps=9"]
+    choices = choose(configuration.load(None, overrides), facts, tiny.MACHINE)
+    assert choices.config.adapter.rank == 4 and choices.reasons["adapter.rank"] == "the adapter's"
+    assert choices.trainable.added == choices.trainable.trained > 0
+    with pytest.raises(UsageError, match="adapter.rank=8: an adapter was begun with 4"):
+        choose(configuration.load(None, [*overrides, "adapter.rank=8"]), facts, tiny.MACHINE)
+
+
+PURE = """
+import os, sys
+from gptworks.core.config import Config
+from gptworks.planning.choices import Facts, Measured
+from gptworks.planning.choose import choose
+from gptworks.planning.machine import Machine
+assert "torch" not in sys.modules
+import torch
+def forbidden(*arguments, **options): raise AssertionError("the process was touched")
+torch.set_num_threads = torch.set_flush_denormal = torch.use_deterministic_algorithms = forbidden
+torch.set_deterministic_debug_mode = torch.nn.Module.__init__ = torch.manual_seed = forbidden
+before = dict(os.environ)
+machine = Machine.of({machine}, "here")
+facts = Facts(vocab_size=5000, epoch_tokens=10**7, measured=Measured(10**5, 0.01, 0.2, 100.0))
+for keys in ({{}}, {{"time_budget_s": 120}}, {{"reduce": "canonical"}}, {{"deterministic": True, "compile": True}}):
+    choices = choose(Config.model_validate({{"train": keys}}), facts, machine)
+    assert choices.chosen.train.max_steps and choices.reasons["train.max_steps"] and not choices.open
+assert dict(os.environ) == before
+print("pure")
+"""
+
+
+def test_choosing_touches_nothing_of_the_process_and_loads_no_torch():
+    script = PURE.format(machine=repr(tiny.MACHINE.as_dict()))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "pure\n", done.stderr
+
+
+@pytest.mark.parametrize("recipe", configuration.recipe_names())
+def test_what_a_run_keeps_gives_its_choices_again(recipe, tmp_path, tiny_text):
+    """Facts and machine are read back from plain values, as choices.json has them."""
+    values = {"data.train": str(tiny_text), "model.path": None} if recipe != "lora" else {"data.train": str(tiny_text)}
+    config = configuration.load(recipe, values)
+    base = Base("a model", tiny.shape()) if recipe == "lora" else None
+    measured = Measured(31250, 0.0123, 0.456, 78.9)
+    facts = Facts(vocab_size=1024, epoch_tokens=10**6, base=base, measured=measured)
+    machine = replace(tiny.MACHINE, memory=64 * 10**9)
+    first = choose(config, facts, machine)
+    kept = json.loads(json.dumps({"facts": facts.as_dict(), "machine": machine.as_dict()}))
+    again = choose(config, Facts.of(kept["facts"]), Machine.of(kept["machine"], "kept"))
+    assert again.chosen == first.chosen and again.reasons == first.reasons
+
+
+def test_a_finished_run_keeps_what_it_was_decided_from(finished_run):
+    kept = json.loads((finished_run / "choices.json").read_text())
+    file = RunFile.read(finished_run / "config.yaml")
+    choices = choose(file.asked, Facts.of(kept["facts"]), Machine.of(kept["machine"], "choices.json"))
+    assert choices.chosen == file.chosen and choices.reasons == file.reasons
+
+
+@pytest.mark.parametrize("damage", [{"vocab_size": "x", "more": 1}, {"base": {}}, {"measured": {"rows": 1, "x": 2}}])
+def test_facts_that_are_none_are_refused(damage):
+    with pytest.raises(DataError, match="not the facts of a run"):
+        Facts.of({**FACTS.as_dict(), **damage})
+
+
+@pytest.mark.parametrize("key", ["memory", "threads", "matmul", "device", "bf16"])
+@pytest.mark.parametrize("value", [None, "much", -1, {}])
+def test_a_machine_file_that_lacks_a_number_is_refused_by_its_name(key, value, tmp_path):
+    tree = {**tiny.MACHINE.as_dict(), key: value}
+    if key == "device" and value == "much":
+        value = tree[key] = 3
+    (tmp_path / "machine.json").write_text(json.dumps({"machine": tree}))
+    with pytest.raises(UsageError, match=f"machine.json: machine.{key}"):
+        Machine.read(tmp_path / "machine.json")
+
+
+def test_a_dry_run_decides_for_the_machine_of_a_file(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps({"machine": GPU.as_dict()}))
+    choices = lifecycle.choices(configuration.load("gpt2_124m"), path)
+    assert choices.config.train.precision == "bf16" and choices.config.train.micro_batch > 8
+    assert "train.max_steps" in choices.open

@@ -1,0 +1,234 @@
+"""Problems of one's own are trained, continued, replayed and shown as the built-in one; a mistake in them is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gptworks
+from gptworks import lifecycle
+from gptworks.core import config as configuration
+from gptworks.core import folder, runtime
+from gptworks.core.config import Config
+from gptworks.core.errors import NotFinite, Preempted, RunMismatch, UsageError
+from gptworks.training.hooks import Checkpointer
+
+ROOT = Path(__file__).parents[2]
+REVERSE, PAIRS = f"{ROOT / 'examples' / 'own_problem.py'}:Reverse", f"{ROOT / 'tests' / 'pairs.py'}:Pairs"
+SHORT = {
+    "model.family": "llama", "model.hidden_size": 32, "model.num_hidden_layers": 2, "model.num_attention_heads": 2,
+    "model.tie_word_embeddings": False, "train.context": 16, "train.batch_tokens": 256, "train.max_steps": 8,
+    "train.checkpoint_every": 4, "train.eval_every": 4, "train.log_every": 1, "train.precision": "fp32",
+    "train.micro_batch": 4, "train.tensorboard": False,
+}  # fmt: skip
+PROBLEMS = {"reverse": REVERSE, "pairs": PAIRS}
+
+
+def asked(problem: str, **values) -> Config:
+    return configuration.load(None, {"problem": PROBLEMS.get(problem, problem), **SHORT, **values})
+
+
+def weights(run: Path, step: int = 8) -> dict[str, str]:
+    """Every bit of a checkpoint but the clock's."""
+    place = run / "checkpoints" / f"step-{step:08d}"
+    facts = json.loads((place / "state.json").read_text())
+    files = {name: folder.sha256(place / name) for name in ("model.safetensors", "optimizer.safetensors")}
+    return files | {key: str(facts[key]) for key in ("step", "tokens", "cursor", "best_figure", "values", "parents")}
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """stopped_at(step, config, out): trains until a signal at that step."""
+    usual = Checkpointer.__call__
+
+    def train(step: int, config: Config, out: Path) -> None:
+        def hooked(self, state, metrics):
+            if state.step == step:
+                runtime.interrupts.requested = "SIGTERM"
+            return usual(self, state, metrics)
+
+        monkeypatch.setattr(Checkpointer, "__call__", hooked)
+        with pytest.raises(Preempted):
+            lifecycle.train(config, out)
+        monkeypatch.setattr(Checkpointer, "__call__", usual)
+
+    return train
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_problem_that_was_stopped_ends_as_one_that_was_not(problem, workers, tmp_path, stopped_at):
+    config = asked(problem, **{"train.workers": workers, "train.threads": workers})
+    straight = lifecycle.train(config, tmp_path / "straight")
+    stopped_at(5, config, tmp_path / "run")
+    result = lifecycle.train(config, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert result["eval"] == straight["eval"]
+    assert lifecycle.verify(tmp_path / "run")["identical"] and lifecycle.verify(tmp_path / "straight")["identical"]
+
+
+def command(problem: str, out: Path, processes: int, **values) -> list[str]:
+    (out.parent / "empty.yaml").write_text("{}\n")
+    settings = SHORT | {"train.reduce": "canonical", "train.threads": 1} | values
+    spelled = [f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items()]
+    port = str(29600 + os.getpid() % 9000)
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
+    return [sys.executable, *(several if processes > 1 else []), "-m", "gptworks", "train",
+            str(out.parent / "empty.yaml"), f"problem={PROBLEMS[problem]}", *spelled, "--out", str(out)]  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_two_processes_that_were_killed_end_as_one_that_was_not(problem, tmp_path):
+    config = asked(problem, **{"train.reduce": "canonical", "train.threads": 1})
+    lifecycle.train(config, tmp_path / "one")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out, fatal = tmp_path / "run", {**environment, "GPTWORKS_FAILPOINT": "step.count:6:kill@1"}
+    killed = subprocess.run(command(problem, out, 2), env=fatal, capture_output=True, text=True)
+    assert killed.returncode and [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    done = subprocess.run(command(problem, out, 2), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert weights(out) == weights(tmp_path / "one")
+    assert json.loads((out / "result.json").read_text())["processes"] == 2
+    assert lifecycle.verify(out)["identical"]
+
+
+def test_what_nothing_depends_on_stays_and_values_are_kept(tmp_path):
+    lifecycle.train(asked("pairs", **{"train.weight_decay": 0.5}), tmp_path / "run")
+    first = lifecycle.load(tmp_path / "run" / "model").model
+    again = first.__class__(first.config)
+    again.initialise(1)
+    assert torch.equal(first.head.weight.cpu(), again.head.weight)  # the head has no part in the loss
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
+    assert not torch.equal(saved["model.norm.weight"], again.model.norm.weight)
+    facts = json.loads((tmp_path / "run" / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert facts["values"] == {"taken": 8} and facts["parents"] == {"reference": "0" * 64}
+    lineage = json.loads((tmp_path / "run" / "model" / "gptworks.json").read_text())
+    assert lineage["parents"] == [{"role": "reference", "path": "the model as it began", "sha256": "0" * 64}]
+
+
+def test_a_run_of_a_problem_is_shown_by_report_and_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configuration.load("laptop", {
+        "problem": REVERSE, **SHORT, "train.tensorboard": True, "train.time_budget_s": None, "model.parameters": None,
+        "problem.length": 8,
+    })  # fmt: skip
+    result = lifecycle.run(config, tmp_path / "run", "laptop")
+    assert set(result["eval"]) == {"accuracy"} and "evaluation" not in result and "generation" not in result
+    page = (tmp_path / "run" / "report.html").read_text()
+    for text in ("Accuracy", "First letter", "evaluation accuracy", f"{result['eval']['accuracy']:.4g}"):
+        assert text in page, text
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["train/accuracy"] <= 1 for row in rows if "train/loss" in row)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"train/accuracy", "train/first_letter", "eval/accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_early_stopping_goes_by_the_watched_figure_and_its_direction(tmp_path, monkeypatch):
+    from gptworks.training.problem import Evaluation
+
+    problem = configuration.problem_of({"problem": REVERSE})
+    accuracies = iter([0.5, 0.7, 0.6, 0.65, 0.1, 0.1])
+    evaluator = problem.start.__globals__["Backwards"]
+    monkeypatch.setattr(evaluator, "__call__", lambda self, model: Evaluation({"accuracy": next(accuracies)}, ("a",)))
+    config = asked("reverse", **{"train.eval_every": 1, "train.patience": 2, "train.max_steps": 50})
+    result = lifecycle.train(config, tmp_path / "run")
+    assert result["steps"] == 4 and "patience" in result["stopped"] and result["weights"] == "of the best evaluation"
+
+
+def test_a_flexible_key_of_a_problem_holds_from_the_step_it_was_changed_at(tmp_path):
+    lifecycle.train(asked("pairs"), tmp_path / "run")
+    more = {"train.max_steps": 12, "problem.patience": 9}
+    result = lifecycle.train(asked("pairs", **more), tmp_path / "run")
+    assert result["changes"] == ["problem.patience=9, was 3; train.max_steps=12, was 8"]
+    file = configuration.RunFile.read(tmp_path / "run" / "config.yaml")
+    assert (file.at(7).problem.patience, file.at(8).problem.patience) == (3, 9)
+    with pytest.raises(RunMismatch, match="problem.changes="):
+        lifecycle.train(asked("pairs", **more, **{"problem.changes": ["a"]}), tmp_path / "run")
+    with pytest.raises(RunMismatch, match="problem.kind="):
+        lifecycle.train(asked("reverse", **{"train.max_steps": 12}), tmp_path / "run")
+
+
+# -- what is wrong with a problem --------------------------------------------------------------------------------
+
+
+def spoiled(tmp_path: Path, *changes: tuple[str, str]) -> str:
+    """The example with something else in it."""
+    text = (ROOT / "examples" / "own_problem.py").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "mine.py").write_text(text)
+    return f"{tmp_path / 'mine.py'}:Reverse"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        (('= "accuracy", False', '= "f1", False'), UsageError, "Reverse watches 'f1', and its evaluation has accuracy"),
+        (('figures = ("accuracy",', 'figures = ("precision",'), UsageError, "names the figures .*'precision'"),
+        (("(right.sum(), batch", "(float('inf'), batch"), NotFinite, "step 0: the figure 'accuracy' is inf"),
+        (
+            ('{"accuracy": float(right / letters)}', '{"accuracy": float("nan")}'),
+            NotFinite,
+            "evaluation's accuracy is nan",
+        ),
+        (("return Loss(loss,", "return Loss(loss * float('nan'),"), NotFinite, "step 0: the loss is nan"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_problem_computes_wrong_ends_the_run_in_a_line(change, kind, says, tmp_path):
+    with pytest.raises(kind, match=says) as error:
+        lifecycle.train(asked(spoiled(tmp_path, change)), tmp_path / "run")
+    assert error.value.code == {UsageError: 64, NotFinite: 76}[kind]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_rows_that_belong_together_are_not_divided(tmp_path):
+    with pytest.raises(UsageError, match="train.micro_batch=3: 2 rows belong together"):
+        lifecycle.train(asked("pairs", **{"train.micro_batch": 3}), tmp_path / "run")
+    text = (ROOT / "tests" / "pairs.py").read_text().replace("unit, watched", "units, watched")
+    (tmp_path / "pairs.py").write_text(text)  # the problem keeps from the run that its batches have pairs
+    config = asked(f"{tmp_path / 'pairs.py'}:Pairs", **{"train.micro_batch": 3})
+    with pytest.raises(UsageError, match="would divide rows that belong together, 2 at a time"):
+        lifecycle.train(config, tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_beside_another_second_model(tmp_path):
+    lifecycle.train(asked("pairs"), tmp_path / "run")
+    text = (ROOT / "tests" / "pairs.py").read_text().replace('"0" * 64', '"1" * 64')
+    own = tmp_path / "pairs.py"
+    own.write_text((ROOT / "tests" / "pairs.py").read_text())
+    config = asked(f"{own}:Pairs")
+    lifecycle.train(config, tmp_path / "mine")
+    own.write_text(text)
+    with pytest.raises(RunMismatch, match="the model as it began has other weights"):
+        lifecycle.train(asked(f"{own}:Pairs", **{"train.max_steps": 12}), tmp_path / "mine")
+
+
+@pytest.mark.parametrize("method", ["take", "loss", "__call__", "start", "open"])
+def test_an_error_in_a_problem_names_its_file_and_line(method, tmp_path):
+    text = (ROOT / "examples" / "own_problem.py").read_text().splitlines()
+    at = next(i for i, line in enumerate(text) if f"def {method}(" in line)
+    indent = " " * (len(text[at]) - len(text[at].lstrip()) + 4)
+    text.insert(at + 1, f"{indent}raise ValueError('as you wrote it')")
+    (tmp_path / "mine.py").write_text("\n".join(text))
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    spelled = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in SHORT.items()]
+    line = [sys.executable, "-m", "gptworks", "train", "empty.yaml", "problem=mine.py:Reverse", *spelled]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 64 and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: ") and f"mine.py, line {at + 2}, in {method}: ValueError: as you wrote it" in said
+
+
+def test_nothing_of_the_package_knows_of_the_example():
+    package = Path(gptworks.__file__).parent
+    assert not [path for path in package.rglob("*.py") if "Reverse" in path.read_text()]
+    assert len((ROOT / "examples" / "own_problem.py").read_text().splitlines()) <= 80
