@@ -101,6 +101,12 @@ MACHINE = Machine(
 )  # fmt: skip
 
 
+def chosen_config(**sections: Any) -> Config:
+    """A configuration of a tiny model that leaves all else open."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Config.model_validate({"model": shape, **sections})
+
+
 def chosen(config: Config, **facts: Any) -> Chosen:
     """What is chosen for a text of a million tokens on a machine that is no particular one."""
     known = {"vocab_size": 300, "epoch_tokens": 10**6, "measured": Measured(31250, 0.01, 0.1, 100.0), **facts}

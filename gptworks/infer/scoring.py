@@ -4,6 +4,7 @@ import lzma
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ALONE, Group
+from gptworks.core.runtime import side_by_side
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
@@ -60,28 +62,35 @@ def batched(rows: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield joined()
 
 
-@torch.no_grad()
 def stream_losses(
     model: Transformer,
     stream: Stream,
     context: int,
     rows: int = 16,
     stride: int | None = None,
+    *,
     group: Group = ALONE,
+    workers: int = 1,
 ) -> Iterator[np.ndarray]:
     """-log p of every token of a stream after the first, in order, float32, an array for each batch.
 
     A batch is `rows` blocks of `context` (or windows of it, `stride` apart). Of the processes of a group, each gives
-    the batches that are its own.
+    the batches that are its own; `workers` threads compute batches side by side.
     """
     was_training, device = model.training, next(model.parameters()).device
+
+    @torch.no_grad()  # holds for a thread
+    def losses_of(batch: Batch) -> np.ndarray:
+        return token_losses(model, batch.to(device)).cpu()[batch.weights > 0].numpy()
+
+    batches = batched(blocks(stream, context, stride), rows)
+    own = islice(batches, group.rank, None, group.size)
     model.eval()
     try:
-        for number, batch in enumerate(batched(blocks(stream, context, stride), rows)):
-            if number % group.size != group.rank:
-                continue
-            group.beat()
-            yield token_losses(model, batch.to(device)).cpu()[batch.weights > 0].numpy()
+        with side_by_side(workers) as threads:
+            while some := list(islice(own, workers)):  # rounds, so that not all batches wait in memory
+                group.beat()
+                yield from threads.map(losses_of, some) if threads else map(losses_of, some)
     finally:
         model.train(was_training)
 
@@ -92,10 +101,13 @@ def score(
     context: int,
     rows: int = 16,
     stride: int | None = None,
+    *,
     group: Group = ALONE,
+    workers: int = 1,
 ) -> Score:
     """The exact loss over a stream. Raises NotFinite. Arguments as in `stream_losses`."""
-    return total(stream_losses(model, stream, context, rows, stride, group), stream, group)
+    losses = stream_losses(model, stream, context, rows, stride, group=group, workers=workers)
+    return total(losses, stream, group)
 
 
 @torch.no_grad()

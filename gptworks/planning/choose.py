@@ -9,10 +9,11 @@ planned anew from the run's own pace (`training/hooks.py`).
 import math
 from dataclasses import replace
 
-from gptworks.core.config import Adapter, Config, Train
+from gptworks.core.config import Adapter, Config
 from gptworks.core.errors import OutOfMemory, UsageError
 from gptworks.core.log import duration
 from gptworks.model.config import ModelConfig, parameter_count
+from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until
 from gptworks.planning.choices import Choices, Facts, Measured, needed
 from gptworks.planning.cost import Memory, Trainable, flops_per_token, step_memory
 from gptworks.planning.dial import derive_shape, derive_training
@@ -30,7 +31,6 @@ WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its produc
 # Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
 PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
 EVALUATION_SHARE = 0.08  # of a time budget, for evaluations; one there is always
-MARGIN = 0.95  # of what is left of a time budget is planned for
 ELEMENT = {"fp32": 4}  # bytes of a value in the passes; 2 in any other precision
 
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
@@ -309,26 +309,34 @@ def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
         return
     found = limits(config, measured.rows if measured else None)
     if train.time_budget_s:
-        found.append(_steps_in_budget(train, needed(measured)))
+        found.append(_steps_in_budget(choices, needed(measured)))
     steps, why = min(found)
     if train.max_steps != steps:
         choices.set("train.max_steps", steps, why)
 
 
-def _steps_in_budget(train: Train, measured: Measured) -> tuple[int, str]:
+def _steps_in_budget(choices: Choices, measured: Measured) -> tuple[int, str]:
     """The steps that fit into what is left of a time budget, beside evaluations."""
-    budget, left = needed(train.time_budget_s), measured.left_seconds
-    times = evaluations(budget, measured.eval_seconds) if train.eval_every is None else 1
-    step_seconds = measured.step_seconds
+    train = choices.config.train
+    budget, left, seconds = needed(train.time_budget_s), measured.left_seconds, measured.step_seconds
+    pace = Pace(seconds, measured.eval_seconds)
+    end = planned_end(budget, pace)
     if train.eval_every:
-        step_seconds += measured.eval_seconds / train.eval_every
-    steps = int((left - times * measured.eval_seconds - 1.0) * MARGIN / step_seconds)
-    if steps < 1:
+        fitting = steps_until(end, budget - left, replace(pace, step=seconds + pace.evaluation / train.eval_every), 0)
+    else:
+        fitting = steps_until(end, budget - left, pace, evaluations(budget, pace.evaluation) - 1)
+    if fitting < 1:
         raise UsageError(
             f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation "
-            f"and a step takes {duration(step_seconds)}; give more time or a smaller model"
+            f"and a step takes {duration(seconds)}; give more time or a smaller model"
         )
-    return steps, f"{duration(left)} of {budget:g} s left, {1000 * step_seconds:.0f} ms a step"
+    if not can_hold(budget, pace):
+        latest = end + (SLOWER - 1) * pace.finish + SLOWER * pace.step
+        choices.warnings.append(
+            f"train.time_budget_s={budget:g}: a step takes {seconds / budget:.1%} of it, an evaluation with saving "
+            f"{pace.finish / budget:.1%}; on a machine that slows down near the end it may last {latest:.0f} s"
+        )
+    return fitting, f"{duration(left)} of {budget:g} s left, {1000 * seconds:.0f} ms a step"
 
 
 def evaluations(budget: float, seconds: float) -> int:
@@ -362,7 +370,7 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
         why = f"{times} evaluations" if times > 1 else "one evaluation, at the end"
         choices.set("train.eval_every", max(1, math.ceil(total / times)), why)
     if train.checkpoint_every is None:
-        apart, why = total / 10, "ten checkpoints, two kept; at each a time budget is planned anew"
+        apart, why = total / 10, "ten checkpoints, two kept"
         if not train.time_budget_s and not full:
             apart, why = max(apart, total * CHECKPOINT_SECONDS / expected), "at most ten, not too often; two are kept"
         choices.set("train.checkpoint_every", min(math.ceil(apart), total), why)

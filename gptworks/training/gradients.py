@@ -7,9 +7,8 @@ the whole step depends on is left without a gradient, and no update moves it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
@@ -33,25 +32,6 @@ class StepLoss:
 
     mean: float
     figures: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-
-@contextmanager
-def side_by_side(workers: int) -> Iterator[Executor | None]:
-    """Threads that compute micro-batches at the same time and share the processors; None for one worker.
-
-    Threads that share each operation wait for the slowest after each, which beside other work is most of the time.
-    """
-    each = max(torch.get_num_threads() // workers, 1)
-
-    def begin() -> None:  # both hold for a thread
-        torch.set_num_threads(each)
-        torch.set_flush_denormal(True)
-
-    if workers == 1:
-        yield None
-        return
-    with ThreadPoolExecutor(workers, "worker", begin) as threads:
-        yield threads
 
 
 def accumulate(

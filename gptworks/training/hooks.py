@@ -1,12 +1,14 @@
-"""What happens beside the steps: evaluation, logging, samples, a time budget, checkpoints. Each is a hook of the loop.
+"""What happens beside the steps: a time budget, evaluation, logging, samples, checkpoints. Each is a hook of the loop.
 
-The loop calls them in the order in which `session` lists them, which is part of what they do: an evaluation may end the
-run, and what is logged, sampled and saved after it knows that.
+The loop calls them in the order in which `session` lists them, which is part of what they do: a budget or an evaluation
+may end the run, and what is logged, sampled and saved after it knows that.
 """
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,24 @@ from gptworks.core.errors import NotFinite, Preempted, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
-from gptworks.core.runtime import interrupts, peak_memory
+from gptworks.core.runtime import interrupts, peak_memory, side_by_side
 from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
+from gptworks.planning.budget import MOST_PLANS, SAVING_SECONDS, SLOWER, Pace, planned_end, steps_until
+from gptworks.planning.choices import Measured
+from gptworks.planning.choose import EVALUATION_SHARE
 from gptworks.training.loop import StepMetrics
 from gptworks.training.metrics import Metrics
 from gptworks.training.problem import Evaluation, Evaluator, Problem
-from gptworks.training.schedule import RunSchedule, flat_share
+from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import Saving, State, using
+
+# Of a time budget: over which the pace of steps is measured; between two plans; at whose end any moment may have one.
+STEP_WINDOW, PLAN_APART, LATE = 0.03, 0.015, 0.08
+# A plan may miss the end by this much of a time budget, and more for each plan before; or by this much of what is left.
+TOLERANCE, TOLERANCE_MORE, TOLERANCE_LEFT = 0.02, 0.002, 0.1
 
 
 class Logger:
@@ -106,19 +116,23 @@ class Evaluations:
 
     def __init__(
         self, evaluate: Evaluator, problem: Problem, train: ChosenTrain, schedule: RunSchedule,
-        metrics: Metrics | None = None,
+        metrics: Metrics | None = None, *, clock: Callable[[], float] = time.perf_counter,
+        told: Callable[[float], None] = lambda seconds: None,
     ) -> None:  # fmt: skip
-        """`metrics` is None where nothing is to be written: in a replay, and on all processes but the main one."""
+        """`metrics` is None where nothing is to be written: in a replay, and on all processes but the main one. `told`
+        hears how many seconds of `clock` an evaluation took."""
         self.evaluate, self.problem, self.train, self.schedule = evaluate, problem, train, schedule
-        self.metrics = metrics
+        self.metrics, self.clock, self.told = metrics, clock, told
         self.last: tuple[int, Evaluation] | None = None
 
     def measure(self, state: State) -> Evaluation:
         """An evaluation of the weights, or of their average where one is kept; made once a step."""
         if self.last is None or self.last[0] != state.step:
             failpoint("eval.start")
+            begun = self.clock()
             with using(state.model, state.average):
                 self.last = (state.step, self._checked(state))
+            self.told(self.clock() - begun)
         return self.last[1]
 
     def final(self, state: State) -> Evaluation:
@@ -142,7 +156,7 @@ class Evaluations:
         return evaluation
 
     def __call__(self, state: State, m: StepMetrics) -> str | None:
-        if not self.schedule.due(state.step, self.train.eval_every):
+        if not self.schedule.evaluates(state.step, self.train.eval_every):
             return None
         evaluation, total = self.measure(state), self.schedule.length
         if self.metrics:
@@ -171,19 +185,20 @@ class Sampler:
 
     def __init__(
         self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
-        options: Generate, seed: int, schedule: RunSchedule,
+        options: Generate, train: ChosenTrain, schedule: RunSchedule,
     ) -> None:  # fmt: skip
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
-        self.options, self.seed, self.schedule = options, seed, schedule
+        self.options, self.train, self.schedule = options, train, schedule
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        steps = {max(round(self.schedule.length * share), 1) for share in (0.1, 0.3, 1.0)}
-        if state.step not in steps or not self.options.prompts:
+        if not any(self.schedule.reaches(state.step, share) for share in (0.1, 0.3, 1.0)) or not self.options.prompts:
             return
         engine = Engine(state.model, self.tokenizer, self.stop_ids)
-        prompt, how = self.options.prompts[0], sampling(self.options, self.seed)
-        with using(state.model, state.average):
-            result = engine.generate(prompt, how, min(60, self.options.max_new_tokens))
+        prompt, how = self.options.prompts[0], sampling(self.options, self.train.seed)
+        with using(state.model, state.average), side_by_side(self.train.workers) as threads:
+            # By one of them: where all share each small product, beside other work 60 tokens took 20 s.
+            make = partial(engine.generate, prompt, how, min(60, self.options.max_new_tokens))
+            result = threads.submit(make).result() if threads else make()
         self.metrics.text(state.step, "sample", prompt + result.text)
 
 
@@ -193,53 +208,95 @@ def sampling(options: Generate, seed: int | None) -> Sampling:
 
 
 class TimeBudget:
-    """Plans a run with a time budget anew while its learning rate is flat, from the pace so far.
+    """Plans a run with a time budget anew as its pace changes, so that it ends when it was told to.
 
-    A machine is rarely as fast as in the seconds it was timed. What is decided goes into config.yaml through `record`,
-    from where a resume or a replay reads it; a run that was interrupted keeps its plan.
+    A new plan changes how many steps are left, and with that how fast the schedule's share is passed; evaluations that
+    nobody asked for are left out before steps are. What is decided goes into config.yaml through `record`, from where a
+    resume or a replay reads it; a run that was interrupted keeps its plan.
     """
 
     def __init__(
-        self, train: ChosenTrain, schedule: RunSchedule, *, most: int | None, eval_seconds: float, from_step: int,
-        record: Callable[[Change], None], clock: Callable[[], float],
+        self, train: ChosenTrain, schedule: RunSchedule, *, measured: Measured | None, most: int | None,
+        may_leave_out: bool, from_step: int, record: Callable[[Change], None], clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        """`most` steps fit into all other limits, None where the plan is an earlier process's; `clock` gives the
-        seconds since the command began."""
-        self.train, self.schedule, self.most, self.every = train, schedule, most, train.checkpoint_every
-        self.eval_seconds, self.evaluated, self.first = eval_seconds, 0, 0.0
-        self.record, self.from_step, self.clock, self.started = record, from_step, clock, clock()
+        """`measured` and `most`, the steps that all other limits allow, are None where the plan is an earlier
+        process's; `may_leave_out` says that nobody asked for evaluations on the way; `clock` gives the seconds since
+        the command began."""
+        self.train, self.schedule, self.may_leave_out = train, schedule, may_leave_out
+        self.budget, self.record, self.clock = train.time_budget_s or 0.0, record, clock
+        self.measured, self.most = measured, most
+        self.active = bool(self.budget) and measured is not None and most is not None and not from_step
+        self.recent: deque[float] = deque()  # seconds of the last steps, about STEP_WINDOW of the budget
+        self.recent_sum = 0.0
+        self.evaluating = 0.0  # seconds of an evaluation since the last step
+        # Steps that an evaluation takes the time of: on a slower machine both take longer.
+        self.evaluation_steps = measured.eval_seconds / max(measured.step_seconds, 1e-9) if measured else 0.0
+        self.last = self.planned_at = clock()
+
+    def time_evaluation(self, seconds: float) -> None:
+        """Hears how long an evaluation took, which is no part of a step."""
+        self.evaluating = seconds
+
+    def _step_seconds(self) -> float:
+        """Of the last steps; one among many that a sample or a checkpoint made long is left out."""
+        if len(self.recent) < 5:
+            return sum(self.recent) / len(self.recent)
+        return (sum(self.recent) - max(self.recent)) / (len(self.recent) - 1)
 
     def __call__(self, state: State, m: StepMetrics) -> None:
-        flat = flat_share(self.train)
-        self.first = self.first or m.seconds  # with what is compiled and allocated once
-        self.evaluated += self.schedule.due(state.step, self.train.eval_every)
-        if (
-            self.from_step
-            or not self.train.time_budget_s
-            or any(not change.stretch for change in self.schedule.changes)
-            or state.step >= flat * self.schedule.length
-            or not self.schedule.due(state.step, self.every)
-        ):
+        if not self.active:
             return
-        if change := ranks.agree(self._decide(state, flat)):
+        now = self.clock()
+        spent = now - self.last - self.evaluating
+        if self.evaluating:
+            # The pace may have changed before the evaluation or after it: the step that fits better was at its pace.
+            beside = [self.evaluating / max(step, 1e-9) for step in (spent, *list(self.recent)[-1:])]
+            self.evaluation_steps = min(beside, key=lambda steps: abs(steps - self.evaluation_steps))
+        self.last, self.evaluating = now, 0.0
+        if state.step == 1:
+            return  # it has what is compiled and allocated once
+        self.recent.append(max(spent, 1e-9))
+        self.recent_sum += self.recent[-1]
+        while len(self.recent) > 1 and self.recent_sum > STEP_WINDOW * self.budget:
+            self.recent_sum -= self.recent.popleft()
+        if ranks.world > 1 and state.step % max(self.schedule.planned // 200, 1):
+            return  # agreeing takes the processes a moment
+        if change := ranks.agree(self._plan(state.step, now)):
             self.record(change)
 
-    def _decide(self, state: State, flat: float) -> Change | None:
-        train, length = self.train, self.schedule.length
-        assert train.time_budget_s
-        if self.most is None or state.step == 1:
+    def _plan(self, step: int, now: float) -> Change | None:
+        """Another plan where this one misses the budget by more than is worth one, more with each plan before."""
+        assert self.measured and self.most
+        plans = [change for change in self.schedule.changes if change.pace]
+        if len(plans) >= MOST_PLANS or any(not change.pace for change in self.schedule.changes):
             return None
-        spent = self.clock() - self.started - self.eval_seconds * self.evaluated
-        pace = (max(spent, state.seconds) - self.first) / (state.step - 1)  # with samples and checkpoints
-        # As many evaluations as planned, however long the run gets: their distance stretches with it.
-        to_come = max(math.ceil(self.schedule.planned / train.eval_every) - self.evaluated, 1)
-        left = train.time_budget_s - self.clock() - 2.0 - self.eval_seconds * to_come
-        steps = min(max(state.step + int(0.98 * left / pace), math.ceil(state.step / flat) + 1), self.most)
-        if state.step < round(train.warmup * steps) or abs(steps - length) <= 0.02 * length:
+        if now - self.planned_at < PLAN_APART * self.budget and now < (1 - LATE) * self.budget:
+            return None  # the pace that it was made by is not yet known any better
+        seconds = self._step_seconds()
+        evaluation = self.evaluation_steps * seconds
+        slower = seconds / max(self.measured.step_seconds, 1e-9)
+        pace = Pace(seconds, evaluation, SAVING_SECONDS * max(slower, 1.0))
+        end, length = planned_end(self.budget, pace, max(SLOWER / max(slower, 1.0), 1.0)), self.schedule.length
+        made, to_come = not plans or plans[-1].evaluations, self._evaluations_after(step)
+        miss = now + (length - step) * seconds + made * to_come * evaluation + pace.finish - end
+        if abs(miss) <= max(self.budget * (TOLERANCE + TOLERANCE_MORE * len(plans)), TOLERANCE_LEFT * (end - now)):
             return None
-        why = f"{steps} steps fit into train.time_budget_s={train.time_budget_s:g}, not {length}"
-        console.say(f"step {state.step}: {why}")
-        return Change(step=state.step, length=steps, stretch=True, why=why)
+        # Those that nobody asked for go before steps do, and come back where there is time for them again.
+        share = to_come * evaluation / max(end - now, 1e-9)
+        makes = not self.may_leave_out or share <= 2 * EVALUATION_SHARE * (1.0 if made else 0.5)
+        steps = min(step + steps_until(end, now, pace, makes * to_come), self.most)
+        if steps == length and makes == made:
+            return None
+        why = f"{steps} steps fit into train.time_budget_s={self.budget:g}, not {length}"
+        if made and not makes:
+            why += ", without evaluations before the last"
+        self.planned_at = now
+        console.say(f"step {step}: {why}")
+        return Change(step=step, length=steps, pace=True, evaluations=makes, why=why)
+
+    def _evaluations_after(self, step: int) -> int:
+        """Evaluations before the last that are still to come by the plan."""
+        return max(math.ceil(self.schedule.planned_left(step) / self.train.eval_every) - 1, 0)
 
 
 class Checkpointer:

@@ -12,8 +12,9 @@ from gptworks.core.config import Train
 from gptworks.core.errors import DataError, NotFinite, OutOfMemory
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
+from gptworks.core.runtime import side_by_side
 from gptworks.data.batch import Batch, Batches, Cursor
-from gptworks.training.gradients import StepLoss, accumulate, side_by_side
+from gptworks.training.gradients import StepLoss, accumulate
 from gptworks.training.objectives import Objective
 from gptworks.training.optim import add_penalties, set_rates
 from gptworks.training.schedule import RunSchedule

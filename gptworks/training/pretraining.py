@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptworks.core import folder
-from gptworks.core.config import Chosen, Config
+from gptworks.core.config import Chosen, ChosenTrain, Config
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console
 from gptworks.training.problem import Evaluation, Evaluator, Place, Problem, Work
@@ -75,7 +75,7 @@ class Pretraining(Problem):
         loader = self._loader(config, group)
         rows = max(1, min(64, 16384 // config.train.context))
         lines = [loader.report(), *loader.mixture_report(), loader.look(self.tokenizer)]
-        evaluate = HeldOut(self.shards, config.train.context, rows, group)
+        evaluate = HeldOut(self.shards, config.train, rows, group)
         return Work(loader, NextToken(config.train), evaluate, lines)
 
     def _loader(self, config: Chosen, group: "Group") -> "Loader":
@@ -106,13 +106,14 @@ class Pretraining(Problem):
 class HeldOut(Evaluator):
     """The exact loss of the held-out text, in blocks of the context; processes share out the batches."""
 
-    def __init__(self, shards: "Shards", context: int, rows: int, group: "Group") -> None:
-        self.stream, self.context, self.rows, self.group = shards.eval, context, rows, group
+    def __init__(self, shards: "Shards", train: ChosenTrain, rows: int, group: "Group") -> None:
+        self.stream, self.context, self.workers = shards.eval, train.context, train.workers
+        self.rows, self.group = rows, group
 
     def __call__(self, model: "Transformer") -> Evaluation:
         from gptworks.infer.scoring import expert_use, score
 
-        found = score(model, self.stream, self.context, self.rows, group=self.group)
+        found = score(model, self.stream, self.context, self.rows, group=self.group, workers=self.workers)
         figures = found.as_dict()
         logged = {name: figures[name] for name in ("loss", "bits_per_byte", "perplexity")}
         if model.config.num_experts:
@@ -125,6 +126,6 @@ class HeldOut(Evaluator):
 
         from gptworks.infer.scoring import stream_losses
 
-        batches: Iterator[Any] = stream_losses(model, self.stream, self.context, self.rows)
+        batches: Iterator[Any] = stream_losses(model, self.stream, self.context, self.rows, workers=self.workers)
         timed = sum(len(losses) for losses in islice(batches, -(-EVALUATED_ROWS // self.rows)))
         return timed / (len(self.stream.tokens) - 1) * self.group.size

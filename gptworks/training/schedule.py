@@ -41,11 +41,12 @@ class RunSchedule:
 
     def factor(self, step: int) -> float:
         """The share of the peak rate at step 0 .. length-1."""
-        return self._factor(step, [c for c in self.changes if c.step <= step and (c.length or c.decay)])
+        bends = [c for c in self.changes if c.step <= step and (c.length or c.decay) and not c.pace]
+        return self._factor(step, bends)
 
     def _factor(self, step: int, bends: list[Change]) -> float:
         if not bends:
-            return rate_factor(step, self.planned, self.train)
+            return rate_factor(self._planned_step(step), self.planned, self.train)
         last, floor = bends[-1], self.train.min_lr
         length = next((c.length for c in reversed(bends) if c.length), self.planned)
         came = self._factor(last.step - 1, bends[:-1]) if last.step else rate_factor(0, length, self.train)
@@ -57,6 +58,22 @@ class RunSchedule:
         planned = rate_factor(step, length, self.train)
         return planned if share == 1.0 else came + (planned - came) * share
 
+    def _planned_step(self, step: int) -> float:
+        """The step of the first plan at which the run stands: by a new pace it passes the rest of the plan faster or
+        slower, so that rates and intervals are those of the same share of the run. Whole without a new pace."""
+        begin, done, length = 0, 0.0, self.planned
+        for change in self.changes:
+            if change.pace and change.length and change.step < step:
+                done += (change.step - begin) * (self.planned - done) / max(length - begin, 1)
+                begin, length = change.step, change.length
+        if not begin:
+            return step
+        return min(done + (step - begin) * (self.planned - done) / max(length - begin, 1), self.planned)
+
+    def planned_left(self, step: int) -> float:
+        """Steps of the first plan that are still to be passed."""
+        return self.planned - self._planned_step(step)
+
     def peaks(self, step: int) -> dict[str, float]:
         """The peak rates that were changed up to a step: `lr`, `adam_lr`."""
         found: dict[str, float] = {}
@@ -66,10 +83,12 @@ class RunSchedule:
         return found
 
     def due(self, step: int, every: int) -> bool:
-        """Whether an interval of `every` steps ends here (stretched as a time budget stretched the run), or the run.
-        One that ended before a stretch does not end again."""
+        """True where an interval of `every` planned steps ends, or the run. One that ended before a new plan does not
+        end again."""
 
         def ended(by: int, length: int) -> int:
+            if any(change.pace for change in self.changes):
+                return math.floor(self._planned_step(by) / every + 1e-9)
             return by * self.planned // (every * length)
 
         most, length = 0, self.planned
@@ -77,6 +96,16 @@ class RunSchedule:
             if change.stretch and change.length and change.step < step:
                 most, length = max(most, ended(change.step, length)), change.length
         return step == self.length or ended(step, length) > max(most, ended(step - 1, length))
+
+    def evaluates(self, step: int, every: int) -> bool:
+        """True where an evaluation is due that no new pace has left out; the last never is."""
+        latest = next((c for c in reversed(self.changes) if c.pace and c.step < step), None)
+        return self.due(step, every) and (step == self.length or latest is None or latest.evaluations)
+
+    def reaches(self, step: int, share: float) -> bool:
+        """True at the first step at which so large a share of the run is done."""
+        wanted = max(share * self.planned, 1.0) - 1e-9
+        return self._planned_step(step - 1) < wanted <= self._planned_step(step) or (share == 1 and step == self.length)
 
     def decay_from(self, step: int) -> Change:
         """The decay that begins now: as long, beside what came before, as a planned one; never beyond the end."""
@@ -90,55 +119,52 @@ class RunSchedule:
 # -- schedules ---------------------------------------------------------------------------------------------------
 
 
-def rate_factor(step: int, total: int, train: Train) -> float:
-    """The factor of the peak rate for step 0 .. total-1: a linear warm-up, then the schedule's own shape."""
+def rate_factor(step: float, total: int, train: Train) -> float:
+    """The factor of the peak rate for step 0 .. total-1: a linear warm-up, then the schedule's own shape.
+
+    A step between two whole ones is that of a run whose pace has changed."""
     warmup = round((train.warmup or 0.0) * total)
     schedule = resolve("schedule", SCHEDULES, train.schedule)
     rise = min((step + 1) / (warmup + 1), 1.0)
     return rise * schedule(step, total, warmup, train)
 
 
-def flat_share(train: Train) -> float:
-    """The share of a run whose rate is the peak: while it lasts, the length may still be decided."""
-    return {"constant": 1.0, "wsd": 1 - train.cooldown}.get(train.schedule, 0.0)
-
-
-def constant(step: int, total: int, warmup: int, train: Train) -> float:
+def constant(step: float, total: int, warmup: int, train: Train) -> float:
     return 1.0
 
 
-def _done(step: int, total: int, warmup: int) -> float:
+def _done(step: float, total: int, warmup: int) -> float:
     """Share of the steps after warm-up that are done, 0 to 1."""
     return min(max((step - warmup) / max(total - warmup, 1), 0.0), 1.0)
 
 
-def linear(step: int, total: int, warmup: int, train: Train) -> float:
+def linear(step: float, total: int, warmup: int, train: Train) -> float:
     return 1 - (1 - train.min_lr) * _done(step, total, warmup)
 
 
-def cosine(step: int, total: int, warmup: int, train: Train) -> float:
+def cosine(step: float, total: int, warmup: int, train: Train) -> float:
     """Half a cosine from the peak to min_lr (Loshchilov and Hutter 2017)."""
     return train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * _done(step, total, warmup)))
 
 
-def step(step: int, total: int, warmup: int, train: Train) -> float:
+def step(step: float, total: int, warmup: int, train: Train) -> float:
     """A factor `step_gamma` after each `step_every` of the run."""
     share = step / max(total, 1)
     drops = int(share / train.step_every + 1e-9) if train.step_every else 0  # 0.3 / 0.1 is just below 3
     return max(train.step_gamma**drops, train.min_lr)
 
 
-def inverse_sqrt(step: int, total: int, warmup: int, train: Train) -> float:
+def inverse_sqrt(step: float, total: int, warmup: int, train: Train) -> float:
     """1/sqrt(step) after the warm-up (Vaswani et al. 2017, section 5.3)."""
     return max(math.sqrt(max(warmup, 1) / max(step, warmup, 1)), train.min_lr)
 
 
-def range_test(step: int, total: int, warmup: int, train: Train) -> float:
+def range_test(step: float, total: int, warmup: int, train: Train) -> float:
     """From `min_lr` to 1 in equal ratios (Smith 2017)."""
     return max(train.min_lr, 1e-9) ** (1 - step / max(total - 1, 1))
 
 
-def wsd(step: int, total: int, warmup: int, train: Train) -> float:
+def wsd(step: float, total: int, warmup: int, train: Train) -> float:
     """Warm-up, stable, decay: flat, then 1 - sqrt(share) over the cooldown (Hägele et al. 2024)."""
     cooldown = round(train.cooldown * total)
     into = (step - (total - cooldown)) / max(cooldown, 1)

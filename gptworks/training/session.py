@@ -275,14 +275,17 @@ def _train(run: Run, file: RunFile, out: Path, recipe: str, decided: Decided | N
     rate = ranks.total(runtime.matmul_rate(run.layout.device, run.layout.dtype))[0]
     _say_what_is_trained(run, work, rate)
     metrics = _metrics(run, out) if ranks.main else None
-    evaluations = Evaluations(work.evaluate, problem, train, schedule, metrics)
-    checkpointer = Checkpointer(out / "checkpoints", train.checkpoint_every, schedule, facts)
+    clock = runtime.fine_clock()
     budget = TimeBudget(
-        train, schedule, most=decided.most_steps if decided else None,
-        eval_seconds=decided.measured.eval_seconds if decided else 0.0, from_step=state.step,
-        record=file.append if ranks.main else file.changes.append, clock=runtime.process_seconds,
+        train, schedule, measured=decided.measured if decided else None, most=decided.most_steps if decided else None,
+        may_leave_out=file.asked.train.eval_every is None, from_step=state.step,
+        record=file.append if ranks.main else file.changes.append, clock=clock,
     )  # fmt: skip
-    hooks: list[loop.Hook] = [evaluations]  # the order is part of what they do: see hooks.py
+    evaluations = Evaluations(
+        work.evaluate, problem, train, schedule, metrics, clock=clock, told=budget.time_evaluation
+    )
+    checkpointer = Checkpointer(out / "checkpoints", train.checkpoint_every, schedule, facts)
+    hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
     if metrics:
         hooks.append(
             Logger(metrics, train.log_every, schedule, batches=work.batches,
@@ -290,10 +293,10 @@ def _train(run: Run, file: RunFile, out: Path, recipe: str, decided: Decided | N
         )  # fmt: skip
         if "generate" in problem.sections:
             hooks.append(
-                Sampler(metrics, problem.tokenizer, run.stop_ids, options=config.generate, seed=train.seed,
+                Sampler(metrics, problem.tokenizer, run.stop_ids, options=config.generate, train=train,
                         schedule=schedule)
             )  # fmt: skip
-    hooks += [budget, checkpointer]
+    hooks.append(checkpointer)
     try:
         loop.run(state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule, hooks=hooks)
         checkpointer.finish()

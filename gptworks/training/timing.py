@@ -12,11 +12,10 @@ from gptworks.training.assemble import Run, trial_of
 from gptworks.training.loop import StepMetrics
 from gptworks.training.loop import run as train
 from gptworks.training.problem import Work
-from gptworks.training.schedule import RunSchedule, flat_share
+from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import State
 
-CALIBRATION_SECONDS = 6.0  # of steps, before a plan that stays
-FIRST_SECONDS = 1.0  # before one that the run's own pace replaces
+ENOUGH_SECONDS = 1.0  # of steps: the plan that is made of them is changed by the run's own pace
 
 
 def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
@@ -33,12 +32,11 @@ def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
     trial_work = run.start(trial)
     times: list[float] = []
     began = time.perf_counter()
-    enough = FIRST_SECONDS if flat_share(options) else min(CALIBRATION_SECONDS, options.time_budget_s / 20)
 
     def timer(_: State, m: StepMetrics) -> str | None:
         interrupts.check()
         times.append(m.seconds)
-        return "timed" if len(times) >= 2 and time.perf_counter() - began > enough else None
+        return "timed" if len(times) >= 2 and time.perf_counter() - began > ENOUGH_SECONDS else None
 
     endless = RunSchedule(options.model_copy(update={"max_steps": 10**9}), [])
     layout = replace(run.layout, compile=False)

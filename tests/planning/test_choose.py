@@ -133,7 +133,8 @@ def test_what_needs_text_or_timing_stays_open_and_says_so():
     assert set(timed.open) == {"train.max_steps", "train.eval_every", "train.checkpoint_every", "train.compile"}
     measured = replace(FACTS, measured=Measured(None, step_seconds=0.1, eval_seconds=2.0, left_seconds=90.0))
     done = choose(asked(max_steps=None, time_budget_s=100), measured, tiny.MACHINE)
-    assert not done.open and done.chosen.train.max_steps == int((90 - 4 * 2 - 1) * 0.95 / 0.1)
+    left = 90 - 1.5 - 3 * 2.0 - 2.2  # of 98.5: what the end is kept before, three evaluations on the way, the finish
+    assert not done.open and abs(done.chosen.train.max_steps - left / 0.1) <= 1
 
 
 def test_the_smallest_limit_counts():

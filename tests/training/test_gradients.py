@@ -7,9 +7,10 @@ import tiny
 import torch
 from torch import nn
 
+from gptworks.core import runtime
 from gptworks.core.errors import UsageError
 from gptworks.data.batch import Batch
-from gptworks.training import gradients, loop
+from gptworks.training import loop
 from gptworks.training.gradients import accumulate
 from gptworks.training.objectives import Loss, NextToken
 
@@ -43,7 +44,7 @@ def step(micro_batch, workers=1, reduce="sum", objective=WithFigures, rows=None)
     train = tiny.settings(workers=workers, reduce=reduce)
     state, rows = tiny.state(train), rows or batch()
     made = objective(train)
-    with gradients.side_by_side(workers) as threads:
+    with runtime.side_by_side(workers) as threads:
         loss = accumulate(
             state.model, rows, made, weight=made.weight(rows), train=train, micro_batch=micro_batch, step=0,
             threads=threads,

@@ -15,8 +15,7 @@ from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.data.batch import Batch, Batches, Cursor
 from gptworks.data.loader import Loader
 from gptworks.data.shards import open_shards
-from gptworks.training import gradients as gradients_module
-from gptworks.training import hooks, loop
+from gptworks.training import loop
 from gptworks.training.gradients import accumulate
 from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.schedule import RunSchedule
@@ -92,7 +91,7 @@ def test_a_run_is_compiled_however_many_others_there_were_in_the_process(monkeyp
 @pytest.mark.parametrize(("workers", "micro_batch"), [(2, 4), (2, 2), (3, 2), (4, 4)])
 def test_workers_change_neither_loss_nor_gradient_and_repeat_to_the_bit(workers, micro_batch):
     def side_by_side():
-        with gradients_module.side_by_side(workers) as threads:
+        with runtime.side_by_side(workers) as threads:
             return gradients(ragged(), micro_batch, threads=threads, workers=workers)
 
     loss, norm, whole = gradients(ragged())
@@ -143,7 +142,7 @@ def test_an_error_of_a_worker_ends_the_step():
         def loss(self, model, batch):
             raise RuntimeError("broken" if batch.first else "the first rows")
 
-    with gradients_module.side_by_side(2) as threads, pytest.raises(RuntimeError, match="the first rows"):
+    with runtime.side_by_side(2) as threads, pytest.raises(RuntimeError, match="the first rows"):
         train = tiny.settings(workers=2)
         accumulate(
             tiny.state(train).model, ragged(), Broken(train), weight=1.0, train=train, micro_batch=4, step=0,
@@ -286,30 +285,11 @@ def test_max_epochs_trains_on_every_token_so_often(train):
 
 def test_a_time_budget_becomes_a_step_count_and_is_kept(train):
     runtime.restart_clock()  # as if this process had just begun
-    result, out = train(**{"train.time_budget_s": 8, "train.eval_every": None, "train.checkpoint_every": None})
+    result, out = train(**{"train.time_budget_s": 6, "train.eval_every": None, "train.checkpoint_every": None})
     file = RunFile.read(out / "config.yaml")
     assert result["steps"] == RunSchedule(file.chosen.train, file.changes).length > 10  # the plan may follow the pace
-    assert 3 < result["seconds"] <= 8
-
-
-@pytest.mark.parametrize("every, steps", [(20, 66), (1000, 71)])
-def test_a_plan_leaves_time_for_the_evaluations_that_are_to_come(every, steps):
-    """A second a step, 5 an evaluation, 30 s of 100 gone after ten steps; 2 s and 2 % are kept."""
-    train = tiny.settings(
-        time_budget_s=100, eval_every=every, checkpoint_every=1, max_steps=40, schedule="constant", warmup=0.0
-    )
-    state = tiny.state(tiny.settings())
-    state.step, state.seconds = 10, 10.0
-    course = RunSchedule(train, [])
-    budget = hooks.TimeBudget(
-        train, course, most=10**6, eval_seconds=5.0, from_step=0, record=course.changes.append, clock=lambda: 30.0
-    )
-    budget.first = 1.0
-    change = budget._decide(state, 1.0)
-    assert change.length == steps
-    course.changes.append(change)
-    evaluations = sum(course.due(step, every) for step in range(11, steps + 1))
-    assert evaluations and 90 < 30 + (steps - 10) + 5 * evaluations <= 100
+    assert 0.85 * 6 <= result["seconds"] <= 1.1 * 6  # an evaluation is a larger part of it than it should be
+    assert lifecycle.verify(out)["identical"]
 
 
 def test_a_hook_ends_the_run_and_says_why():

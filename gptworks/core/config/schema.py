@@ -224,7 +224,9 @@ class Change(Section):
     decay: bool = False  # the rate falls from here to the end, whatever the schedule says
     lr: NonNegative | None = None
     adam_lr: NonNegative | None = None
-    stretch: bool = False  # evaluations and checkpoints keep their number: the intervals grow with the length
+    pace: bool = False  # the length alone: rates and intervals stay as they were planned by share of the run
+    evaluations: bool = True  # of a pace: whether those before the last are made
+    stretch: bool = False  # a pace of version 0.1.0: rates bend, intervals grow with the length
     values: dict[str, Any] = {}  # of other keys, by dotted name
     why: str = ""
 

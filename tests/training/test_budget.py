@@ -1,0 +1,123 @@
+"""A time budget holds on a machine that becomes five times slower or faster, shown with a clock that is passed in."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+from gptworks.core.config import Change
+from gptworks.planning.budget import MOST_PLANS, SAVING_SECONDS, Pace, can_hold, planned_end
+from gptworks.planning.choices import Facts, Measured
+from gptworks.planning.choose import choose
+from gptworks.training.hooks import TimeBudget
+from gptworks.training.schedule import SCHEDULES, RunSchedule
+
+SHAPES = sorted(set(SCHEDULES) - {"range"})
+BUDGET, BEGIN = 1000.0, 8.0
+MOMENTS = [0.02, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.85, 0.93, 0.96]
+
+
+@dataclass
+class Lived:
+    """How a run went: when its model was written, its schedule, and the steps at which it was evaluated."""
+
+    end: float
+    schedule: RunSchedule
+    evaluated: list[int]
+
+
+def live(schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None) -> Lived:
+    """A run of which a step takes `step` seconds, `factor` times as many from `moment` of the budget on."""
+    now = BEGIN
+
+    def slowness() -> float:
+        late = factor if now >= moment * BUDGET else 1.0
+        return late * (1 + wave * (int(now) % 7 - 3) / 3)
+
+    measured = Measured(None, step, evaluation, BUDGET - BEGIN)
+    keys = {"context": 32, "batch_tokens": 1024, "time_budget_s": BUDGET, "schedule": schedule, "eval_every": asked}
+    config = tiny.chosen_config(train=keys)
+    train = choose(config, Facts(vocab_size=300, epoch_tokens=10**6, measured=measured), tiny.MACHINE).chosen.train
+    changes: list[Change] = []
+    course, evaluated = RunSchedule(train, changes), []
+    budget = TimeBudget(
+        train, course, measured=measured, most=10**9, may_leave_out=asked is None, from_step=0,
+        record=changes.append, clock=lambda: now,
+    )  # fmt: skip
+    state = SimpleNamespace(step=0)
+    while state.step < course.length:
+        now += step * slowness()
+        state.step += 1
+        budget(state, None)
+        if course.evaluates(state.step, train.eval_every) and state.step < course.length:
+            seconds = evaluation * slowness()
+            now += seconds
+            budget.time_evaluation(seconds)
+            evaluated.append(state.step)
+    now += (evaluation + SAVING_SECONDS) * slowness()
+    return Lived(now, course, evaluated)
+
+
+@pytest.mark.parametrize("factor", [5.0, 0.2, 1.0])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_a_budget_holds_whatever_the_machine_does_from_any_moment_on(schedule, moment, factor):
+    every = schedule == "wsd"
+    for step in (0.5, 2.0, 10.0) if every else (4.0,):  # up to a hundredth of the budget
+        for evaluation in (0.1, 12.0, 19.5) if every else (12.0,):  # up to a fiftieth, with saving
+            assert can_hold(BUDGET, Pace(step, evaluation))
+            run = live(schedule, step=step, evaluation=evaluation, moment=moment, factor=factor)
+            told = f"{schedule}, {factor} times from {moment}: step {step}, evaluation {evaluation}"
+            assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET, f"{told}: {run.end:.0f} s"
+            assert len(run.schedule.changes) <= MOST_PLANS, told
+
+
+@pytest.mark.parametrize("wave", [0.1, 0.5])
+def test_a_pace_that_is_never_steady_uses_up_no_plans(wave):
+    run = live(wave=wave)
+    assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET and len(run.schedule.changes) <= MOST_PLANS
+
+
+@pytest.mark.parametrize("factor", [5.0, 0.2])
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_the_rate_keeps_its_curve_over_the_share_of_the_run(schedule, factor):
+    """What another plan changes is how fast the share is passed: the rate at a share is the planned one's."""
+    run = live(schedule, moment=0.6, factor=factor)
+    course, plain = run.schedule, RunSchedule(run.schedule.train, [])
+    assert course.changes
+    rates = [course.factor(step) for step in range(course.length)]
+    shares = [course._planned_step(step) for step in range(course.length + 1)]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(course.planned)
+    planned = [plain.factor(step) for step in range(plain.length + 1)]
+    for step, rate in enumerate(rates):
+        low, high = int(shares[step]), int(shares[step]) + 1
+        assert min(planned[low], planned[high]) - 1e-9 <= rate <= max(planned[low], planned[high]) + 1e-9
+    top = max(range(len(rates)), key=lambda step: rates[step])
+    falling = rates[top:]
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(falling, falling[1:], strict=False))
+
+
+def test_evaluations_that_nobody_asked_for_are_left_out_before_steps_are():
+    asked, free = live(moment=0.5, factor=5.0, asked=60), live(moment=0.5, factor=5.0)
+    assert asked.evaluated and max(asked.evaluated) > 0.5 * asked.schedule.length
+    assert any(not change.evaluations for change in free.schedule.changes)
+    first = next(change.step for change in free.schedule.changes if not change.evaluations)
+    assert not [step for step in free.evaluated if step > first] and [step for step in asked.evaluated if step > first]
+
+
+def test_a_plan_recorded_by_an_earlier_version_keeps_its_meaning():
+    train = tiny.settings(max_steps=100, schedule="wsd", cooldown=0.5, warmup=0.0)
+    old = RunSchedule(train, [Change(step=20, length=200, stretch=True)])
+    assert old.length == 200 and old.factor(99) == 1.0 and old.factor(150) == pytest.approx(1 - (50 / 100) ** 0.5)
+    assert [step for step in range(1, 201) if old.due(step, 25)] == [50, 100, 150, 200]
+
+
+def test_the_start_says_what_can_be_held_where_steps_are_long():
+    measured = Measured(None, step_seconds=30.0, eval_seconds=5.0, left_seconds=900.0)
+    config = tiny.chosen_config(train={"context": 32, "batch_tokens": 1024, "time_budget_s": BUDGET})
+    choices = choose(config, Facts(vocab_size=300, epoch_tokens=10**6, measured=measured), tiny.MACHINE)
+    assert "a step takes 3.0% of it, an evaluation with saving 0.5%" in choices.warnings[0]
+    assert not can_hold(BUDGET, Pace(30.0, 5.0)) and 0.9 * BUDGET < planned_end(BUDGET, Pace(30.0, 5.0)) < BUDGET
+    for factor in (1.0, 5.0):
+        assert live(step=30.0, evaluation=5.0, moment=0.5, factor=factor).end <= 1.2 * BUDGET
