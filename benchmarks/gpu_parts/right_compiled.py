@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from gptworks.core import runtime
+from gptworks.model.transforms import use_float8
 from gptworks.training import loop
 from gptworks.training.state import State
 from gpu_parts.right_models import BOUNDS, CONTEXT, DTYPES, EIGHTH, SUMMED, config_of, gap, judge, model_of, steps
@@ -123,7 +124,7 @@ def compiled(sheet: Sheet, name: str) -> None:
     if case.adapter:
         model = adapted(model, base=case.adapter)
     if case.float8:
-        model.use_float8()
+        use_float8(model)
     eager = steps(model, dtype, sheet.device, documents=case.documents)
     reset()  # or a function that is compiled for many models is at last compiled for no more
     counters.clear()

@@ -19,10 +19,10 @@ from gptworks.core.config import Train
 from gptworks.data.batch import Batch
 from gptworks.data.loader import Loader
 from gptworks.data.shards import Stream
-from gptworks.model import adapters, build
+from gptworks.model import build
 from gptworks.model.config import ModelConfig
 from gptworks.model.families import from_hf_config
-from gptworks.model.transformer import Transformer
+from gptworks.model.transformer import Transformer, copy_of
 from gptworks.training import loop
 from gptworks.training.objectives import NextToken
 from gptworks.training.optim import make_optimizers
@@ -221,7 +221,7 @@ def steps(
     **values: Any,
 ) -> Steps:
     """Trains a copy of a model by the loop, two micro-batches a step."""
-    train, model = settings(**values), adapters.copy_of(model).to(device)
+    train, model = settings(**values), copy_of(model).to(device)
     state = State(model, make_optimizers(model, train))
     before = {name: p.detach().clone() for name, p in state.trained().items()}
     losses: list[float] = []

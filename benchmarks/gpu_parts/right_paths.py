@@ -20,6 +20,7 @@ from gptworks.model import config as architecture
 from gptworks.model.experts import SparseMLP, grouped
 from gptworks.model.families import FAMILIES
 from gptworks.model.transformer import Transformer
+from gptworks.model.transforms import use_float8
 from gptworks.training.optim import OPTIMIZERS, make_optimizers, orthogonalise
 from gpu_parts.right_models import (
     BOUNDS,
@@ -196,7 +197,7 @@ def float8(sheet: Sheet) -> None:
     sheet.check("products in float8 against exact ones", max(apart), 0.08, each=apart)
     model = model_of(config_of("qwen3"))
     wanted = steps(model, torch.bfloat16, sheet.device)
-    model.use_float8()
+    use_float8(model)
     found = steps(model, torch.bfloat16, sheet.device)
     assert found.losses != wanted.losses, "nothing was multiplied in float8"
     judge(sheet, "3 steps in float8 against bf16", {"qwen3": gap(found.made, wanted.made)}, EIGHTH)

@@ -12,7 +12,7 @@ from gptworks.core.errors import DataError, UsageError
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.attention import KeyValueCache
-from gptworks.model.lowbit import LowBitLinear
+from gptworks.model.linear import BlockLinear
 from gptworks.model.transformer import Transformer
 
 
@@ -144,7 +144,8 @@ class Engine:
 def can_record(model: Transformer) -> bool:
     """Whether a step waits nowhere for the processor: the codes of low-bit layers have their levels copied over, and
     experts may be computed one after another."""
-    return not model.config.num_experts and not any(isinstance(layer, LowBitLinear) for layer in model.modules())
+    layers = (layer for layer in model.modules() if isinstance(layer, BlockLinear))
+    return not model.config.num_experts and all(layer.recordable for layer in layers)
 
 
 class Step:

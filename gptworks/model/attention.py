@@ -10,34 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptworks.model.config import ModelConfig
-from gptworks.model.kernels import linear_float8, rms_norm, rotate
-
-
-class Linear(nn.Linear):
-    """Keeps its weight in full precision and multiplies in the precision of its input.
-
-    Like every module here it starts unset: values come from `Transformer.initialise` or from a file.
-    """
-
-    def reset_parameters(self) -> None: ...
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None
-        if x.is_cuda and x.dtype == torch.float32 and x.numel() == self.in_features and not torch.is_grad_enabled():
-            # Of one row: a product of matrices would leave most of the GPU idle.
-            row = x.flatten()
-            return (weight @ row if bias is None else torch.addmv(bias, weight, row)).view(*x.shape[:-1], -1)
-        return F.linear(x, weight, bias)
-
-
-class Float8Linear(Linear):
-    """Multiplies in float8 while it is trained, and as a plain one otherwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        y = linear_float8(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+from gptworks.model.kernels import rms_norm, rotate
+from gptworks.model.linear import Linear
 
 
 class RMSNorm(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from gptworks.model.attention import Linear
 from gptworks.model.config import ModelConfig
+from gptworks.model.linear import Linear
 
 
 class Weights(nn.Module):

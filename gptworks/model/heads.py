@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptworks.model.attention import Linear
 from gptworks.model.config import ModelConfig
 from gptworks.model.kernels import cross_entropy, cross_entropy_sum, softcap
+from gptworks.model.linear import Linear
 
 
 class LanguageHead(Linear):

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from gptworks.core.errors import DataError
 from gptworks.core.registry import resolve
+from gptworks.model.linear import BlockLinear, Linear
+from gptworks.model.transformer import Transformer, copy_of
 
 # The 16 levels of NF4: quantiles of a normal distribution scaled to [-1, 1], zero among them (Dettmers et al. 2023,
 # appendix E).
@@ -101,11 +103,12 @@ def _in_groups(x: Tensor, group: int) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
 
 
-class LowBitLinear(nn.Module):
+class LowBitLinear(BlockLinear):
     """A frozen linear layer of codes and scales. Gradients go through it to its input."""
 
     codes: Tensor
     scales: Tensor
+    recordable = False  # the levels that codes stand for are copied over at each product
 
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -116,9 +119,11 @@ class LowBitLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that is multiplied with."""
+    def plain_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize(self.codes, self.scales, self.how, self.in_features, dtype)
+
+    def trained(self) -> list[nn.Parameter]:
+        return []
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x, self)
@@ -131,9 +136,28 @@ class _Product(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: LowBitLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype))
+        return F.linear(x, layer.plain_weight(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantized(grad.dtype), None
+        return grad @ ctx.layer.plain_weight(grad.dtype), None
+
+
+def hold(model: Transformer, how: str | None) -> Transformer:
+    """A frozen copy of a plain model, its layers of the blocks as `adapter.base` says and all else in float32."""
+    frozen = copy_of(model.requires_grad_(False))
+    kept = set()
+    for name, layer in frozen.linears().items():
+        assert isinstance(layer, Linear), "a plain model has plain layers"
+        if how not in (None, "fp32", "bf16"):
+            frozen.set_submodule(name, LowBitLinear(how, layer.weight, layer.bias))
+        elif how == "bf16":
+            layer.weight = nn.Parameter(layer.weight.detach().bfloat16(), requires_grad=False)
+            kept.add(id(layer.weight))
+    for module in frozen.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype != torch.float32 and id(parameter) not in kept:
+                setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
+    frozen.tie()
+    return frozen

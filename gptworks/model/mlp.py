@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptworks.model.attention import Linear
 from gptworks.model.config import ModelConfig
+from gptworks.model.linear import Linear
 
 
 class MLP(nn.Module):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
-from gptworks.model.adapters import LoRALinear, hold, weight_of
-from gptworks.model.attention import Linear
+from gptworks.model.adapters import LoRALinear
 from gptworks.model.families import FAMILIES
-from gptworks.model.lowbit import LowBitLinear
+from gptworks.model.linear import BlockLinear
+from gptworks.model.lowbit import hold
 from gptworks.model.transformer import Transformer
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
@@ -71,20 +71,16 @@ def _commonest(values: list[Any]) -> Any:
     return max(values, key=values.count)
 
 
-Layer = Linear | LowBitLinear | LoRALinear
-
-
-def _by_module(model: Transformer) -> dict[str, dict[str, Layer]]:
+def _by_module(model: Transformer) -> dict[str, dict[str, BlockLinear]]:
     """Every linear layer of the blocks: by the name of the module that has it in transformers, and by our part."""
-    family, found = FAMILIES[model.config.family], defaultdict[str, dict[str, Layer]](dict)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Layer) and name != "lm_head" and not name.endswith((".base", ".mlp.gate")):
-            number, _, part = name.removeprefix("model.layers.").partition(".")
-            found[f"{family.root}{family.layers}{number}.{family.module_of(part)}"][part] = layer
-    return found
+    family, modules = FAMILIES[model.config.family], defaultdict[str, dict[str, BlockLinear]](dict)
+    for name, layer in model.linears().items():
+        number, _, part = name.removeprefix("model.layers.").partition(".")
+        modules[f"{family.root}{family.layers}{number}.{family.module_of(part)}"][part] = layer
+    return modules
 
 
-def _joined(model: Transformer, parts: dict[str, Layer]) -> tuple[dict[str, Tensor], float]:
+def _joined(model: Transformer, parts: dict[str, BlockLinear]) -> tuple[dict[str, Tensor], float]:
     """One adapter for all parts of a module, and its scale. A part without one gets rows of zeros."""
     family, lora = FAMILIES[model.config.family], {n: l for n, l in parts.items() if isinstance(l, LoRALinear)}
     total, place, rows, lengths = sum(len(layer.lora_A) for layer in lora.values()), 0, [], []
@@ -95,7 +91,7 @@ def _joined(model: Transformer, parts: dict[str, Layer]) -> tuple[dict[str, Tens
             lengths.append(layer.magnitude)
         else:
             rows.append(torch.zeros(layer.out_features, total, device=next(iter(lora.values())).lora_A.device))
-            lengths.append(weight_of(layer).norm(dim=1))
+            lengths.append(layer.plain_weight().norm(dim=1))
     scales = {layer.scale for layer in lora.values()}
     assert len(scales) == 1, "the parts of a module are adapted alike"
     leaves = {A: torch.cat([layer.lora_A for layer in lora.values()]), B: family.together(rows, model.config)}
@@ -154,9 +150,8 @@ def read(model: Transformer, raw: Raw, tensors: dict[str, Tensor], base: str | N
         scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
         rows = family.apart(found[B], tuple(parts), model.config)
         lengths = family.apart(found[MAGNITUDE][:, None], tuple(parts), model.config) if settings.use_dora else []
-        for index, (part, held) in enumerate(parts.items()):
-            assert not isinstance(held, LoRALinear)
-            lora = LoRALinear(held, rank, scale, settings.dropout, settings.use_dora)
+        for index, (part, layer) in enumerate(parts.items()):
+            lora = LoRALinear(layer, rank, scale=scale, dropout=settings.dropout, dora=settings.use_dora)
             lora.lora_A.data.copy_(found[A])
             lora.lora_B.data.copy_(rows[index])
             if lora.magnitude is not None:

@@ -5,6 +5,7 @@ knows nothing of training, adapters or sharding; whether blocks are compiled is 
 time (the tokens given), S time in all (with those in the cache), D width, V vocabulary, E experts.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,19 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptworks.model.attention import (
-    Attention,
-    Float8Linear,
-    KeyValueCache,
-    Linear,
-    attention_mask,
-    banded,
-    block_mask,
-    make_norm,
-)
+from gptworks.model.attention import Attention, KeyValueCache, attention_mask, banded, block_mask, make_norm
 from gptworks.model.config import ModelConfig
 from gptworks.model.experts import SparseMLP
 from gptworks.model.heads import LanguageHead
+from gptworks.model.linear import BlockLinear
 from gptworks.model.mlp import MLP
 from gptworks.model.rope import rotary_table
 
@@ -247,11 +240,15 @@ class Transformer(nn.Module):
         """Scores [B, T, V] of the token after each of tokens [B, T]; arguments as those of a call."""
         return self.head.logits(self(tokens, **how).hidden)
 
-    def use_float8(self) -> None:
-        """Has the linear layers of the blocks train in float8, those whose sizes allow it. Weights stay as they are."""
-        for layer in self.model.layers.modules():
-            if type(layer) is Linear and not (layer.in_features % 16 or layer.out_features % 16):
-                layer.__class__ = Float8Linear
+    def linears(self) -> dict[str, BlockLinear]:
+        """The linear layers of the blocks by name, in whatever form they are; a router is none of them."""
+        layers = {f"model.layers.{name}": layer for name, layer in self.model.layers.named_modules()}
+        inside = tuple(f"{name}." for name, layer in layers.items() if isinstance(layer, BlockLinear))
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if isinstance(layer, BlockLinear) and not name.endswith(".mlp.gate") and not name.startswith(inside)
+        }
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -285,3 +282,9 @@ def sinusoids(length: int, width: int) -> Tensor:
     table = torch.empty(length, width, dtype=torch.float64)
     table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
     return table.float()
+
+
+def copy_of(model: Transformer) -> Transformer:
+    """A copy whose trained parameters are its own; all else is shared."""
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -1,6 +1,5 @@
 """A run out of its parts: the model as the choices describe it, its optimizers, and the problem started with both."""
 
-import fnmatch
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +8,12 @@ from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
 from gptworks.core.runtime import device, dtype_of
-from gptworks.model import adapters, build
+from gptworks.model import build
 from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig, build_config
 from gptworks.model.lowbit import scheme
-from gptworks.model.transformer import Transformer
+from gptworks.model.transformer import Transformer, copy_of
+from gptworks.model.transforms import transformed
 from gptworks.planning.choose import trainable_part
 from gptworks.planning.cost import Trainable
 from gptworks.training.loop import Layout
@@ -44,12 +44,9 @@ def assemble(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
     """Builds the model and its optimizers. Raises UsageError."""
     tokenizer = problem.tokenizer
     architecture = architecture_of(config, problem, base)
-    model = build.fresh(architecture, config.train.seed) if base is None else _trainable_copy(base, config)
-    freeze(model, config.train.freeze)
+    model = build.fresh(architecture, config.train.seed) if base is None else _copy_of_base(base, config)
     layout = layout_of(config)
-    state = State(model.to(layout.device), [])
-    if config.train.precision == "fp8":
-        state.model.use_float8()
+    state = State(transformed(model, config).to(layout.device), [])
     state.optimizers = make_optimizers(state.model, config.train)
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     trainable = trainable_part(config, architecture, bytes_per_weight(config, base))
@@ -78,38 +75,16 @@ def bytes_per_weight(config: Config, base: Loaded | None) -> float | None:
     return scheme(held).bytes_per_weight(base.model.config.hidden_size)
 
 
-def _trainable_copy(base: Loaded, config: Chosen) -> Transformer:
-    """The model that a run begins with: a copy of the base's, of which adapters or all is trained."""
-    adapter = config.adapter
-    if adapter.kind is None:
-        if base.adapter:
-            raise UsageError(
-                f"{base.name} is an adapter: train it further with adapter=lora, or `gptworks merge` it first"
-            )
-        return adapters.copy_of(base.model.requires_grad_(True))
-    if base.adapter is None:
-        return adapters.attach(base.model, adapter, config.train.seed)
-    return adapters.resume(base.model)
-
-
-def freeze(model: Transformer, patterns: list[str]) -> None:
-    """Parameters whose names match keep their values. Raises UsageError for a pattern that matches nothing."""
-    parameters = dict(model.named_parameters())
-    for pattern in patterns:
-        names = fnmatch.filter(parameters, pattern)
-        if not names:
-            raise UsageError(
-                f"train.freeze has {pattern!r}, which no parameter matches; there is {next(iter(parameters))}"
-            )
-        for name in names:
-            parameters[name].requires_grad_(False)
-    if not any(p.requires_grad for p in parameters.values()):
-        raise UsageError("train.freeze leaves nothing to train")
+def _copy_of_base(base: Loaded, config: Chosen) -> Transformer:
+    """A copy of the base's model; without adapters all of it is trained, else it shares all weights with the base."""
+    if base.adapter and config.adapter.kind is None:
+        raise UsageError(f"{base.name} is an adapter: train it further with adapter=lora, or `gptworks merge` it first")
+    return copy_of(base.model.requires_grad_(config.adapter.kind is None))
 
 
 @torch.no_grad()
 def trial_of(run: Run) -> State:
     """A state of the run's beginning with a model of its own, to try steps on."""
-    state = State(adapters.copy_of(run.state.model), [])
+    state = State(copy_of(run.state.model), [])
     state.optimizers = make_optimizers(state.model, run.config.train)
     return state

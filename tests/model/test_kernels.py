@@ -11,7 +11,8 @@ from gptworks.core.config import Adapter, Train
 from gptworks.data.batch import Batch
 from gptworks.model import build, config, kernels
 from gptworks.model.adapters import attach
-from gptworks.model.attention import Float8Linear
+from gptworks.model.linear import Float8Linear
+from gptworks.model.transforms import use_float8
 from gptworks.training.objectives import NextToken
 
 Made = tuple[Tensor, list[Tensor | None]]
@@ -153,7 +154,7 @@ def test_a_model_learns_in_float8_about_as_in_bf16_and_is_evaluated_in_bf16():
         started = tiny.state(train)
         started.model.dtype = torch.bfloat16
         if float8:
-            started.model.use_float8()
+            use_float8(started.model)
         assert sum(type(m) is Float8Linear for m in started.model.modules()) == 14 * float8
         made = tiny.run(started, train, 30, total=30, dtype=torch.bfloat16)
         rows = Batch(tiny.tokens(2, tiny.CONTEXT), tiny.tokens(2, tiny.CONTEXT, seed=1), torch.ones(2, tiny.CONTEXT))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptworks.core.errors import DataError, NotFinite
-from gptworks.model import adapters, build, weights
+from gptworks.model import build, lowbit, weights
 from gptworks.model.config import parameter_count
 
 STORED = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -92,7 +92,7 @@ def test_a_frozen_base_from_the_file_computes_what_one_in_memory_does(tmp_path, 
     build.save(tmp_path / "m", model, tiny.tokenizer(), {}, stored)
     copied, there = build.load(tmp_path / "m"), build.load_base(tmp_path / "m", None, held)
     assert {p.dtype for p in there.model.parameters()} == {stored}
-    first, second = (adapters.hold(loaded.model, held) for loaded in (copied, there))
+    first, second = (lowbit.hold(loaded.model, held) for loaded in (copied, there))
     for (name, one), (_, other) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
     ids = tiny.tokens(2, 9)

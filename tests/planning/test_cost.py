@@ -12,12 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptworks.core.config import Adapter
-from gptworks.model import adapters, build
+from gptworks.model import adapters, build, transforms
 from gptworks.model.config import blocks_parameters, parameter_count
 from gptworks.model.lowbit import scheme
 from gptworks.model.transformer import Transformer
 from gptworks.planning.cost import Trainable, flops_per_token, step_memory
-from gptworks.training import assemble
 
 
 @pytest.mark.parametrize("parts", [{"family": "gpt2"}, {"family": "qwen3", "num_key_value_heads": 2}], ids=str)
@@ -193,7 +192,7 @@ def test_what_is_trained_is_told_from_the_shape_as_it_is_of_the_model(family, ti
             model = Transformer(config)
             patterns = [pattern for pattern in freeze if fnmatch.filter(dict(model.named_parameters()), pattern)]
             if patterns:
-                assemble.freeze(model, patterns)
+                transforms.freeze(model, patterns)
             part = Trainable.of(config, None, patterns)
             assert part.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
             assert part.weights == sum(t.numel() * t.element_size() for t in model.parameters())
