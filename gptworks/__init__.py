@@ -1,13 +1,13 @@
 """gptworks: a GPT-style language model through its whole life. Importing it loads no torch.
 
-`gptworks.load(FOLDER)` gives a model with `generate`, `loss` and `tokenizer`; `train`, `run` and `evaluate` are
-what the commands of these names do.
+`gptworks.load(FOLDER)` gives a model with `generate`, `loss` and `tokenizer`; the other functions are what the commands
+of their names do, and give back what those print with `--json`.
 """
 
 from typing import Any
 
-_NAMES = ("Model", "evaluate", "load", "run", "train")
-__all__ = ["Model", "evaluate", "load", "run", "train"]
+_NAMES = ("Model", "evaluate", "export", "generate", "load", "merge", "push", "report", "run", "train", "verify")
+__all__ = ["Model", "evaluate", "export", "generate", "load", "merge", "push", "report", "run", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""The Python side of the commands. Overrides are dotted keys: `train("laptop", **{"train.max_steps": 100})`."""
+"""The Python side of the commands. Overrides are dotted keys: `train("laptop", **{"train.max_steps": 100})`.
+
+What a stage gives back is a dataclass of `core/results.py`, which can also be indexed as the command's `--json`.
+"""
 
 from collections.abc import Sequence
 from os import PathLike, fspath
@@ -10,6 +13,18 @@ from gptworks.core import config as configuration
 from gptworks.core import runtime
 from gptworks.core.config import Config
 from gptworks.core.errors import DataError
+from gptworks.core.results import (
+    Evaluated,
+    Exported,
+    Finished,
+    Generated,
+    Merged,
+    Proposed,
+    Pushed,
+    Reported,
+    Trained,
+    Verified,
+)
 from gptworks.data.shards import encode_documents
 from gptworks.infer.engine import Generation
 from gptworks.infer.sampling import Sampling
@@ -47,19 +62,30 @@ class Model:
 
 load = Model
 
+Named = str | PathLike[str] | Model  # a model's folder, its name on the hub, or one that is loaded
+
+
+def _of(model: Named) -> str | Path | lifecycle.Loaded:
+    return model._loaded if isinstance(model, Model) else fspath(model)
+
+
+# -- stages, as the commands of these names ----------------------------------------------------------------------
+
 
 def train(
     recipe: str | PathLike[str], out: str | PathLike[str] | None = None, fresh: bool = False, **overrides: Any
-) -> dict[str, Any]:
-    """`gptworks train`; returns what result.json has. A time budget counts from this call."""
-    return lifecycle.train(*_asked(recipe, out, overrides), fresh)
+) -> Trained | Proposed | None:
+    """`gptworks train`; returns what result.json has, on the main process of a run. A time budget counts from here."""
+    config, folder, name = _asked(recipe, out, overrides)
+    return lifecycle.train(config, folder, name, fresh=fresh)
 
 
 def run(
     recipe: str | PathLike[str], out: str | PathLike[str] | None = None, fresh: bool = False, **overrides: Any
-) -> dict[str, Any]:
-    """`gptworks run`: every stage of the recipe. A time budget counts from this call."""
-    return lifecycle.run(*_asked(recipe, out, overrides), fresh)
+) -> Finished | Proposed | None:
+    """`gptworks run`: every stage of the recipe. A time budget counts from here."""
+    config, folder, name = _asked(recipe, out, overrides)
+    return lifecycle.run(config, folder, name, fresh=fresh)
 
 
 def _asked(
@@ -71,10 +97,36 @@ def _asked(
     return configuration.load(name, paths), Path(out or f"runs/{Path(name).stem}"), name
 
 
-def evaluate(
-    model: str | Path | Model, data: str | PathLike[str], against: str | Path | Model | None = None, **options: Any
-) -> dict[str, Any]:
+def evaluate(model: Named, data: str | PathLike[str], against: Named | None = None, **options: Any) -> Evaluated:
     """`gptworks evaluate`; `options` are its options: context, stride, rows, separator, text_column."""
-    one, other = (each._loaded if isinstance(each, Model) else each for each in (model, against))
-    assert one is not None
-    return lifecycle.evaluate(one, fspath(data), against=other, **options)
+    return lifecycle.evaluate(_of(model), fspath(data), against=None if against is None else _of(against), **options)
+
+
+def generate(model: Named, prompts: Sequence[str], max_new_tokens: int = 200, **sampling: Any) -> list[Generated]:
+    """`gptworks generate --prompts`: the continuation of each; `sampling` takes Sampling's fields."""
+    return lifecycle.generate(_of(model), list(prompts), Sampling(**sampling), max_new_tokens=max_new_tokens)
+
+
+def merge(adapter: Named, out: str | PathLike[str], **options: Any) -> Merged:
+    """`gptworks merge`; `options` are its options: data, dtype, lossy."""
+    return lifecycle.merge(_of(adapter), Path(out), **options)
+
+
+def export(model: Named, format: str, out: str | PathLike[str], **options: Any) -> Exported:
+    """`gptworks export`; `options` are its options: kind (its --type), data, tokens, dry_run."""
+    return lifecycle.export(_of(model), format, Path(out), **options)
+
+
+def push(folder: str | PathLike[str], name: str, private: bool = False) -> Pushed:
+    """`gptworks push`: a model folder onto the Hugging Face hub."""
+    return lifecycle.push(Path(folder), name, private=private)
+
+
+def report(run: str | PathLike[str]) -> Reported:
+    """`gptworks report`: a run's report.html."""
+    return lifecycle.report(Path(run))
+
+
+def verify(folder: str | PathLike[str]) -> Verified:
+    """`gptworks verify`: a run replayed, any other folder against its hashes."""
+    return lifecycle.verify(Path(folder))

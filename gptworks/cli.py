@@ -14,6 +14,7 @@ import typer
 from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
 from gptworks.core.log import PRINTABLE, console
 from gptworks.core.registry import users_place
+from gptworks.core.results import Compared, Evaluated, Exported, Merged, Result
 
 app = typer.Typer(
     help="A GPT-style language model through its whole life: text, tokenizer, training, evaluation, generation.",
@@ -113,6 +114,7 @@ def _print(result: Any, as_json: bool, lines: Callable[[Any], str]) -> None:
 
 
 def _json(value: Any) -> str:
+    value = value.as_dict() if isinstance(value, Result) else value
     return json.dumps(value, ensure_ascii=(getattr(sys.stdout, "encoding", None) or "").lower() != "utf-8")
 
 
@@ -206,36 +208,39 @@ def evaluate(
     def work() -> Any:
         from gptworks import lifecycle
 
-        return lifecycle.evaluate(folder, data, context, stride, batch, separator, text_column, against)
+        return lifecycle.evaluate(
+            folder, data, context=context, stride=stride, rows=batch, separator=separator, text_column=text_column,
+            against=against,
+        )  # fmt: skip
 
     _do(lambda: _print(work(), json, _evaluation), debug)
 
 
-def _evaluation(found: dict[str, Any]) -> str:
-    unigram, xz, against = found["baselines"]["unigram"], found["baselines"]["xz"], found.get("against")
+def _evaluation(scores: Evaluated) -> str:
+    unigram, xz, against = scores.baselines["unigram"] or {}, scores.baselines["xz"], scores.against
 
-    def row(name: str, model: dict[str, Any]) -> tuple[str, ...]:
-        return name, f"{model['loss']:.4f}", f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.4f}"
+    def row(name: str, model: Evaluated | Compared) -> tuple[str, str, str, str]:
+        return name, f"{model.loss:.4f}", f"{model.perplexity:.2f}", f"{model.bits_per_byte:.4f}"
 
     rows = [
         ("", "nats/token", "perplexity", "bits/byte"),
-        row("model", found),
+        row("model", scores),
         *([row("against", against)] if against else []),
         ("unigrams", f"{unigram['loss']:.4f}", "", f"{unigram['bits_per_byte']:.4f}"),
         ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
     ]
     lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
-    lines.append(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['method']}")
+    lines.append(f"{scores.tokens:,} tokens, {scores.bytes:,} bytes, {scores.method}")
     return "\n".join([*lines, _verdict(against)] if against else lines)
 
 
-def _verdict(against: dict[str, Any]) -> str:
-    """Who is better, by how much and how sure that is."""
-    said = f"model minus against: {against['difference_bits_per_byte']:+.4f} bits/byte"
-    if against["interval"]:
-        said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against["interval"])
-    conclusion = f"{against['better']} is better" if against["better"] else against["reason"]
-    return f"{said}, {against['pairs']:,} pairs: {conclusion}"
+def _verdict(against: Compared) -> str:
+    """A line that says which model is better, by how much and how sure that is."""
+    said = f"model minus against: {against.difference_bits_per_byte:+.4f} bits/byte"
+    if against.interval:
+        said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against.interval)
+    conclusion = f"{against.better} is better" if against.better else against.reason
+    return f"{said}, {against.pairs:,} pairs: {conclusion}"
 
 
 @app.command()
@@ -274,7 +279,10 @@ def generate(
             texts = [(prompt or "").encode("utf-8", "replace").decode("utf-8")]  # a terminal may send broken bytes
         options: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_eos": ignore_eos}
         if json:
-            results = lifecycle.generate(folder, texts, how, max_new_tokens, **options)
+            results = [
+                each.as_dict()
+                for each in lifecycle.generate(folder, texts, how, max_new_tokens=max_new_tokens, **options)
+            ]
             _put(_json(results[0] if prompt is not None else {"results": results}) + "\n")
             return
         engine = lifecycle.engine_of(folder)
@@ -333,16 +341,16 @@ def merge(
     def work() -> Any:
         from gptworks import lifecycle
 
-        return lifecycle.merge(folder, out, data, dtype, lossy)
+        return lifecycle.merge(folder, out, data=data, dtype=dtype, lossy=lossy)
 
     _do(lambda: _print(work(), json, _merged), debug)
 
 
-def _merged(found: dict[str, Any]) -> str:
+def _merged(merged: Merged) -> str:
     return (
-        f"{found['model']}\nmerged {found['bits_per_byte']:.5f} bits/byte, adapter beside its base "
-        f"{found['adapter_bits_per_byte']:.5f}, difference {found['difference_bits_per_byte']:+.2g} "
-        f"over {found['tokens']:,} tokens"
+        f"{merged.model}\nmerged {merged.bits_per_byte:.5f} bits/byte, adapter beside its base "
+        f"{merged.adapter_bits_per_byte:.5f}, difference {merged.difference_bits_per_byte:+.2g} "
+        f"over {merged.tokens:,} tokens"
     )
 
 
@@ -366,15 +374,15 @@ def export(
     def work() -> Any:
         from gptworks import lifecycle
 
-        return lifecycle.export(folder, format, out, type, data, tokens, dry_run)
+        return lifecycle.export(folder, format, out, kind=type, data=data, tokens=tokens, dry_run=dry_run)
 
     _do(lambda: _print(work(), json, _export), debug)
 
 
-def _export(result: dict[str, Any]) -> str:
-    if "parity" not in result:
-        return f"{result['out']}: about {result['estimated_bytes']:,} bytes; nothing was written"
-    return f"parity   {result['parity']['line']}\n{result['out']}: {result['bytes']:,} bytes"
+def _export(result: Exported) -> str:
+    if result.parity is None:
+        return f"{result.out}: about {result.estimated_bytes:,} bytes; nothing was written"
+    return f"parity   {result.parity['line']}\n{result.out}: {result.bytes:,} bytes"
 
 
 @app.command()
@@ -390,9 +398,9 @@ def push(
     def work() -> Any:
         from gptworks import lifecycle
 
-        return {"url": lifecycle.push(folder, name, private)}
+        return lifecycle.push(folder, name, private)
 
-    _do(lambda: _print(work(), json, lambda result: result["url"]), debug)
+    _do(lambda: _print(work(), json, lambda result: result.url), debug)
 
 
 @app.command()
@@ -406,9 +414,9 @@ def report(
     def work() -> Any:
         from gptworks import lifecycle
 
-        return {"report": str(lifecycle.report(folder))}
+        return lifecycle.report(folder)
 
-    _do(lambda: _print(work(), json, lambda result: result["report"]), debug)
+    _do(lambda: _print(work(), json, lambda result: result.report), debug)
 
 
 @app.command()
@@ -422,9 +430,9 @@ def verify(
     def work() -> Any:
         from gptworks import lifecycle
 
-        found = lifecycle.verify(folder)
-        _print(found, json, lambda result: result["verdict"])
-        return found["identical"]
+        verified = lifecycle.verify(folder)
+        _print(verified, json, lambda result: result.verdict)
+        return verified.identical
 
     if not _do(work, debug):
         raise SystemExit(65)

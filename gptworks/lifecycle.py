@@ -5,7 +5,8 @@ again and it continues, or says that it is done.
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,22 @@ from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
+from gptworks.core.results import (
+    Compared,
+    Evaluated,
+    Exported,
+    Finished,
+    Generated,
+    Merged,
+    Proposed,
+    Pushed,
+    Reported,
+    Trained,
+    Verified,
+)
 from gptworks.data import shards as shard_folder
 from gptworks.data.findings import Findings
+from gptworks.data.shards import Stream
 from gptworks.data.sources import Source
 from gptworks.exporting.exporter import export as write_export
 from gptworks.infer import comparison
@@ -39,13 +54,15 @@ from gptworks.training.hooks import sampling
 # -- train -------------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
+def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> Trained | Proposed | None:
     """Tokenizer and shards where missing, then training, to `out/model`; continues what `out` holds.
 
     Under torchrun every process calls this: the main one prepares and writes, the others wait, then all train. Returns
-    what result.json has (on the main process; the others get {}). Raises GptworksError.
+    what result.json has; with `train.find_lr` the rates that it proposes; None on all processes but the main one.
+    Raises GptworksError.
     """
     session.check(config)
+    result: Trained | Proposed | None
     with runtime.interrupts.listening():
         try:
             if ranks.main:
@@ -55,7 +72,8 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> d
                 with runtime.hold(out):
                     result = _find_lr(config, out) if config.train.find_lr else session.run_main(config, out, recipe)
             else:
-                result = session.run_worker(config, out)
+                session.run_worker(config, out)
+                result = None
             ranks.say_goodbye()
             return result
         finally:
@@ -77,26 +95,28 @@ def choices(config: Config, machine: Path | None = None) -> Choices:
     return choose(config, Facts(vocab_size if known else None), where)
 
 
-def _find_lr(config: Config, out: Path) -> dict[str, Any]:
+def _find_lr(config: Config, out: Path) -> Proposed:
     """The range test's proposal, and its curve in `out/find_lr.html`."""
     from gptworks.reporting.page import write_range_test
 
-    found = session.find_lr(config, out)
-    folder.write_json(out / "find_lr.json", found.as_dict())
-    page = write_range_test(out / "find_lr.html", found.rates, found.smoothed, found.lr, found.reason)
-    also = f" train.adam_lr={found.adam_lr:g}" if found.adam_lr is not None else ""
-    console.say(f"found    train.lr={found.lr:g}{also}: {found.reason}")
+    test = session.find_lr(config, out)
+    folder.write_json(out / "find_lr.json", asdict(test))
+    page = write_range_test(
+        out / "find_lr.html", rates=test.rates, smoothed=test.smoothed, lr=test.lr, reason=test.reason
+    )
+    also = f" train.adam_lr={test.adam_lr:g}" if test.adam_lr is not None else ""
+    console.say(f"found    train.lr={test.lr:g}{also}: {test.reason}")
     console.say(f"found    the curve is in {page}; nothing was trained")
-    return {"lr": found.lr, "adam_lr": found.adam_lr, "reason": found.reason, "report": str(page)}
+    return Proposed(test.lr, test.adam_lr, test.reason, report=str(page))
 
 
 # -- after training ----------------------------------------------------------------------------------------------
 
 
 def evaluate(
-    model: str | Path | Loaded, data: str, context: int | None = None, stride: int | None = None, rows: int = 16,
+    model: str | Path | Loaded, data: str, *, context: int | None = None, stride: int | None = None, rows: int = 16,
     separator: str | None = None, text_column: str | None = None, against: str | Path | Loaded | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Evaluated:  # fmt: skip
     """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need.
 
     With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
@@ -108,16 +128,16 @@ def evaluate(
     documents = shard_folder.read_documents(data, options)
     places, sizes = comparison.cut(documents if against is not None else [])
     scored = [
-        _score(each, data, documents, places, length, stride, rows)
+        _score(each, documents, places, source=data, context=length, stride=stride, rows=rows)
         for each, length in zip(models, contexts, strict=True)
     ]
-    found, bits = scored[0]
-    found["baselines"]["xz"] = xz("".join(documents).encode("utf-8", "replace"))
-    for figures, other in scored[1:]:
-        del figures["baselines"]
-        difference = comparison.compare(bits, other, sizes)
-        found["against"] = figures | difference.as_dict(found["model"], figures["model"])
-    return found | {"data": data}
+    one, *others = scored
+    baselines = {"unigram": unigram(one.stream), "xz": xz("".join(documents).encode("utf-8", "replace"))}
+    comparisons = [
+        Compared(**other.figures, **comparison.compare(one.bits, other.bits, sizes).as_dict(one.name, other.name))
+        for other in others
+    ]
+    return Evaluated(**one.figures, baselines=baselines, data=data, against=comparisons[0] if comparisons else None)
 
 
 def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
@@ -131,49 +151,59 @@ def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
     return context
 
 
-def _score(
-    loaded: Loaded, data: str, documents: list[str], places: list[list[int]], context: int, stride: int | None,
-    rows: int,
-) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
+@dataclass
+class _Scored:
     """A model's figures, and the bits that it needs up to each place of the text."""
+
+    figures: dict[str, Any]
+    stream: Stream
+    bits: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return str(self.figures["model"])
+
+
+def _score(
+    loaded: Loaded, documents: list[str], places: list[list[int]], *,
+    source: str, context: int, stride: int | None, rows: int,
+) -> _Scored:  # fmt: skip
+    """The exact loss of a model on documents that were read from `source`. Raises DataError."""
     stream, marks = shard_folder.encode_documents(documents, loaded.tokenizer, places)
     if len(stream.tokens) < 2:
-        raise DataError(f"{data}: too little text to evaluate")
-    shard_folder.check_ids(stream, loaded.model.config.vocab_size, data)
+        raise DataError(f"{source}: too little text to evaluate")
+    shard_folder.check_ids(stream, loaded.model.config.vocab_size, source)
     start = time.perf_counter()
-    losses = list(stream_losses(loaded.model, stream, context, rows, stride))
+    losses = list(stream_losses(loaded.model, stream, context, rows=rows, stride=stride))
     seconds = time.perf_counter() - start
-    found = total(losses, stream)
+    scores = total(losses, stream)
     method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
     figures = {
-        **found.as_dict(),
+        **scores.as_dict(),
         "method": method,
-        "tokens_per_second": round(found.tokens / max(seconds, 1e-9), 1),
-        "baselines": {"unigram": unigram(stream)},
+        "tokens_per_second": round(scores.tokens / max(seconds, 1e-9), 1),
         "model": loaded.name,
     }
-    return figures, comparison.bits_before(np.concatenate(losses), marks)
+    return _Scored(figures, stream, comparison.bits_before(np.concatenate(losses), marks))
 
 
 def generate(
-    model: str | Path | Loaded, prompts: list[str], how: Sampling, max_new_tokens: int, **options: Any
-) -> list[dict[str, Any]]:
+    model: str | Path | Loaded, prompts: list[str], how: Sampling, *, max_new_tokens: int = 200, **options: Any
+) -> list[Generated]:
     """Continues each prompt; `options` are Engine.stream's."""
     engine = engine_of(model)
-    results = []
-    for prompt in prompts:
-        made = engine.generate(prompt, how, max_new_tokens, **options)
-        results.append(
-            {
-                "prompt": prompt,
-                "text": made.text,
-                "tokens": len(made.tokens),
-                "finish_reason": made.finish_reason,
-                "tokens_per_second": round(made.tokens_per_second, 1),
-                "prompt_tokens_per_second": round(made.prompt_tokens_per_second, 1),
-            }
+    continued = [(prompt, engine.generate(prompt, how, max_new_tokens, **options)) for prompt in prompts]
+    return [
+        Generated(
+            prompt=prompt,
+            text=each.text,
+            tokens=len(each.tokens),
+            finish_reason=each.finish_reason,
+            tokens_per_second=round(each.tokens_per_second, 1),
+            prompt_tokens_per_second=round(each.prompt_tokens_per_second, 1),
         )
-    return results
+        for prompt, each in continued
+    ]
 
 
 def engine_of(model: str | Path | Loaded) -> Engine:
@@ -205,8 +235,8 @@ MERGE_LOSS = 0.001  # bits per byte that a merged model may differ by without be
 
 
 def merge(
-    adapter: str | Path, out: Path, data: str | None = None, dtype: str = "float32", lossy: bool = False
-) -> dict[str, Any]:
+    adapter: str | Path | Loaded, out: Path, *, data: str | None = None, dtype: str = "float32", lossy: bool = False
+) -> Merged:
     """Writes the plain model that an adapter's folder amounts to, and how far it is from it on a text in bits per byte.
 
     A low-bit base is taken as the values that its codes stand for, which the adapter was trained beside. `data` is the
@@ -214,7 +244,7 @@ def merge(
     """
     loaded = load(adapter)
     if loaded.adapter is None:
-        raise UsageError(f"{adapter}: has no adapter to merge; it is a whole model")
+        raise UsageError(f"{loaded.name}: has no adapter to merge; it is a whole model")
     held_out = loaded.path.parent / "data" / "validation.jsonl"
     if data is None and not held_out.is_file():
         raise UsageError("give --data FILE: the text on which the merged model is compared with the adapter")
@@ -228,7 +258,7 @@ def merge(
         parameter.data = parameter.data.to(kept).float()
     plain = replace(loaded, model=merged, adapter=None)
     apart, together = (evaluate(each, text) for each in (loaded, plain))
-    difference = together["bits_per_byte"] - apart["bits_per_byte"]
+    difference = together.bits_per_byte - apart.bits_per_byte
     if abs(difference) > MERGE_LOSS and not lossy:
         raise UsageError(
             f"merged in {dtype}, the model needs {difference:+.4f} bits/byte, more than {MERGE_LOSS} off what the "
@@ -244,15 +274,14 @@ def merge(
         "metrics": {f"eval_{key}": together[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")},
     }
     build.save(out, merged, loaded.tokenizer, lineage, kept, base=loaded)
-    return {
-        "model": str(out), "dtype": dtype, "data": text, "tokens": together["tokens"],
-        "bits_per_byte": together["bits_per_byte"], "adapter_bits_per_byte": apart["bits_per_byte"],
-        "difference_bits_per_byte": difference,
-    }  # fmt: skip
+    return Merged(
+        model=str(out), dtype=dtype, data=text, tokens=together.tokens, bits_per_byte=together.bits_per_byte,
+        adapter_bits_per_byte=apart.bits_per_byte, difference_bits_per_byte=difference,
+    )  # fmt: skip
 
 
-def push(path: Path, name: str, private: bool = False) -> str:
-    """Puts a model's folder on the hub as `owner/name`, once it is what its manifest says; gives the address."""
+def push(path: Path, name: str, private: bool = False) -> Pushed:
+    """Puts a model's folder on the hub as `owner/name`, once it is what its manifest says."""
     if not any((path / file).is_file() for file in ("config.json", build.ADAPTER)):
         raise DataError(f"{path}: no model folder: it has no config.json and no {build.ADAPTER}")
     if (path / folder.MANIFEST).is_file():
@@ -261,22 +290,22 @@ def push(path: Path, name: str, private: bool = False) -> str:
         base = folder.read_json(path / build.ADAPTER).get("base_model_name_or_path")
         if Path(str(base)).exists():
             console.warn(f"the adapter's base is {base}, a folder of this machine; others need it under that name too")
-    return hub.push(path, name, private)
+    return Pushed(hub.push(path, name, private))
 
 
-def report(run: Path) -> Path:
+def report(run: Path) -> Reported:
     """Writes run/report.html, one page that opens offline."""
     from gptworks.reporting.page import write_report
 
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: not a run folder (it has no config.yaml)")
-    return write_report(run)
+    return Reported(str(write_report(run)))
 
 
 def export(
-    model: str | Path | Loaded, format: str, out: Path, kind: str | None = None, data: str = "shakespeare",
+    model: str | Path | Loaded, format: str, out: Path, *, kind: str | None = None, data: str = "shakespeare",
     tokens: int = 512, dry_run: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> Exported:  # fmt: skip
     """Writes a model in the format of another program, reads it back and compares it with the source.
 
     `kind` is the type of the weights (default: the format's own); `tokens` of the text `data` are compared. What fails
@@ -285,11 +314,12 @@ def export(
     loaded = model if isinstance(model, Loaded) else build.load(model)
     if loaded.adapter:
         loaded = replace(loaded, model=adapters.merge(loaded.model).eval())
-    return write_export(loaded, format, out, kind, _beginning(data, 16 * tokens), tokens, dry_run)
+    text = _beginning(data, 16 * tokens)
+    return write_export(loaded, format, out, kind=kind, text=text, tokens=tokens, dry_run=dry_run)
 
 
 def _beginning(data: str, characters: int) -> str:
-    """So much of a text as it is, which is read no further. Raises DataError."""
+    """The first `characters` characters of a text; reads no further. Raises DataError."""
     text = ""
     for piece in Source(data, configuration.build({}, "export").data).pieces(Findings(data)):
         text += piece.text
@@ -300,12 +330,12 @@ def _beginning(data: str, characters: int) -> str:
     return text[:characters]
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path) -> Verified:
     """Proves a run or a folder: a run is replayed from its older checkpoint to its newer and compared bit for bit;
     a model or data folder is checked against its manifest."""
     if not (path / "config.yaml").is_file():
         manifest = folder.verify(path)
-        return {"verdict": "every file matches its SHA-256", "identical": True, "files": len(manifest["files"])}
+        return Verified("every file matches its SHA-256", identical=True, files=len(manifest["files"]))
     with runtime.hold(path, reading=True):
         return session.replay(path)
 
@@ -313,64 +343,103 @@ def verify(path: Path) -> dict[str, Any]:
 # -- a whole recipe ----------------------------------------------------------------------------------------------
 
 
-def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> dict[str, Any]:
-    """Every stage the recipe names, in order; returns one result for all of them, which adds to the training's."""
-    result: dict[str, Any] = {}
-    file, trained = out / "result.json", False  # by this process
+@dataclass
+class _Running:
+    """A recipe on its way through its stages."""
+
+    config: Config
+    out: Path
+    recipe: str
+    fresh: bool
+    finished: Finished
+    trained: bool = False  # by this process
+
+    def add(self, **results: Any) -> None:
+        """Keeps what a stage gave."""
+        self.finished = replace(self.finished, **results)
+
+    def write(self) -> None:
+        """A result.json says that the training is finished, so there is none without its figures. Time and memory are
+        those of the process that trained, and of the stages in it, not of one that came later."""
+        if self.finished.training is None:
+            return
+        if self.trained:
+            seconds, memory = round(runtime.process_seconds(), 2), runtime.peak_memory()
+            self.add(training=replace(self.finished.training, seconds=seconds, peak_memory_bytes=memory))
+        folder.write_json(self.out / "result.json", self.finished.as_dict())
+
+
+def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> Finished | Proposed | None:
+    """Every stage the recipe names, in order; returns one result for all of them. Where training gives no model, its
+    own: None on all processes but the main one, which alone goes on, and a range test's."""
+    running, file = _Running(config, out, recipe, fresh=fresh, finished=Finished(None)), out / "result.json"
     if "train" not in config.stages:
         if not (out / "model").is_dir():
             raise DataError(f"{out}: no model here yet; the stages {', '.join(config.stages)} come after train")
         if file.is_file():
-            result = folder.read_json(file)
+            running.add(training=Trained.read(folder.read_json(file)))
     for stage in config.stages:
-        if stage == "train":
-            before = file.read_bytes() if file.is_file() else b""
-            result = train(config, out, recipe, fresh)
-            fresh = False
-            if not ranks.main or config.train.find_lr:
-                return result  # the main process alone goes on; a range test leaves no model
-            trained = file.read_bytes() != before
-        elif stage == "evaluate":
-            held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
-            if not held_out.is_file():
-                console.say(f"scores   no text to score: {config.problem.kind} holds none out")
-                continue
-            result["evaluation"] = evaluate(out / "model", str(held_out), config.train.context)
-            _say_evaluation(result["evaluation"])
-        elif stage == "generate":
-            if "generate" not in configuration.problem_of({"problem": config.problem.kind}).sections:
-                console.say(f"sample   none: {config.problem.kind} has no prompts")
-                continue
-            options = config.generate
-            how = sampling(options, config.train.seed)
-            result["generation"] = generate(out / "model", options.prompts, how, options.max_new_tokens)
-            for made in result["generation"]:
-                console.say(f"sample   {made['tokens']} tokens, {made['tokens_per_second']:.0f} tokens/s")
-                console.say((made["prompt"] + made["text"]).strip())
-        elif stage == "report":
-            _write_result(out, result, trained)
-            result["report"] = str(report(out))
-            console.say(f"report   {result['report']}")
-    _write_result(out, result, trained)
-    return result
+        after = STAGES[stage](running)
+        if not isinstance(after, _Running):
+            return after
+    running.write()
+    return running.finished
 
 
-def _write_result(out: Path, result: dict[str, Any], trained: bool) -> None:
-    """A result.json says that the training is finished, so there is none without its figures. Time and memory are those
-    of the process that `trained`, and of the stages in it, not of one that came later."""
-    if "steps" not in result:
-        return
-    if trained:
-        result["seconds"] = round(runtime.process_seconds(), 2)
-        result["peak_memory_bytes"] = runtime.peak_memory()
-    folder.write_json(out / "result.json", result)
+def _train(running: _Running) -> _Running | Proposed | None:
+    file = running.out / "result.json"
+    before = file.read_bytes() if file.is_file() else b""
+    result = train(running.config, running.out, running.recipe, running.fresh)
+    if not isinstance(result, Trained):
+        return result
+    running.fresh, running.trained = False, file.read_bytes() != before
+    running.add(training=result)
+    return running
 
 
-def _say_evaluation(found: dict[str, Any]) -> None:
-    baselines = found["baselines"]
+def _evaluate(running: _Running) -> _Running:
+    config, out = running.config, running.out
+    held_out = Path(config.data.shards or out / "data") / "validation.jsonl"
+    if not held_out.is_file():
+        console.say(f"scores   no text to score: {config.problem.kind} holds none out")
+        return running
+    scores = evaluate(out / "model", str(held_out), context=config.train.context)
+    running.add(evaluation=scores)
+    xz, unigrams = scores.baselines["xz"], scores.baselines["unigram"] or {}
     console.say(
-        f"scores   {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f}, "
-        f"{found['bits_per_byte']:.3f} bits/byte over {found['tokens']:,} tokens in {found['method']}"
+        f"scores   {scores.loss:.4f} nats/token, perplexity {scores.perplexity:.2f}, "
+        f"{scores.bits_per_byte:.3f} bits/byte over {scores.tokens:,} tokens in {scores.method}"
     )
-    packed = f"; xz -9e {baselines['xz']['bits_per_byte']:.3f}" if baselines["xz"] else ""
-    console.say(f"scores   bits/byte for scale: unigrams {baselines['unigram']['bits_per_byte']:.3f}{packed}")
+    packed = f"; xz -9e {xz['bits_per_byte']:.3f}" if xz else ""
+    console.say(f"scores   bits/byte for scale: unigrams {unigrams['bits_per_byte']:.3f}{packed}")
+    return running
+
+
+def _generate(running: _Running) -> _Running:
+    config, options = running.config, running.config.generate
+    if "generate" not in configuration.problem_of({"problem": config.problem.kind}).sections:
+        console.say(f"sample   none: {config.problem.kind} has no prompts")
+        return running
+    how = sampling(options, config.train.seed)
+    samples = generate(running.out / "model", options.prompts, how, max_new_tokens=options.max_new_tokens)
+    running.add(generation=samples)
+    for sample in samples:
+        console.say(f"sample   {sample.tokens} tokens, {sample.tokens_per_second:.0f} tokens/s")
+        console.say((sample.prompt + sample.text).strip())
+    return running
+
+
+def _report(running: _Running) -> _Running:
+    running.write()  # the page shows it
+    running.add(report=report(running.out).report)
+    console.say(f"report   {running.finished.report}")
+    return running
+
+
+# The stages of `gptworks run`: each does one thing and returns what goes on, or what the recipe ends with.
+STAGES: dict[str, Callable[[_Running], _Running | Proposed | None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "report": _report,
+}

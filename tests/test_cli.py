@@ -716,7 +716,7 @@ def test_a_run_in_place_of_its_model_is_named(cli: Callable[..., Outcome], finis
 def test_a_signal_ends_a_command_with_75(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     from gptworks import lifecycle
 
-    monkeypatch.setattr(lifecycle, "evaluate", lambda *asked: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(lifecycle, "evaluate", lambda *asked, **options: os.kill(os.getpid(), signal.SIGTERM))
     refused(cli("evaluate", "model", "--data", "text"), 75, "SIGTERM", "run the same command")
 
 

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -255,14 +256,65 @@ def verify(path: Path, names: list[str] | None = None) -> dict[str, Any]:
     """
     manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
-        if names is not None and name not in names:
-            continue
-        file = path / name
-        if not file.is_file():
-            raise DataError(f"{file}: missing, though the manifest lists it")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise DataError(f"{file}: {size} bytes where the manifest has {expected['bytes']}; the file is damaged")
-        if sha256(file) != expected["sha256"]:
-            raise DataError(f"{file}: its SHA-256 differs from the manifest; the file is damaged")
+        if names is None or name in names:
+            _check_size(path / name, expected)
+            _check_hash(path / name, expected)
     return manifest
+
+
+def _check_size(file: Path, expected: dict[str, Any]) -> None:
+    if not file.is_file():
+        raise DataError(f"{file}: missing, though the manifest lists it")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise DataError(f"{file}: {size} bytes where the manifest has {expected['bytes']}; the file is damaged")
+
+
+def _check_hash(file: Path, expected: dict[str, Any]) -> None:
+    if sha256(file) != expected["sha256"]:
+        raise DataError(f"{file}: its SHA-256 differs from the manifest; the file is damaged")
+
+
+HASHED_AT_ONCE = 2**30  # bytes of a folder; where there are more, a start does not wait for their hashes
+
+
+class Verifying:
+    """A large folder compared with its manifest beside other work.
+
+    That its files are there, and their sizes, is checked at once; so are the hashes of a folder of up to
+    `HASHED_AT_ONCE` bytes. Raises DataError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.manifest = path, read_manifest(path)
+        self.error: DataError | None = None
+        self.thread: threading.Thread | None = None
+        files: dict[str, dict[str, Any]] = self.manifest["files"]
+        for name, expected in files.items():
+            _check_size(path / name, expected)
+        if sum(expected["bytes"] for expected in files.values()) <= HASHED_AT_ONCE:
+            verify(path)
+        else:
+            self.thread = threading.Thread(target=self._hash, daemon=True, name="verifying")
+            self.thread.start()
+
+    def _hash(self) -> None:
+        try:
+            verify(self.path)
+        except DataError as error:
+            self.error = error
+        except OSError as error:
+            self.error = DataError(f"{self.path}: cannot be read: {error.strerror or error}")
+
+    @property
+    def ended(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+    def finish(self) -> None:
+        """Waits for the last hash. Raises DataError; the folder then has no manifest, so that it is made anew."""
+        if self.thread:
+            self.thread.join()
+        if self.error:
+            with suppress(OSError):
+                (self.path / MANIFEST).unlink()
+            raise DataError(f"{self.error}; run the same command to make it anew")

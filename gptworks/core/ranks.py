@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -336,10 +337,26 @@ class Watchdog(threading.Thread):
                     with contextlib.suppress(OSError):
                         os.kill(pid, number)
             time.sleep(1.0)
-            for pid in others:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+            _kill_later(others)
         os._exit(PeerLost.code)
+
+
+KILL_LATER = """
+import os, sys, time
+time.sleep(2)
+for pid in map(int, sys.argv[1:]):
+    try:
+        os.kill(pid, 9)
+    except OSError:
+        pass
+"""
+
+
+def _kill_later(pids: list[int]) -> None:
+    """Kills processes once this one is gone, so that a launcher sees its exit code first and not that of a kill."""
+    line = [sys.executable, "-I", "-S", "-c", KILL_LATER, *map(str, pids)]
+    nowhere = subprocess.DEVNULL
+    subprocess.Popen(line, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 ranks = Ranks()

@@ -11,7 +11,7 @@ import queue
 import threading
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,6 +73,7 @@ class Shards:
     train: Stream
     eval: Stream
     manifest: dict[str, Any]
+    verifying: folder.Verifying | None = None  # the files' hashes, which may still be compared
 
     @property
     def identity(self) -> str:
@@ -166,9 +167,9 @@ def prepare(
     given = given or (Tokenizer.load(asked.path, asked.pattern) if asked.path else None)
     settings = _settings(data, asked, given)
     if (path / folder.MANIFEST).is_file():
-        damage, change = _reason_to_rewrite(path, settings, sources + held)
+        damage, change, verifying = _reason_to_rewrite(path, settings, sources + held)
         if not damage and not change:
-            return open_shards(path, verified=True, tokenizer=given)
+            return replace(open_shards(path, verified=True, tokenizer=given), verifying=verifying)
         if change and not (data.shards is None if own is None else own):
             raise RunMismatch(
                 f"{path}: these shards were made otherwise and other runs may use them: {change}; name another "
@@ -184,14 +185,17 @@ def prepare(
 def open_shards(path: Path, verified: bool = False, tokenizer: Tokenizer | None = None) -> Shards:
     """Maps the shards in `path` into memory, after checking every file's SHA-256. Raises DataError.
 
-    `tokenizer` is the one beside them, if it is in memory already.
+    Large ones are checked beside other work: who relies on them waits for `Shards.verifying`. `tokenizer` is the one
+    beside them, if it is in memory already.
     """
-    manifest = folder.read_manifest(path) if verified else folder.verify(path)
+    verifying = None if verified else folder.Verifying(path)
+    manifest = verifying.manifest if verifying else folder.read_manifest(path)
     tokenizer = tokenizer or Tokenizer.load(path)
     if tokenizer.fingerprint != manifest.get("tokenizer"):
         raise DataError(f"{path}: the shards were made with another tokenizer than the one beside them")
     try:
-        return Shards(path, tokenizer, _stream(path, "train", manifest), _stream(path, "eval", manifest), manifest)
+        train, held_out = _stream(path, "train", manifest), _stream(path, "eval", manifest)
+        return Shards(path, tokenizer, train=train, eval=held_out, manifest=manifest, verifying=verifying)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: its manifest is not that of shards: {type(error).__name__}: {error}") from None
 
@@ -245,13 +249,15 @@ def _refuse_changed(stamps: list[dict[str, Any]], sources: list[Source]) -> None
             raise DataError(f"{before['path']}: changed while it was read; run again once nothing writes to it")
 
 
-def _reason_to_rewrite(path: Path, settings: dict[str, Any], sources: list[Source]) -> tuple[str, str]:
-    """What is damaged, and what is not as asked; empty if nothing is."""
+def _reason_to_rewrite(
+    path: Path, settings: dict[str, Any], sources: list[Source]
+) -> tuple[str, str, folder.Verifying | None]:
+    """The damage, and the difference from what is asked, empty where there is none; and the hashing, which may last."""
     try:
-        manifest = folder.verify(path)
+        verifying = folder.Verifying(path)
     except DataError as error:
-        return str(error), _difference(_manifest(path), settings, sources)
-    return "", _difference(manifest, settings, sources)
+        return str(error), _difference(_manifest(path), settings, sources), None
+    return "", _difference(verifying.manifest, settings, sources), verifying
 
 
 def _manifest(path: Path) -> dict[str, Any]:

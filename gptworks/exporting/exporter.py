@@ -4,7 +4,7 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptworks.core import folder
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console, size
 from gptworks.core.registry import nearest, resolve
+from gptworks.core.results import Exported
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
@@ -72,10 +73,12 @@ class Exporter(ABC):
         """Reads `path` back and compares it with the source, on rows of text too. Raises DataError if it is another."""
 
 
-def export(loaded: Loaded, name: str, out: Path, kind: str | None, text: str, tokens: int, dry_run: bool) -> dict:
+def export(
+    loaded: Loaded, name: str, out: Path, *, kind: str | None, text: str, tokens: int, dry_run: bool
+) -> Exported:
     """Writes a model to `out` in a format, and proves it on the first `tokens` tokens of `text`.
 
-    Returns what was done, as JSON. Where anything fails, the proof included, there is nothing at `out`.
+    Where anything fails, the proof included, there is nothing at `out`.
     """
     made: type[Exporter] = resolve("format", FORMATS, name)
     kind = kind or made.kinds[0]
@@ -89,13 +92,7 @@ def export(loaded: Loaded, name: str, out: Path, kind: str | None, text: str, to
     for note in exporter.notes:
         console.say(f"note     {note}")
     folder.check_space(out, exporter.estimate)
-    result = {
-        "out": str(out),
-        "format": name,
-        "type": kind,
-        "estimated_bytes": exporter.estimate,
-        "notes": exporter.notes,
-    }
+    result = Exported(str(out), name, kind, estimated_bytes=exporter.estimate, notes=exporter.notes)
     if dry_run:
         return result
     place = folder.commit if exporter.is_folder else folder.commit_file
@@ -103,7 +100,7 @@ def export(loaded: Loaded, name: str, out: Path, kind: str | None, text: str, to
         exporter.write(aside)
         written = sum(file.stat().st_size for file in ([aside] if aside.is_file() else aside.rglob("*")))
         parity = exporter.check(aside, rows)
-    return result | {"bytes": written, "parity": asdict(parity) | {"line": parity.line()}}
+    return replace(result, bytes=written, parity=asdict(parity) | {"line": parity.line()})
 
 
 def _rows(loaded: Loaded, text: str, tokens: int) -> list[Batch]:

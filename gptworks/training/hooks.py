@@ -17,6 +17,7 @@ import torch
 from gptworks.core.config import Change, ChosenTrain, Generate
 from gptworks.core.errors import NotFinite, Preempted, UsageError
 from gptworks.core.failpoint import failpoint
+from gptworks.core.folder import Verifying
 from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
 from gptworks.core.runtime import interrupts, peak_memory, side_by_side
@@ -302,13 +303,26 @@ class TimeBudget:
 class Checkpointer:
     """Saves every `every` steps and at the end, beside the training; on a signal, saves and leaves with Preempted."""
 
-    def __init__(self, path: Path, every: int, schedule: RunSchedule, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, every: int, schedule: RunSchedule, facts: dict[str, Any], *,
+        verifying: Verifying | None = None,
+    ) -> None:  # fmt: skip
+        """`verifying` is the data that is still compared with its hashes; nothing that was learned from it is kept
+        before that has ended, on any machine."""
         self.path, self.every, self.schedule, self.facts = path, every, schedule, facts
         self.saving: Saving | None = None
+        self.verifying, self.verified = verifying, False
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         stop = ranks.total(bool(interrupts.requested))[0] > 0  # all processes leave at the same step
+        if self.verifying and self.verifying.ended:
+            self.verifying.finish()
         if stop or state.stopped or self.schedule.due(state.step, self.every):
+            if not self.verified:
+                if self.verifying:
+                    self.verifying.finish()
+                ranks.barrier()
+                self.verified = True
             self.finish()
             if ranks.main:
                 self.saving = Saving(state, self.path, self.facts)

@@ -1,5 +1,6 @@
 """What a training leaves: the model folder with its lineage, and result.json."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from gptworks.core.config import Change
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, duration
 from gptworks.core.ranks import ranks
+from gptworks.core.results import Trained
 from gptworks.model import build, card, hub
 from gptworks.model.config import parameter_count
 from gptworks.planning.cost import flops_per_token
@@ -16,54 +18,54 @@ from gptworks.training.problem import Evaluation, Work
 
 
 def step_flops(run: Run) -> float:
-    """Of a token, with what a second model adds."""
+    """The FLOPs of a token in training, with what a second model adds."""
     own = flops_per_token(run.state.model.config, run.config.train.context, run.trainable)
     return own + run.problem.beside.flops_per_token
 
 
 def result_of(
     run: Run, work: Work, changes: list[Change], final: Evaluation, *, train_loss: float | None, rate: float
-) -> dict[str, Any]:
-    """What result.json says of a training."""
+) -> Trained:
+    """The figures of a training."""
     state = run.state
     speed = state.tokens / max(state.seconds, 1e-9)
-    return {
-        "steps": state.step,
-        "tokens": state.tokens,
-        "seconds": round(runtime.process_seconds(), 2),
-        "train_seconds": round(state.seconds, 2),
-        "tokens_per_second": round(speed, 1),
-        "mfu": round(speed * step_flops(run) / rate, 4),
-        "matmul_gflops": round(rate / 1e9, 1),
-        "peak_memory_bytes": runtime.peak_memory(),
-        "peak_gpu_memory_bytes": runtime.peak_gpu_memory(),
-        "processes": ranks.world,
-        "parameters": parameters(run),
-        "trained_parameters": run.trainable.trained if run.trainable else parameters(run),
-        "stopped": state.stopped or f"reached step {state.step}",
-        "weights": "of the best evaluation" if state.best else "averaged" if state.average else "last",
-        "skipped_steps": state.skipped,
-        "changes": [change.why for change in changes],
-        "train": {"loss": train_loss},
-        "sources": work.batches.sources(state.cursor),
-        "eval": final.figures,
-    }
+    return Trained(
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=round(runtime.process_seconds(), 2),
+        train_seconds=round(state.seconds, 2),
+        tokens_per_second=round(speed, 1),
+        mfu=round(speed * step_flops(run) / rate, 4),
+        matmul_gflops=round(rate / 1e9, 1),
+        peak_memory_bytes=runtime.peak_memory(),
+        peak_gpu_memory_bytes=runtime.peak_gpu_memory(),
+        processes=ranks.world,
+        parameters=parameters(run),
+        trained_parameters=run.trainable.trained if run.trainable else parameters(run),
+        stopped=state.stopped or f"reached step {state.step}",
+        weights="of the best evaluation" if state.best else "averaged" if state.average else "last",
+        skipped_steps=state.skipped,
+        changes=[change.why for change in changes],
+        train={"loss": train_loss},
+        sources=work.batches.sources(state.cursor),
+        eval=final.figures,
+    )
 
 
-def finish(run: Run, out: Path, recipe: str, result: dict[str, Any], final: Evaluation) -> dict[str, Any]:
-    """The model folder and result.json, of the weights that `final` was measured on."""
+def finish(run: Run, out: Path, recipe: str, *, result: Trained, final: Evaluation) -> Trained:
+    """Writes the model folder, of the weights that `final` was measured on, and result.json."""
     config, state, model = run.config, run.state, out / "model"
-    result = {**result, "model": str(model), "recipe": recipe}
+    result = replace(result, model=str(model), recipe=recipe)
     lineage = _lineage(run, recipe, result)
     failpoint("model.save")
     if run.base and config.adapter.kind:
         build.save_adapter(model, state.model, config.adapter, run.base.home, lineage)
     else:
         build.save(model, state.model, run.problem.tokenizer, lineage, base=run.base, architecture=run.problem.saved_as)
-    result["seconds"] = round(runtime.process_seconds(), 2)
-    folder.write_json(out / "result.json", result)
-    found = ", ".join(final.shown[:2])
-    console.say(f"trained  {state.step} steps in {duration(state.seconds)}: eval {found} -> {model}")
+    result = replace(result, seconds=round(runtime.process_seconds(), 2))
+    folder.write_json(out / "result.json", result.as_dict())
+    figures = ", ".join(final.shown[:2])
+    console.say(f"trained  {state.step} steps in {duration(state.seconds)}: eval {figures} -> {model}")
     return result
 
 
@@ -71,7 +73,7 @@ def parameters(run: Run) -> int:
     return parameter_count(run.state.model.config) + (run.trainable.added if run.trainable else 0)
 
 
-def _lineage(run: Run, recipe: str, result: dict[str, Any]) -> dict[str, Any]:
+def _lineage(run: Run, recipe: str, result: Trained) -> dict[str, Any]:
     config, base, versions = run.config, run.base, runtime.versions()
     parents = [{"role": "base", "path": hub.name_of(base.home), "sha256": base.weights_sha256}] if base else []
     parents += [vars(parent) for parent in run.problem.parents]
@@ -84,6 +86,6 @@ def _lineage(run: Run, recipe: str, result: dict[str, Any]) -> dict[str, Any]:
         "parents": parents,
         "license": {"license": config.license} if config.license else own,
         "config": config.model_dump(mode="json"),
-        "metrics": {f"eval_{key}": value for key, value in result["eval"].items()}
-        | {"steps": result["steps"], "training_tokens": result["tokens"]},
+        "metrics": {f"eval_{key}": value for key, value in result.eval.items()}
+        | {"steps": result.steps, "training_tokens": result.tokens},
     }

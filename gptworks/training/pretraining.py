@@ -36,7 +36,7 @@ class Pretraining(Problem):
             raise UsageError("this recipe trains on a text of yours: add data.train=FILE (a file, folder or glob)")
 
     @classmethod
-    def prepare(cls, config: Config, place: Place) -> None:
+    def prepare(cls, config: Config, place: Place) -> folder.Verifying | None:
         """Tokenizer and shards, where they are missing or the text changed; a run that has begun keeps its ids."""
         from gptworks.data import shards
 
@@ -44,16 +44,15 @@ class Pretraining(Problem):
         tokenizer = place.base.tokenizer if place.base else None
         if place.begun and path.is_dir():
             try:
-                shards.open_shards(path, tokenizer=tokenizer)
-                return
+                return shards.open_shards(path, tokenizer=tokenizer).verifying
             except DataError as error:
                 console.warn(f"{error}; making the shards again from the text")
         own = path.resolve() == place.data.resolve()
-        shards.prepare(config.data, config.tokenizer, path, tokenizer, own)
+        return shards.prepare(config.data, config.tokenizer, path, given=tokenizer, own=own).verifying
 
     @classmethod
-    def verify(cls, config: Config, place: Place) -> None:
-        folder.verify(cls._folder(config, place))
+    def verify(cls, config: Config, place: Place) -> folder.Verifying | None:
+        return folder.Verifying(cls._folder(config, place))
 
     @classmethod
     def open(cls, config: Config, place: Place) -> "Pretraining":

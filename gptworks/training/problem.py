@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gptworks.core.config import Chosen, Config, ProblemSettings
 
 if TYPE_CHECKING:
+    from gptworks.core.folder import Verifying
     from gptworks.core.ranks import Group
     from gptworks.data.batch import Batches
     from gptworks.data.tokenizer import Tokenizer
@@ -105,14 +106,19 @@ class Problem(ABC):
     def check(cls, config: Config) -> None:
         """Raises UsageError for what is wrong whatever the data is."""
 
-    @classmethod  # noqa: B027
-    def prepare(cls, config: Config, place: Place) -> None:
-        """Makes what `open` opens, in the main process, or continues to; says what was made. Raises DataError."""
+    @classmethod
+    def prepare(cls, config: Config, place: Place) -> "Verifying | None":
+        """Makes what `open` opens, in the main process, or continues to; says what was made. Raises DataError.
 
-    @classmethod  # noqa: B027
-    def verify(cls, config: Config, place: Place) -> None:
+        What is large may still be compared with its hashes when this returns; no checkpoint is kept before that ends.
+        """
+        return None
+
+    @classmethod
+    def verify(cls, config: Config, place: Place) -> "Verifying | None":
         """Compares what was prepared with its hashes, where `prepare` did not run: on other machines, and before a
         replay. Raises DataError."""
+        return None
 
     @classmethod
     @abstractmethod

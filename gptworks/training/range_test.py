@@ -33,9 +33,6 @@ class RangeTest:
     adam_lr: float | None
     reason: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 def range_test(ready: Run) -> RangeTest:
     """Trains a copy of the model at rising rates; `ready` stays as it is. Raises DataError if no loss ever falls."""

@@ -18,6 +18,7 @@ from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import resolve
+from gptworks.core.results import Trained, Verified
 from gptworks.model import build, hub
 from gptworks.model.build import Loaded
 from gptworks.model.lowbit import scheme
@@ -70,7 +71,7 @@ def _problem(config: Config) -> type[Problem]:
 # -- begun or continued ------------------------------------------------------------------------------------------
 
 
-def run_main(config: Config, out: Path, recipe: str) -> dict[str, Any]:
+def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     """What the main process does: everything. Returns what result.json has."""
     file, different = _continued(config, out)
     if file is None:
@@ -81,12 +82,12 @@ def run_main(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     if finished and not different:
         console.say(f"run      {out} is finished; --fresh starts it over")
         ranks.tell("plan", json.dumps({"finished": True}))
-        return folder.read_json(out / "result.json")
+        return Trained.read(folder.read_json(out / "result.json"))
     known: Config = config if file is None else file.chosen
     base = _base(known)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
-    kind.prepare(known, place)
+    verifying = kind.prepare(known, place)
     problem = kind.open(known, place)
     newest = newest_good(out / "checkpoints")
     decided: Decided | None
@@ -109,22 +110,22 @@ def run_main(config: Config, out: Path, recipe: str) -> dict[str, Any]:
     }
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
-    return _train(run, file, out, recipe, decided)
+    return _train(run, file, out, recipe, decided=decided, verifying=verifying)
 
 
-def run_worker(config: Config, out: Path) -> dict[str, Any]:
+def run_worker(config: Config, out: Path) -> None:
     """What every other process does: waits until all is prepared, then trains with the main one."""
     console.muted = True
     plan = json.loads(ranks.hear("plan"))
     if plan.get("finished"):
-        return {}
+        return
     if plan["asked"] != _asked(config):
         raise RunMismatch(f"rank {ranks.rank} was started with another configuration than rank 0; start all with one")
     chosen = configuration.build(plan["config"], "the main process's configuration", Chosen)
     base = _base(chosen)
     place, kind = Place(out / "data", base, begun=bool(plan["restore"])), _problem(chosen)
-    if os.environ.get("LOCAL_RANK") == "0":  # the first of another machine, which may read another disk
-        kind.verify(chosen, place)
+    first = os.environ.get("LOCAL_RANK") == "0"  # of another machine, which may read another disk
+    verifying = kind.verify(chosen, place) if first else None
     run = reopened(chosen, kind.open(chosen, place), base)
     changes = [Change.model_validate(change) for change in plan["changes"]]
     file = RunFile(out / "config.yaml", chosen, config, {}, changes)
@@ -132,7 +133,7 @@ def run_worker(config: Config, out: Path) -> dict[str, Any]:
         folder.verify(Path(plan["restore"]))
         _restore(run, Path(plan["restore"]), file)
     ranks.start(run.layout.device, chosen.train.timeout_s)
-    return _train(run, file, out, "")
+    _train(run, file, out, "", verifying=verifying)
 
 
 def _asked(config: Config) -> dict[str, Any]:
@@ -261,7 +262,10 @@ def set_aside(out: Path) -> None:
 # -- trained -----------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, file: RunFile, out: Path, recipe: str, decided: Decided | None = None) -> dict[str, Any]:
+def _train(
+    run: Run, file: RunFile, out: Path, recipe: str, *,
+    decided: Decided | None = None, verifying: folder.Verifying | None = None,
+) -> Trained | None:  # fmt: skip
     """Trains to the end, and on the main process writes the model. `decided` is there where the run begins now."""
     config, train, state, problem = run.config, run.config.train, run.state, run.problem
     if train.patience is None:
@@ -284,7 +288,7 @@ def _train(run: Run, file: RunFile, out: Path, recipe: str, decided: Decided | N
     evaluations = Evaluations(
         work.evaluate, problem, train, schedule, metrics, clock=clock, told=budget.time_evaluation
     )
-    checkpointer = Checkpointer(out / "checkpoints", train.checkpoint_every, schedule, facts)
+    checkpointer = Checkpointer(out / "checkpoints", train.checkpoint_every, schedule, facts, verifying=verifying)
     hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
     if metrics:
         hooks.append(
@@ -304,9 +308,9 @@ def _train(run: Run, file: RunFile, out: Path, recipe: str, decided: Decided | N
         ranks.end()
         with using(state.model, state.best or state.average):
             if not metrics:
-                return {}
+                return None
             result = result_of(run, work, file.changes, final, train_loss=metrics.last_loss, rate=rate)
-            return finish(run, out, recipe, result, final)
+            return finish(run, out, recipe, result=result, final=final)
     finally:
         if checkpointer.saving:
             checkpointer.saving.join()  # what was begun is ended, whatever stopped the run
@@ -347,12 +351,15 @@ def find_lr(config: Config, out: Path) -> RangeTest:
     _continued(config, out)
     base, kind = _base(config), _problem(config)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
-    kind.prepare(config, place)
+    verifying = kind.prepare(config, place)
     problem = kind.open(config, place)
-    return range_test(provisional(config, problem, base))
+    test = range_test(provisional(config, problem, base))
+    if verifying:
+        verifying.finish()
+    return test
 
 
-def replay(out: Path) -> dict[str, Any]:
+def replay(out: Path) -> Verified:
     """Trains again from the older checkpoint to the newer and compares the two in every bit; changes nothing."""
     file = RunFile.read(out / "config.yaml")
     checkpoints = listing(out / "checkpoints")
@@ -364,7 +371,8 @@ def replay(out: Path) -> dict[str, Any]:
     config = file.at(int(older.name.removeprefix("step-")))
     base, kind = _base(config), _problem(config)
     place = Place(out / "data", base, begun=True)
-    kind.verify(config, place)
+    if verifying := kind.verify(config, place):
+        verifying.finish()
     problem = kind.open(config, place)
     run = reopened(config, problem, base)
     _check_agreement(run, restore(run.state, older))
@@ -385,10 +393,10 @@ def replay(out: Path) -> dict[str, Any]:
     if train.patience is None or not target.best:  # dropped, or asked for, since
         run.state.best, target.best = {}, {}
     difference = run.state.difference(target)
-    return {
-        "verdict": "identical to the bit" if difference is None else difference,
-        "identical": difference is None,
-        "from_step": first,
-        "to_step": target.step,
-        "fingerprint": run.state.fingerprint(),
-    }
+    return Verified(
+        verdict="identical to the bit" if difference is None else difference,
+        identical=difference is None,
+        from_step=first,
+        to_step=target.step,
+        fingerprint=run.state.fingerprint(),
+    )

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,27 @@ def test_a_folder_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
         (aside / "a.txt").write_text("one")
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["corpus.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_large_folder_is_hashed_beside_other_work_and_a_small_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = tmp_path / "d", tmp_path / "d" / "a.txt"
+    make(path)
+    assert folder.Verifying(path).ended
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match="SHA-256 differs"):
+        folder.Verifying(path)
+    monkeypatch.setattr(folder, "HASHED_AT_ONCE", 0)
+    begun, hashing, sha256 = threading.Event(), threading.Event(), folder.sha256
+    monkeypatch.setattr(folder, "sha256", lambda file: begun.set() or hashing.wait(10) and sha256(file))
+    beside = folder.Verifying(path)
+    assert begun.wait(10) and not beside.ended
+    hashing.set()
+    with pytest.raises(DataError, match=r"SHA-256 differs.*run the same command"):
+        beside.finish()
+    assert not (path / folder.MANIFEST).exists()  # so the next start makes it anew
+    make(tmp_path / "e")
+    (tmp_path / "e" / "a.txt").write_bytes(b"")
+    with pytest.raises(DataError, match="0 bytes where the manifest has"):
+        folder.Verifying(tmp_path / "e")

@@ -44,7 +44,7 @@ def make(tmp_path: Path) -> Callable[..., Loaded]:
 def refused(loaded: Loaded, *words: str, kind: str = "f16", error: type[Exception] = DataError) -> None:
     out = loaded.path.parent / "out.gguf"
     with pytest.raises(error) as found:
-        lifecycle.export(loaded, "gguf", out, kind)
+        lifecycle.export(loaded, "gguf", out, kind=kind)
     assert "\n" not in str(found.value) and all(word in str(found.value) for word in words), found.value
     assert sorted(os.listdir(loaded.path.parent)) == ["m"]
 
@@ -55,7 +55,7 @@ def refused(loaded: Loaded, *words: str, kind: str = "f16", error: type[Exceptio
 @pytest.mark.parametrize("case", exported.CASES)
 def test_f32_has_every_weight_to_the_bit_and_the_parity_says_so(case: str, make, tmp_path: Path) -> None:
     loaded = make(case)
-    result = lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", "f32", tokens=200)
+    result = lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", kind="f32", tokens=200)
     parity = result["parity"]
     assert parity["logits"] == 0 and parity["loss"] == parity["exported_loss"] and parity["tokens"] == 200
     assert "equal to the source" in parity["line"] and "200 tokens" in parity["line"]
@@ -89,7 +89,7 @@ def test_neighbouring_channels_turn_together_in_the_llama_layout(make) -> None:
 @pytest.mark.parametrize("case", ["gpt2-untied", "qwen3-tied", "llama-bias"])
 def test_each_type_is_that_of_the_writer_and_what_is_left_out_of_it(case: str, kind: str, make, tmp_path: Path) -> None:
     loaded = make(case)
-    result = lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", kind)
+    result = lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", kind=kind)
     fields, tensors, types = read(tmp_path / "m.gguf")
     head = "token_embd.weight" if case == "qwen3-tied" else "output.weight"
     small = kind[:2] in ("q4", "q5")
@@ -104,7 +104,7 @@ def test_each_type_is_that_of_the_writer_and_what_is_left_out_of_it(case: str, k
 
 
 def test_rows_that_are_no_multiple_of_a_block_stay_f16_and_it_is_said(make, tmp_path: Path) -> None:
-    result = lifecycle.export(make("llama", intermediate_size=40), "gguf", tmp_path / "m.gguf", "q8_0")
+    result = lifecycle.export(make("llama", intermediate_size=40), "gguf", tmp_path / "m.gguf", kind="q8_0")
     types = read(tmp_path / "m.gguf")[2]
     assert {name for name, kind in types.items() if kind == "F16"} == {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}
     assert "2 matrices stay F16" in result["notes"][0]

@@ -221,7 +221,7 @@ def test_a_run_trains_adapters_alone_resumes_replays_and_merges(base_form, token
     assert held and all("lora_" in name for name in held)
     assert lifecycle.verify(tmp_path / "run")["identical"]
     text = str(tmp_path / "run" / "data" / "validation.jsonl")
-    before, after = (lifecycle.evaluate(tmp_path / place, text, 48) for place in ("base", "run/model"))
+    before, after = (lifecycle.evaluate(tmp_path / place, text, context=48) for place in ("base", "run/model"))
     assert after["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-5)
     assert after["loss"] < before["loss"] - 0.1
     merged = lifecycle.merge(tmp_path / "run" / "model", tmp_path / "whole")
@@ -256,13 +256,13 @@ def test_a_merge_that_loses_is_refused_and_leaves_nothing(tokenizer, tiny_text, 
         parameter.data.mul_(3)
     build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
     with pytest.raises(UsageError, match="--lossy"):
-        lifecycle.merge(tmp_path / "adapter", tmp_path / "whole", str(tiny_text), "float16")
+        lifecycle.merge(tmp_path / "adapter", tmp_path / "whole", data=str(tiny_text), dtype="float16")
     assert not (tmp_path / "whole").exists()
-    found = lifecycle.merge(tmp_path / "adapter", tmp_path / "whole", str(tiny_text), "float16", lossy=True)
+    found = lifecycle.merge(tmp_path / "adapter", tmp_path / "whole", data=str(tiny_text), dtype="float16", lossy=True)
     assert found["difference_bits_per_byte"] != 0
     assert load_file(tmp_path / "whole" / "model.safetensors")["model.norm.weight"].dtype == torch.float16
     with pytest.raises(UsageError, match="has no adapter"):
-        lifecycle.merge(tmp_path / "base", tmp_path / "other", str(tiny_text))
+        lifecycle.merge(tmp_path / "base", tmp_path / "other", data=str(tiny_text))
     with pytest.raises(UsageError, match="--data"):
         lifecycle.merge(tmp_path / "adapter", tmp_path / "other")
 

@@ -216,7 +216,7 @@ def test_push_makes_the_repository_and_puts_the_files_there(cache, monkeypatch, 
     saved(tmp_path / "model")
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(Api, "calls", [])
-    assert lifecycle.push(tmp_path / "model", "me/mine", private) == "https://hub.example/me/mine"
+    assert lifecycle.push(tmp_path / "model", "me/mine", private).url == "https://hub.example/me/mine"
     wanted = {"private": True if private else None, "exist_ok": True}
     assert Api.calls == [("create_repo", "me/mine", wanted), ("upload_folder", "me/mine", tmp_path / "model")]
 

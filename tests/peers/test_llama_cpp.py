@@ -46,7 +46,7 @@ def ours(model: Any, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("case", exported.CASES)
 def test_logits_and_greedy_text_are_ours(case: str, tmp_path: Path) -> None:
     loaded = exported.folder(tmp_path / "m", exported.CASES[case])
-    lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", "f32")
+    lifecycle.export(loaded, "gguf", tmp_path / "m.gguf", kind="f32")
     llama = opened(tmp_path / "m.gguf")
     ids = tiny.tokens(1, 40, 320)[0].tolist()  # fewer than any window
     expected, found = ours(loaded.model, ids), theirs(llama, ids)
@@ -91,7 +91,7 @@ def test_ids_and_text_are_those_of_our_tokenizer(kind: str, tmp_path: Path) -> N
         own = Tokenizer.train_bpe([tiny.text(20_000), *samples * 9], 480, kind)
     raw, file = exported.CASES["qwen3"] | {"vocab_size": len(own)}, tmp_path / "text.txt"
     file.write_text(TEXT * 20)
-    lifecycle.export(exported.folder(tmp_path / "m", raw, own), "gguf", tmp_path / "m.gguf", "f32", str(file))
+    lifecycle.export(exported.folder(tmp_path / "m", raw, own), "gguf", tmp_path / "m.gguf", kind="f32", data=str(file))
     llama = opened(tmp_path / "m.gguf")
     for sample in samples:
         ids = own.encode(sample)
@@ -119,7 +119,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("kind", GGUF.kinds)
 def test_perplexity_on_2000_tokens_is_that_of_the_same_weights(trained: Loaded, kind: str, tmp_path: Path) -> None:
-    lifecycle.export(trained, "gguf", tmp_path / "m.gguf", kind)
+    lifecycle.export(trained, "gguf", tmp_path / "m.gguf", kind=kind)
     read = {
         tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors

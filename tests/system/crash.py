@@ -148,7 +148,9 @@ def samples(path: Path) -> dict[tuple[int, int, int], int]:
 
 
 def acknowledged(log: Path) -> int:
-    """The last step that the run said was saved."""
+    """The last step that the run said was saved; 0 where it was killed before it opened its log."""
+    if not log.exists():
+        return 0
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("saved ")]
     return max((int(line.rsplit("step-", 1)[1]) for line in lines), default=0)
 

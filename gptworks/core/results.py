@@ -1,0 +1,199 @@
+"""What each stage gives back: figures by name, which can also be indexed as `--json` prints them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class Result(Mapping[str, Any]):
+    """The base of all results: `result.loss` and `result["loss"]` are the same; `as_dict()` is its JSON."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values by name, as JSON has them. A value that is None by default is left out while it is None."""
+        values: dict[str, Any] = {}
+        for item in fields(self):  # type: ignore[arg-type]  # every result is a dataclass
+            value = getattr(self, item.name)
+            if value is not None or item.default is not None:
+                values[item.name] = _plain(value)
+        return values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.as_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.as_dict())
+
+    def __len__(self) -> int:
+        return len(self.as_dict())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Result):
+        return value.as_dict()
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+# -- of the stages -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(Result):
+    """A training, as result.json has it. Seconds and bytes are those of the process that trained."""
+
+    steps: int
+    tokens: int
+    seconds: float  # of the whole process
+    train_seconds: float
+    tokens_per_second: float
+    mfu: float  # of the rate that a product of matrices reaches here
+    matmul_gflops: float
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: int | None
+    processes: int
+    parameters: int
+    trained_parameters: int
+    stopped: str  # why it ended
+    weights: str  # which the model folder has: the last, an average, those of the best evaluation
+    skipped_steps: int
+    changes: list[str]  # on the way, in words
+    train: dict[str, float | None]
+    sources: list[dict[str, Any]]
+    eval: dict[str, float]
+    model: str = ""
+    recipe: str = ""
+    others: dict[str, Any] = field(default_factory=dict)  # what result.json has besides: of later stages
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Trained":
+        """From the content of a result.json; what an earlier version did not write is None."""
+        names = [item.name for item in fields(cls) if item.name != "others"]
+        others = {name: value for name, value in values.items() if name not in names}
+        return cls(**{name: values.get(name) for name in names}, others=others)  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return values | values.pop("others")
+
+
+@dataclass(frozen=True, eq=False)
+class Proposed(Result):
+    """The rates that a range test proposes, and the page with its curve."""
+
+    lr: float
+    adam_lr: float | None
+    reason: str
+    report: str
+
+
+@dataclass(frozen=True, eq=False)
+class Compared(Result):
+    """Another model on the same text: its figures, and the difference, model minus this one."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    method: str
+    tokens_per_second: float
+    model: str
+    difference_bits_per_byte: float
+    interval: list[float] | None  # of 95 %
+    pairs: int
+    better: str | None  # the model's name, where a difference is shown
+    reason: str | None  # where none is
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated(Result):
+    """A model on a text. `loss` is in nats a token."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    method: str
+    tokens_per_second: float
+    baselines: dict[str, dict[str, float] | None]
+    model: str
+    data: str
+    against: Compared | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Generated(Result):
+    """The continuation of a prompt."""
+
+    prompt: str
+    text: str
+    tokens: int
+    finish_reason: str
+    tokens_per_second: float
+    prompt_tokens_per_second: float
+
+
+@dataclass(frozen=True, eq=False)
+class Merged(Result):
+    """A plain model made of an adapter and its base, and how far it is from them."""
+
+    model: str
+    dtype: str
+    data: str
+    tokens: int
+    bits_per_byte: float
+    adapter_bits_per_byte: float
+    difference_bits_per_byte: float
+
+
+@dataclass(frozen=True, eq=False)
+class Exported(Result):
+    """A model in the format of another program. Without `bytes` and `parity` nothing was written."""
+
+    out: str
+    format: str
+    type: str
+    estimated_bytes: int
+    notes: list[str]
+    bytes: int | None = None
+    parity: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pushed(Result):
+    """The address of a model on the hub."""
+
+    url: str
+
+
+@dataclass(frozen=True, eq=False)
+class Reported(Result):
+    """The page that was written."""
+
+    report: str
+
+
+@dataclass(frozen=True, eq=False)
+class Verified(Result):
+    """Whether a folder is what its manifest says, or a run the same when it is trained again."""
+
+    verdict: str
+    identical: bool
+    files: int | None = None
+    from_step: int | None = None
+    to_step: int | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Finished(Result):
+    """All stages of a recipe: the training's figures, and beside them what each later stage gave."""
+
+    training: Trained | None
+    evaluation: Evaluated | None = None
+    generation: list[Generated] | None = None
+    report: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return (values.pop("training") or {}) | values
