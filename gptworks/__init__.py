@@ -1,4 +1,4 @@
-"""gptworks: a GPT-style language model through its whole life. Importing it loads no torch.
+"""gptworks trains, evaluates, uses and exports GPT-style language models. Importing it loads no torch.
 
 `gptworks.load(FOLDER)` gives a model with `generate`, `loss` and `tokenizer`; the other functions are what the commands
 of their names do, and give back what those print with `--json`.

@@ -17,7 +17,7 @@ from gptworks.core.registry import users_place
 from gptworks.core.results import Compared, Evaluated, Exported, Merged, Result
 
 app = typer.Typer(
-    help="A GPT-style language model through its whole life: text, tokenizer, training, evaluation, generation.",
+    help="Train, evaluate, use and export GPT-style language models: from a text to a folder that other tools open.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def everywhere(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
@@ -55,7 +55,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fa
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and do nothing.")]
 MachineFile = Annotated[
     Path | None,
-    typer.Option(help="With --dry-run: for the machine in this file, from `gptworks env --json`."),
+    typer.Option(help="With --dry-run: decide for the machine in this file, written by `gptworks env --json`."),
 ]
 Folder = Annotated[
     Path, typer.Argument(help="A model folder, or owner/name[@revision] on the hub.", show_default=False)
@@ -136,9 +136,9 @@ def _stage(
     console.quiet = quiet
 
     def work() -> None:
-        for given in (recipe, str(out or "")):
-            if re.search("[\ud800-\udfff]", given):
-                raise UsageError(f"{given!r}: the name is not valid UTF-8, as the run writes it down; choose another")
+        for path in (recipe, str(out or "")):
+            if re.search("[\ud800-\udfff]", path):
+                raise UsageError(f"{path!r}: the name is not valid UTF-8, as the run writes it down; choose another")
         from gptworks.core import config as configuration
 
         config = configuration.load(recipe, overrides)
@@ -195,7 +195,7 @@ def evaluate(
     folder: Folder,
     data: Annotated[str, typer.Option(help="Text to score: file, folder, glob or built-in name.")],
     context: Annotated[int | None, typer.Option(help="Block length in tokens; default the model's.", min=1)] = None,
-    stride: Annotated[int | None, typer.Option(help="Slide windows by so many tokens; default: blocks.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: the context.")] = None,
     batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
@@ -219,7 +219,7 @@ def evaluate(
 def _evaluation(scores: Evaluated) -> str:
     unigram, xz, against = scores.baselines["unigram"] or {}, scores.baselines["xz"], scores.against
 
-    def row(name: str, model: Evaluated | Compared) -> tuple[str, str, str, str]:
+    def row(name: str, model: Evaluated | Compared) -> tuple[str, ...]:
         return name, f"{model.loss:.4f}", f"{model.perplexity:.2f}", f"{model.bits_per_byte:.4f}"
 
     rows = [
@@ -269,7 +269,7 @@ def generate(
 
         if (prompt is None) == (prompts is None):
             raise UsageError("give --prompt TEXT or --prompts FILE")
-        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+        how = Sampling(repetition_penalty, temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         if prompts is not None:
             try:
                 texts = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line]
@@ -287,13 +287,14 @@ def generate(
             return
         engine = lifecycle.engine_of(folder)
         for text in texts:
-            made = Generation(text)
+            generation = Generation(text)
             engine.prompt_ids(text)  # an error before anything is printed
             _put(text)
-            for part in engine.stream(text, how, max_new_tokens, result=made, **options):
+            for part in engine.stream(text, how, max_new_tokens, result=generation, **options):
                 _put(part)
             _put("\n")
-            console.say(f"[{len(made.tokens)} tokens, {made.tokens_per_second:.0f} tokens/s, {made.finish_reason}]")
+            speed = f"{generation.tokens_per_second:.0f} tokens/s"
+            console.say(f"[{len(generation.tokens)} tokens, {speed}, {generation.finish_reason}]")
 
     _do(work, debug)
 
@@ -320,8 +321,8 @@ def chat(
         from gptworks.infer.sampling import Sampling
         from gptworks.infer.terminal import Terminal
 
-        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
-        Terminal(lifecycle.chat(folder, how, max_new_tokens, system), _put, json).run()
+        how = Sampling(repetition_penalty, temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        Terminal(lifecycle.chat(folder, how, max_new_tokens=max_new_tokens, system=system), _put, json).run()
 
     _do(work, debug)
 
@@ -331,8 +332,8 @@ def merge(
     folder: Annotated[Path, typer.Argument(help="An adapter's folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     data: Annotated[str | None, typer.Option(help="Text to compare on; default the run's validation text.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    lossy: Annotated[bool, typer.Option("--lossy", help="Write it however much it differs.")] = False,
+    dtype: Annotated[str, typer.Option(help="Data type of the weights: float32, bfloat16 or float16.")] = "float32",
+    lossy: Annotated[bool, typer.Option("--lossy", help="Write it even if it differs noticeably.")] = False,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Add an adapter to its base: one plain model, compared with the two before it is written."""
@@ -361,10 +362,12 @@ def export(
     out: Annotated[Path, typer.Option(help="What to write: a file for gguf, a folder for onnx.")],
     type: Annotated[
         str | None,
-        typer.Option(help="Of the weights. gguf: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; onnx: f32."),
+        typer.Option(
+            help="Number format: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for gguf, f32 for onnx."
+        ),
     ] = None,
     data: Annotated[str, typer.Option(help="Text to compare on: file, folder, glob or built-in name.")] = "shakespeare",
-    tokens: Annotated[int, typer.Option(help="Of that text, so many.", min=1, max=1_000_000)] = 512,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to compare.", min=1, max=1_000_000)] = 512,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the size and write nothing.")] = False,
 ) -> None:  # fmt: skip
@@ -389,7 +392,7 @@ def _export(result: Exported) -> str:
 def push(
     folder: Annotated[Path, typer.Argument(help="A model folder.", show_default=False)],
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="If it is made now: for its owner alone.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")] = False,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Put a model folder on the Hugging Face hub, with the token you are logged in with."""
@@ -445,10 +448,10 @@ def recipes(json: Json = False) -> None:
     def work() -> None:
         from gptworks.core import config as configuration
 
-        found = {
+        titles = {
             name: configuration.recipe_text(name).splitlines()[0].lstrip("# ") for name in configuration.recipe_names()
         }
-        _print(found, json, lambda rows: "\n".join(f"{name:<24}{text}" for name, text in rows.items()))
+        _print(titles, json, lambda rows: "\n".join(f"{name:<24}{text}" for name, text in rows.items()))
 
     _do(work, False)
 
@@ -465,7 +468,7 @@ def env(json: Json = False) -> None:
 
         device = runtime.device()
         machine = here()
-        found: dict[str, Any] = runtime.versions() | {
+        facts: dict[str, Any] = runtime.versions() | {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "cuda": torch.version.cuda or "none",
             "bf16 units": "yes" if runtime.has_bf16(device) else "no",
@@ -473,8 +476,8 @@ def env(json: Json = False) -> None:
             "memory free": f"{runtime.available_memory(device) / 2**30:.1f} GiB",
             "matmul fp32": f"{runtime.matmul_rate(device, torch.float32) / 1e9:.0f} GFLOP/s",
         }
-        lines = "\n".join(f"{name:<14}{value}" for name, value in found.items())
-        _print(found | {"machine": machine.as_dict()}, json, lambda _: lines)
+        lines = "\n".join(f"{name:<14}{value}" for name, value in facts.items())
+        _print(facts | {"machine": machine.as_dict()}, json, lambda _: lines)
 
     _do(work, False)
 

@@ -81,7 +81,7 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> T
 
 
 def choices(config: Config, machine: Path | None = None) -> Choices:
-    """What `train` would decide, as far as that can be told before any text is read; for the machine that a file
+    """The decisions of `train`, as far as they can be told before any text is read; for the machine that a file
     describes, else for this one. Raises UsageError, OutOfMemory."""
     session.check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
-    """How many tokens the model sees at once. Raises UsageError for more than it has positions for."""
+    """The number of tokens that the model sees at once. Raises UsageError for more than it has positions for."""
     limit = loaded.model.config.max_position_embeddings
     context = asked or limit
     if not 1 <= context <= limit:
@@ -218,8 +218,8 @@ def chat(
     loaded = load(model)
     spelling = ChatFormat.of(loaded.template_home, loaded.tokenizer)
     if not spelling.taught:
-        console.say(f"{loaded.name} has no chat template: it was not taught to answer, it continues text")
-    return Conversation(engine_of(loaded), spelling, how, max_new_tokens, system)
+        console.say(f"{loaded.name} has no chat template, so replies are plain continuations")
+    return Conversation(engine_of(loaded), spelling, how=how, max_new_tokens=max_new_tokens, system=system)
 
 
 def load(model: str | Path | Loaded) -> Loaded:
@@ -273,7 +273,7 @@ def merge(
         ],
         "metrics": {f"eval_{key}": together[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")},
     }
-    build.save(out, merged, loaded.tokenizer, lineage, kept, base=loaded)
+    build.save(out, merged, tokenizer=loaded.tokenizer, lineage=lineage, dtype=kept, base=loaded)
     return Merged(
         model=str(out), dtype=dtype, data=text, tokens=together.tokens, bits_per_byte=together.bits_per_byte,
         adapter_bits_per_byte=apart.bits_per_byte, difference_bits_per_byte=difference,
@@ -389,7 +389,7 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> Fin
 def _train(running: _Running) -> _Running | Proposed | None:
     file = running.out / "result.json"
     before = file.read_bytes() if file.is_file() else b""
-    result = train(running.config, running.out, running.recipe, running.fresh)
+    result = train(running.config, running.out, running.recipe, fresh=running.fresh)
     if not isinstance(result, Trained):
         return result
     running.fresh, running.trained = False, file.read_bytes() != before

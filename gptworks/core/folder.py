@@ -129,10 +129,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _leftovers(path: Path) -> list[tuple[Path, bool]]:
-    """What processes that died left of `path`, each with whether it is an old folder that was to be replaced."""
+    """Leftovers of `path` from processes that died; True beside those that are an old folder about to be replaced."""
     name = re.compile(rf"\.{re.escape(path.name)}\.([0-9]+)(\.old)?\.tmp")
-    found = [(entry, name.fullmatch(entry.name)) for entry in path.parent.iterdir()]
-    return [(entry, bool(match[2])) for entry, match in found if match and not _alive(int(match[1]))]
+    named = [(entry, name.fullmatch(entry.name)) for entry in path.parent.iterdir()]
+    return [(entry, bool(match[2])) for entry, match in named if match and not _alive(int(match[1]))]
 
 
 def _clear_up(path: Path) -> None:
@@ -147,7 +147,7 @@ def _clear_up(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process of this number runs, which then is still at work on its folder."""
+    """True while another process of this number runs, which is then still at work on its folder."""
     if pid == os.getpid():
         return False
     try:
@@ -212,7 +212,7 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
 
 
 def foreign_files(path: Path, ours: set[str] | None = None) -> list[Path]:
-    """What lies in a folder of ours and is not ours: neither in its manifest nor among the names of `ours`.
+    """Files in a folder of ours that are not ours: neither in its manifest nor among the names of `ours`.
 
     Raises UsageError where there is no manifest and something else: then it is a folder of somebody's.
     """
@@ -222,13 +222,13 @@ def foreign_files(path: Path, ours: set[str] | None = None) -> list[Path]:
         written = True
     except DataError:
         written = False
-    found = sorted(entry for entry in (path.iterdir() if path.is_dir() else ()) if entry.name not in known)
-    if found and not written:
+    foreign = sorted(entry for entry in (path.iterdir() if path.is_dir() else ()) if entry.name not in known)
+    if foreign and not written:
         raise UsageError(
-            f"{path}: has files that gptworks did not write ({found[0].name}), and would be replaced; choose another "
+            f"{path}: has files that gptworks did not write ({foreign[0].name}), and would be replaced; choose another "
             "--out or data.shards"
         )
-    return found
+    return foreign
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -177,7 +177,8 @@ class Ranks:
         _unpack(flat, tensors)
 
     def add_pairwise(self, tensors: "list[Tensor]") -> None:
-        """As `add`, in a fixed order: neighbours first, then pairs of pairs (a + b and b + a have the same bits)."""
+        """Like `add`, but in a fixed order: neighbours first, then pairs of pairs (a + b and b + a have the same
+        bits)."""
         if not self.started:
             return
         import torch
@@ -197,7 +198,7 @@ class Ranks:
         _unpack(flat, tensors)
 
     def gather(self, value: T) -> list[T]:
-        """What every process has, in the order of their ranks; plain Python values."""
+        """Collects the plain Python value of every process, in the order of their ranks."""
         if not self.started:
             return [value]
         import torch.distributed as dist
@@ -208,7 +209,7 @@ class Ranks:
         return values
 
     def agree(self, value: T) -> T:
-        """What the main process has."""
+        """Gives every process the value that the main one has."""
         return self.gather(value)[0]
 
     def barrier(self) -> None:

@@ -58,7 +58,8 @@ _users_files: set[str] = set()
 
 
 def users_place(error: BaseException) -> str | None:
-    """Where in a user's own file an error came about, as `mine.py, line 12, in take`; None for an error elsewhere."""
+    """The place in a user's own file where an error arose, as `mine.py, line 12, in take`; None for an error
+    elsewhere."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if str(Path(frame.filename).resolve()) in _users_files]
     return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else None

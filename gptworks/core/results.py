@@ -175,7 +175,7 @@ class Reported(Result):
 
 @dataclass(frozen=True, eq=False)
 class Verified(Result):
-    """Whether a folder is what its manifest says, or a run the same when it is trained again."""
+    """The verdict on a folder compared with its manifest, or on a run that was trained again."""
 
     verdict: str
     identical: bool

@@ -69,7 +69,7 @@ def device() -> "torch.device":
 
 
 def has_bf16(device: "torch.device") -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware, so that bf16 is faster than fp32."""
+    """True where the processor multiplies bf16 matrices in hardware, so that bf16 is faster than fp32."""
     import torch
 
     if device.type == "cuda":
@@ -81,14 +81,14 @@ def has_bf16(device: "torch.device") -> bool:
 
 
 def has_fp16(device: "torch.device") -> bool:
-    """Whether the processor multiplies fp16 matrices in hardware (Volta and later)."""
+    """True where the processor multiplies fp16 matrices in hardware (Volta and later)."""
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def has_float8(device: "torch.device") -> bool:
-    """Whether the processor multiplies float8 matrices in hardware."""
+    """True where the processor multiplies float8 matrices in hardware."""
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -128,8 +128,8 @@ def usual_threads() -> int:
 
 
 def can_compile(device: "torch.device") -> bool:
-    """Whether torch.compile has what it needs: a C++ compiler makes a CPU's kernels; Triton makes a GPU's, and has a C
-    compiler make what launches them."""
+    """True where torch.compile has what it needs: a C++ compiler for a CPU's kernels; for a GPU's, Triton and a C
+    compiler that builds their launchers."""
     if device.type == "cuda":
         compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
         return find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
@@ -311,16 +311,16 @@ def seed_everything(*numbers: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What a bug report needs and a checkpoint records."""
+    """Versions and hardware that a bug report needs and a checkpoint records."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name()}
+    known = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name()}
     for package in ("gptworks", "torch", "numpy", "tokenizers", "safetensors", "gigatoken", "transformers"):
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            known[package] = "not installed"
+    return known
 
 
 class Interrupts:

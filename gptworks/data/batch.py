@@ -36,7 +36,7 @@ class Batch:
         return int(torch.count_nonzero(self.weights))
 
     def to(self, device: torch.device) -> "Batch":
-        """The same rows on a device."""
+        """Copies the rows to a device."""
         if device.type == "cpu":
             return self
         pin = device.type == "cuda"  # a pinned copy does not wait for the transfer
@@ -47,7 +47,7 @@ class Batch:
         return replace(self._each(lambda tensor: tensor[start:stop]), first=self.first + start)
 
     def share_of(self, rank: int, size: int) -> "Batch":
-        """Of a whole step's rows those of one of `size` processes; all have as many, but for the last."""
+        """The rows of a step that one of `size` processes takes; all take as many, except the last."""
         share = -(-len(self.tokens) // (size * self.unit)) * self.unit
         return replace(self.cut(rank * share, (rank + 1) * share), first=rank * share, share=share)
 
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the data stands: the next row of an epoch."""
+    """The position in the data: the next row of an epoch."""
 
     epoch: int = 0
     row: int = 0
@@ -105,5 +105,5 @@ class Batches:
         return cursor.epoch + (cursor.row / self.epoch_rows if self.epoch_rows else 0.0)
 
     def sources(self, cursor: Cursor) -> list[dict[str, Any]]:
-        """What each source of text gave to the rows before `cursor`, for result.json."""
+        """Counts what each source of text gave to the rows before `cursor`, for result.json."""
         return []

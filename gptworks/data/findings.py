@@ -90,16 +90,16 @@ class Findings:
             )
 
     def dropped(self) -> list[str]:
-        """What was left out or replaced, in words."""
-        found = []
+        """Says what was left out or replaced."""
+        parts = []
         if self.rejected:
             shown = "; ".join(self.reasons)
-            found.append(f"{self.rejected:,} of {self.rows:,} rows were unreadable and skipped: {shown}")
+            parts.append(f"{self.rejected:,} of {self.rows:,} rows were unreadable and skipped: {shown}")
         if self.empty_documents:
-            found.append(f"{self.empty_documents:,} empty documents were dropped")
+            parts.append(f"{self.empty_documents:,} empty documents were dropped")
         if self.invalid_utf8:
-            found.append(f"{self.invalid_utf8:,} invalid UTF-8 sequences were replaced by U+FFFD")
-        return found
+            parts.append(f"{self.invalid_utf8:,} invalid UTF-8 sequences were replaced by U+FFFD")
+        return parts
 
 
 class DocumentSample:
@@ -180,22 +180,22 @@ def table(findings: list[Findings], tokens: list[np.ndarray]) -> list[dict[str, 
         reasons = [reason for one in findings for reason in one.reasons][:REASONS]
         columns = sum((one.columns for one in findings), Counter[str]())
         every = Findings("total", reasons=reasons, columns=columns, **sums)
-        rows.append(_row(every, np.concatenate(tokens), sum(copies), sum(letters, Counter[str]())))
+        rows.append(_row(every, np.concatenate(tokens), copies=sum(copies), letters=sum(letters, Counter[str]())))
     return rows
 
 
 COUNTS = ("documents", "bytes", "rows", "rejected", "empty_documents", "invalid_utf8")
 
 
-def _row(found: Findings, tokens: np.ndarray, copies: int, letters: Counter[str]) -> dict[str, Any]:
+def _row(findings: Findings, tokens: np.ndarray, copies: int, letters: Counter[str]) -> dict[str, Any]:
     lengths = np.percentile(tokens, [5, 50, 95, 100], method="inverted_cdf") if len(tokens) else np.zeros(4)
     counted = max(letters.total(), 1)
     return {
-        "source": found.name,
+        "source": findings.name,
         "tokens": int(tokens.sum()),
-        **{key: getattr(found, key) for key in COUNTS},
-        "reasons": found.reasons,
-        "columns": {column: files for column, files in found.columns.items() if files},
+        **{key: getattr(findings, key) for key in COUNTS},
+        "reasons": findings.reasons,
+        "columns": {column: files for column, files in findings.columns.items() if files},
         "length": {name: int(value) for name, value in zip(("p5", "p50", "p95", "max"), lengths, strict=True)},
         "copies": copies,
         "letters": {script: round(number / counted, 4) for script, number in letters.most_common()},
@@ -203,7 +203,7 @@ def _row(found: Findings, tokens: np.ndarray, copies: int, letters: Counter[str]
 
 
 def _copies(findings: list[Findings]) -> tuple[list[int], list[str | None]]:
-    """How many documents of each source repeat an earlier one of the corpus, and the first that does, in words."""
+    """Says for each source how many documents repeat an earlier one of the corpus, and names the first that does."""
     parts = [one.look.hashes() if one.look else np.empty(0, dtype=np.uint64) for one in findings]
     every, ends = np.concatenate(parts), np.cumsum([len(part) for part in parts])
     order = np.argsort(every, kind="stable")

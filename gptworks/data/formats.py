@@ -65,11 +65,11 @@ def _separated(blocks: Iterable[str], separator: str) -> Iterator[tuple[int, str
 
 def _stripped(blocks: Iterable[str]) -> Iterator[str]:
     """The text without line breaks at its two ends."""
-    held, begun = "", False
+    pending, begun = "", False
     for block in blocks:
-        block = held + block if begun else block.lstrip("\n")
+        block = pending + block if begun else block.lstrip("\n")
         body = block.rstrip("\n")
-        held, begun = block[len(body) :], begun or bool(body)
+        pending, begun = block[len(body) :], begun or bool(body)
         yield body
 
 
@@ -87,7 +87,7 @@ def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, fin
             if column is None and isinstance(row, dict):
                 texts = [name for name, value in row.items() if isinstance(value, str)]
                 nested = any(isinstance(value, (dict, list)) for value in row.values())
-                column = _text_column(texts, row, row, nested)
+                column = _text_column(texts, row, usual=row, nested=nested)
                 findings.columns[column] += 1
             text = without_surrogates(_text_of(row, column), options, findings)
         except Ambiguous as problem:
@@ -173,11 +173,11 @@ def jsonl_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]
     """One JSON object or string a line."""
     lines = _lines(decoded(path, options, findings), sys.maxsize if _ours(path) else ROW)
     rows = ((number, _parsed(line)) for number, line in lines if line is None or line.strip())
-    yield from _documents(path, rows, options, findings)
+    yield from _documents(path, rows, options=options, findings=findings)
 
 
 def _ours(path: Path) -> bool:
-    """Whether this is the validation text of a data folder, in which a whole .txt file may have become one row."""
+    """True for the validation text of a data folder, in which a whole .txt file may have become one row."""
     if path.name != "validation.jsonl":
         return False
     try:
@@ -267,7 +267,7 @@ class _Elements:
         self._pass(place + 1)
 
     def _pass(self, place: int) -> None:
-        """What is before `place` is done with."""
+        """Forgets the text before `place`, which is done with."""
         self.line += self.text.count("\n", self.begin, place)
         self.begin = place
 
@@ -292,7 +292,7 @@ def json_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
                 yield line, _parsed(text)
         elements.close()
 
-    yield from _documents(path, rows(), options, findings)
+    yield from _documents(path, rows(), options=options, findings=findings)
 
 
 # -- .csv and .tsv -----------------------------------------------------------------------------------------------
@@ -343,12 +343,12 @@ def table_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]
                 row = Unreadable(f"{len(row)} fields where the header has {len(header)}")
             yield line, row if isinstance(row, Unreadable) else dict(zip(header, row, strict=True))
 
-    yield from _documents(path, rows(), options, findings)
+    yield from _documents(path, rows(), options=options, findings=findings)
 
 
-def _header(path: Path, found: tuple[int, list[str] | Unreadable], options: Data) -> list[str]:
+def _header(path: Path, header: tuple[int, list[str] | Unreadable], options: Data) -> list[str]:
     """The names of the columns, the text's among them exactly once. Raises DataError: text is never guessed at."""
-    line, names = found
+    line, names = header
     wanted = [options.text_column] if options.text_column else list(COLUMNS)
     if isinstance(names, Unreadable):
         raise DataError(f"{path}:{line}: the header cannot be read: {names}")
@@ -381,8 +381,10 @@ def parquet_file(path: Path, options: Data, findings: Findings) -> Iterator[Piec
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             column = _parquet_column(path, file.schema_arrow, options)
             findings.columns[column] += options.text_column is None
-            rows = _parquet_rows(path, file, column, options, findings)
-            yield from _documents(path, rows, options.model_copy(update={"text_column": column}), findings)
+            rows = _parquet_rows(path, file, column=column, options=options, findings=findings)
+            yield from _documents(
+                path, rows, options=options.model_copy(update={"text_column": column}), findings=findings
+            )
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged Parquet file: {error}") from error
 
@@ -399,13 +401,13 @@ def _parquet_column(path: Path, schema: Any, options: Data) -> str:
     try:
         if options.text_column is None:
             nested = any(is_nested(field.type) for field in schema)
-            return _text_column(texts, schema.names, texts, nested)
+            return _text_column(texts, schema.names, usual=texts, nested=nested)
         if options.text_column not in schema.names:
             raise Unreadable(f"no column {options.text_column!r} (it has: {_listed(schema.names)})")
-        found = schema.field(options.text_column)
-        if found.name not in texts and not holds(found, "binary", "large_binary"):
-            raise Unreadable(f"column {found.name!r} is {found.type}, not text")
-        return str(found.name)
+        column = schema.field(options.text_column)
+        if column.name not in texts and not holds(column, "binary", "large_binary"):
+            raise Unreadable(f"column {column.name!r} is {column.type}, not text")
+        return str(column.name)
     except Unreadable as problem:
         raise DataError(f"{path}: {problem}") from None
 

@@ -64,7 +64,7 @@ def best_fit(lengths: list[int], capacity: int) -> tuple[np.ndarray, int]:
 
 
 def extent(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
-    """Where documents begin and how many inputs each has: the stream's last token has nothing to predict."""
+    """The start of every document and its number of inputs: the stream's last token has nothing to predict."""
     bounds = np.append(stream.documents, len(stream.tokens))
     begins, sizes = bounds[:-1], np.diff(bounds)
     sizes[-1] -= 1
@@ -84,7 +84,7 @@ def cut(begins: np.ndarray, sizes: np.ndarray, context: int, rng: np.random.Gene
 
 
 class Mixture:
-    """How weighted sources share the epochs. An epoch has as many inputs as the split.
+    """Shares the epochs among weighted sources. An epoch has as many inputs as the split.
 
     The passes over a source lie end to end: pass j cuts its documents and orders the pieces by a generator of its own.
     Source i's part of epochs 0 to e - 1 is the first floor(e * share_i * inputs) of that line, a piece belonging where
@@ -122,7 +122,7 @@ class Mixture:
         return np.array([self._before(i, self._line(i, epochs)) for i in range(len(self.sizes))])
 
     def _line(self, source: int, epoch: int) -> int:
-        """Where on its line of passes the source's part of an epoch begins."""
+        """The place on a source's line of passes where its part of an epoch begins."""
         return epoch * self.shares[source] * self.inputs // 1
 
     def _pass(self, source: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,7 +158,7 @@ def plan_epoch(stream: Stream, context: int, seed: int, epoch: int, mixture: Mix
     """The rows of one epoch."""
     rng = np.random.default_rng(mix(seed, epoch))
     begins, sizes = extent(stream)
-    starts, lengths = mixture.epoch(epoch) if mixture else cut(begins, sizes, context, rng)
+    starts, lengths = mixture.epoch(epoch) if mixture else cut(begins, sizes, context=context, rng=rng)
     shuffle = rng.permutation(len(starts))
     starts, lengths = starts[shuffle], lengths[shuffle]
     short = np.flatnonzero(lengths < context)
@@ -172,7 +172,12 @@ def plan_epoch(stream: Stream, context: int, seed: int, epoch: int, mixture: Mix
     order = np.argsort(row, kind="stable")
     offsets = np.append(0, np.cumsum(np.bincount(row, minlength=total)))
     long = begins[sizes > context]
-    return Plan(starts[order], lengths[order], offsets, int(np.isin(starts, long).sum()) if mixture else len(long))
+    return Plan(
+        starts[order],
+        lengths[order],
+        offsets=offsets,
+        cut_documents=int(np.isin(starts, long).sum()) if mixture else len(long),
+    )
 
 
 class Loader(Batches):
@@ -197,8 +202,10 @@ class Loader(Batches):
         self.stream, self.context, self.batch_rows = stream, context, batch_rows
         self.seed, self.max_epochs, self.mask_documents = seed, max_epochs, mask_documents
         self.rank, self.world = rank, world
-        self.mixture = Mixture(stream, context, seed, weights) if weights else None
-        self.plan = lru_cache(maxsize=2)(lambda epoch: plan_epoch(stream, context, seed, epoch, self.mixture))
+        self.mixture = Mixture(stream, context, seed=seed, weights=weights) if weights else None
+        self.plan = lru_cache(maxsize=2)(
+            lambda epoch: plan_epoch(stream, context, seed=seed, epoch=epoch, mixture=self.mixture)
+        )
 
     def take(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """Our share of the batch at `cursor`, and the cursor after the whole batch; the last one may be short."""
@@ -239,8 +246,8 @@ class Loader(Batches):
         )
 
     def sources(self, cursor: Cursor) -> list[dict[str, Any]]:
-        """What each source gave to the rows before `cursor`, exactly: path, asked and achieved share of the inputs,
-        inputs, and passes over the source. The time it takes does not depend on the number of epochs."""
+        """Counts exactly what each source gave to the rows before `cursor`: path, asked and achieved share of the
+        inputs, inputs, and passes over the source. The time it takes does not depend on the number of epochs."""
         parts, starts = self.stream.sources, source_starts(self.stream)
         sizes = np.diff(np.minimum(starts, len(self.stream.tokens) - 1))  # the last token is no input
         inputs = self.mixture.consumed(cursor.epoch) if self.mixture else sizes * cursor.epoch
@@ -262,7 +269,7 @@ class Loader(Batches):
         ]
 
     def mixture_report(self) -> list[str]:
-        """What the first epoch takes of each weighted source, for a person."""
+        """Lines for a person: the first epoch's share of each weighted source."""
         if not self.mixture:
             return []
         rows = self.sources(Cursor(1, 0))
@@ -304,8 +311,8 @@ class Loader(Batches):
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(targets),
-            torch.from_numpy(weights),
-            torch.from_numpy(segments) if self.mask_documents else None,
+            weights=torch.from_numpy(weights),
+            segments=torch.from_numpy(segments) if self.mask_documents else None,
         )
 
 

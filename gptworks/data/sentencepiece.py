@@ -124,7 +124,7 @@ def _piece(fields: dict[int, list[Any]]) -> Piece:
 
 
 def _otherwise(pieces: list[Piece], trainer: dict[int, list[Any]], normalizer: dict[int, list[Any]]) -> str | None:
-    """What of a model `tokenizers` would do otherwise."""
+    """Names the parts of a model that `tokenizers` would compute differently."""
     kinds = {piece.kind for piece in pieces}
     algorithm = trainer.get(MODEL_TYPE, [UNIGRAM])[-1]
     known = {piece.text for piece in pieces if piece.kind == NORMAL}

@@ -40,7 +40,7 @@ FILES = {f"{split}.{kind}" for split in ("train", "eval") for kind in ("tokens",
 
 @dataclass(frozen=True)
 class SourceCount:
-    """What one source has in a split."""
+    """The documents, tokens and bytes of one source in a split."""
 
     path: str
     documents: int
@@ -120,14 +120,14 @@ class Writer:
         return {**counts, "largest_id": self.largest_id}
 
     def parts(self, paths: list[str]) -> list[dict[str, Any]]:
-        """What each of these sources has here, once all is written."""
-        total, found = (len(self.starts), self.tokens, self.bytes), []
+        """The count of each of these sources, once all is written."""
+        total, counts = (len(self.starts), self.tokens, self.bytes), []
         for number, path in reversed(list(enumerate(paths))):
             begin = self.marks.get(number, total)
             sizes = [after - before for before, after in zip(begin, total, strict=True)]
-            found.append({"path": path, **dict(zip(("documents", "tokens", "bytes"), sizes, strict=True))})
+            counts.append({"path": path, **dict(zip(("documents", "tokens", "bytes"), sizes, strict=True))})
             total = begin
-        return found[::-1]
+        return counts[::-1]
 
     def lengths(self, parts: list[dict[str, Any]]) -> list[np.ndarray]:
         """Tokens of every document, source by source."""
@@ -154,7 +154,7 @@ class Writer:
 
 
 def prepare(
-    data: Data, asked: TokenizerConfig, path: Path, given: Tokenizer | None = None, own: bool | None = None
+    data: Data, asked: TokenizerConfig, path: Path, base_tokenizer: Tokenizer | None = None, own: bool | None = None
 ) -> Shards:
     """Opens the shards in `path`, making them first where they are missing or an input changed.
 
@@ -163,13 +163,13 @@ def prepare(
     settings. Raises DataError and RunMismatch.
     """
     sources = sources_of(data.places, data)
-    held = sources_of([data.eval], data, len(sources)) if data.eval else []
-    given = given or (Tokenizer.load(asked.path, asked.pattern) if asked.path else None)
-    settings = _settings(data, asked, given)
+    held_out = sources_of([data.eval], data, len(sources)) if data.eval else []
+    base_tokenizer = base_tokenizer or (Tokenizer.load(asked.path, asked.pattern) if asked.path else None)
+    settings = _settings(data, asked, base_tokenizer)
     if (path / folder.MANIFEST).is_file():
-        damage, change, verifying = _reason_to_rewrite(path, settings, sources + held)
+        damage, change, verifying = _reason_to_rewrite(path, settings, sources + held_out)
         if not damage and not change:
-            return replace(open_shards(path, verified=True, tokenizer=given), verifying=verifying)
+            return replace(open_shards(path, verified=True, tokenizer=base_tokenizer), verifying=verifying)
         if change and not (data.shards is None if own is None else own):
             raise RunMismatch(
                 f"{path}: these shards were made otherwise and other runs may use them: {change}; name another "
@@ -178,7 +178,9 @@ def prepare(
         console.say(f"data     shards are rewritten: {damage or change}")
     else:
         folder.foreign_files(path, FILES)  # others' files are a reason not to begin
-    tokenizer = _build(data, asked, given, sources, held, settings, path)
+    tokenizer = _build(
+        data, asked, base_tokenizer=base_tokenizer, sources=sources, held_out=held_out, settings=settings, path=path
+    )
     return open_shards(path, verified=True, tokenizer=tokenizer)
 
 
@@ -213,7 +215,13 @@ def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
         raise DataError(f"{path}: {split}.documents does not cut {split}.tokens into documents")
     parts = tuple(SourceCount(**part) for part in facts.get("sources", []))
     largest = facts.get("largest_id")  # which shards of an earlier version do not have
-    return Stream(tokens, documents, int(facts["bytes"]), parts, largest if isinstance(largest, int) else None)
+    return Stream(
+        tokens,
+        documents,
+        bytes=int(facts["bytes"]),
+        sources=parts,
+        largest_id=largest if isinstance(largest, int) else None,
+    )
 
 
 def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
@@ -226,10 +234,10 @@ def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
         raise DataError(f"{what}: token id {largest} is beyond the model's vocabulary of {vocab_size}")
 
 
-def _settings(data: Data, asked: TokenizerConfig, given: Tokenizer | None) -> dict[str, Any]:
-    """What decides the ids. The weights of a mixture do not: they say how often the loader reads what."""
+def _settings(data: Data, asked: TokenizerConfig, base_tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The settings that decide the ids. The weights of a mixture do not: they say how often the loader reads what."""
     keys = ("text_column", "separator", "eval_fraction", "eval_bytes", "invalid_utf8", "max_bad_rows", "eval")
-    tokenizer: Any = given.fingerprint if given is not None else asked.model_dump(mode="json")
+    tokenizer: Any = base_tokenizer.fingerprint if base_tokenizer is not None else asked.model_dump(mode="json")
     train = [{"path": place} for place in data.places] if data.weights else data.train
     return {"version": VERSION, "tokenizer": tokenizer, "train": train} | {key: getattr(data, key) for key in keys}
 
@@ -261,7 +269,7 @@ def _reason_to_rewrite(
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """What can still be read of the manifest of a damaged folder."""
+    """The manifest of a damaged folder as far as it can be read; empty where it cannot."""
     try:
         manifest = folder.read_json(path / folder.MANIFEST)
     except DataError:
@@ -291,29 +299,29 @@ def _make_tokenizer(asked: TokenizerConfig, split: Split) -> Tokenizer:
             alphabet.update(piece.text)
         if len(alphabet) > 100_000:
             raise DataError(f"{len(alphabet):,} different characters; tokenizer.kind=bpe suits this text")
-        made = Tokenizer.train_characters(alphabet)
+        tokenizer = Tokenizer.train_characters(alphabet)
     else:
-        texts = sample((piece.text for piece, held in split.pieces() if not held), asked.sample_bytes)
-        made = Tokenizer.train_bpe(texts, asked.vocab_size, asked.pattern)
-    console.say(f"tokens   {len(made):,} ids, {asked.kind}, trained in {process_seconds() - start:.1f} s")
-    return made
+        texts = sample((piece.text for piece, held_out in split.pieces() if not held_out), asked.sample_bytes)
+        tokenizer = Tokenizer.train_bpe(texts, asked.vocab_size, asked.pattern)
+    console.say(f"tokens   {len(tokenizer):,} ids, {asked.kind}, trained in {process_seconds() - start:.1f} s")
+    return tokenizer
 
 
 def _build(
     data: Data,
     asked: TokenizerConfig,
-    given: Tokenizer | None,
+    base_tokenizer: Tokenizer | None,
     sources: list[Source],
-    held: list[Source],
+    held_out: list[Source],
     settings: dict[str, Any],
     path: Path,
 ) -> Tokenizer:
     """Writes the folder; returns its tokenizer. `held` are the sources of `data.eval`."""
-    stamps = _stamps(sources + held)
-    split = Split(data, sources, held)
-    sources = sources + held
+    stamps = _stamps(sources + held_out)
+    split = Split(data, sources, held_out)
+    sources = sources + held_out
     size = sum(source.size for source in sources)
-    tokenizer = given or _make_tokenizer(asked, split)
+    tokenizer = base_tokenizer or _make_tokenizer(asked, split)
     if tokenizer.start_id is None:
         raise DataError("the tokenizer names neither bos_token nor eos_token: add one to its tokenizer_config.json")
     if tokenizer.engine == "tokenizers" and size > 20_000_000:
@@ -338,7 +346,7 @@ def _build(
         known |= {f"{name}.tokens": writer.hash.hexdigest() for name, writer in writers.items()}
         facts |= {"dtype": writers["train"].dtype.str, "sources": stamps, "source_sha256": _hashes(sources)}
         _refuse_changed(stamps, sources)
-        facts["found"] = _table(findings, writers, facts["splits"], data)
+        facts["found"] = _table(findings, writers, splits=facts["splits"], data=data)
         facts["findings"] = found.lines(facts["found"])
         _refuse_empty(facts["splits"], data)
     console.clear()

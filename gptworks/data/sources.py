@@ -55,7 +55,7 @@ class Source:
 
     @property
     def one_plain_text(self) -> bool:
-        """Whether this is a single uncompressed text file that is one document: its size is known unread."""
+        """True for a single uncompressed text file that is one document: its size is known unread."""
         if len(self.files) != 1 or self.options.separator:
             return False
         reader = formats.READERS.get(text.kind(self.files[0]), formats.text_file)
@@ -87,7 +87,7 @@ class Source:
                 raise DataError(f"{self.place}: document {number} is not text: {error}") from None
 
     def _yielded(self) -> Iterator[Any]:
-        """What the function yields; whatever it raises becomes a DataError."""
+        """Yields what the function yields; whatever that raises becomes a DataError."""
         number = 0
         try:
             for document in self.function() if self.function else ():
@@ -108,7 +108,8 @@ def sources_of(places: list[str], options: Data, first: int = 0) -> list[Source]
 
 
 def findings_of(sources: list[Source], advance: Callable[[int], None] | None = None) -> list[Findings]:
-    """What to count one reading in. With `advance`, which hears of bytes read, documents are looked at closely."""
+    """Makes the findings that one reading is counted in. With `advance`, which hears of bytes read, documents are
+    looked at closely."""
     if advance is None:
         return [Findings(source.place) for source in sources]
     return [Findings(source.place, advance, DocumentSample(source.size, len(sources))) for source in sources]
@@ -118,24 +119,24 @@ def _found(place: str) -> list[Path]:
     """The files that a path, folder or glob stands for, sorted."""
     path, known = Path(place).expanduser(), ", ".join(formats.READERS)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and text.kind(p) in formats.READERS)
-        if not found:
+        files = sorted(p for p in path.rglob("*") if p.is_file() and text.kind(p) in formats.READERS)
+        if not files:
             raise DataError(f"{path}: no {known} file (plain, .gz or .zst) in this folder")
     elif path.is_file():
-        found = [path]
+        files = [path]
     elif glob.has_magic(place):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
+        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not files:
             raise DataError(f"{place}: no file matches")
     else:
         raise DataError(f"{place}: no such file, folder or built-in text ({nearest(place, list(BUILTIN))})")
-    for file in found:
+    for file in files:
         if file.suffix.lower() in REFUSED or text.kind(file) in REFUSED:
             raise DataError(
                 f"{file}: {file.suffix} files are not text and could run code when loaded; "
                 f"give {known} (plain, .gz or .zst)"
             )
-    return found
+    return files
 
 
 def _refuse_odd_name(file: Path) -> None:

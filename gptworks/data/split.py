@@ -24,11 +24,11 @@ Rule = Callable[[Iterator[Piece]], Halves]
 class Split:
     """The training sources, then those of `data.eval` if there are any, as one stream of both halves."""
 
-    def __init__(self, data: Data, sources: list[Source], held: list[Source]) -> None:
+    def __init__(self, data: Data, sources: list[Source], held_out: list[Source]) -> None:
         """Reads as much of the text as the decision needs. Raises DataError."""
-        self.data, self.held = data, held
+        self.data, self.held = data, held_out
         groups = [[source] for source in sources] if data.weights else [sources]
-        if held:
+        if held_out:
             first = f", its first {data.eval_bytes:,} bytes" if data.eval_bytes else ""
             rules: list[tuple[Rule, str]] = [(_all_training, f"{data.eval}{first}") for _ in groups]
         else:
@@ -38,8 +38,15 @@ class Split:
             total = sum(survey.size for survey in surveys)
             rules = [survey.rule(total) for survey in surveys]
         self.groups = [(group, rule) for group, (rule, _) in zip(groups, rules, strict=True)]
-        self.how = "validation: " + " and ".join(dict.fromkeys(how for _, how in rules))
-        self.how += ", of each source by itself" if len(groups) > 1 and not held else ""
+        self.how = "validation: " + " and ".join(dict.fromkeys(self._said(groups, [how for _, how in rules])))
+        self.how += ", of each source by itself" if len(groups) > 1 and not held_out else ""
+
+    @staticmethod
+    def _said(groups: list[list[Source]], rules: list[str]) -> list[str]:
+        """The rules in words, each with the name of its source where they differ."""
+        if len(set(rules)) == 1:
+            return rules
+        return [f"{rule} ({group[0].place.rpartition('/')[2]})" for group, rule in zip(groups, rules, strict=True)]
 
     def pieces(self, findings: list[Findings] | None = None) -> Halves:
         """Streams all of it, counting in `findings`, one for each source in order, those of `data.eval` last."""
@@ -76,7 +83,7 @@ class Survey:
             raise DataError(f"{listed([source.place for source in group])}: no text")
 
     def rule(self, total: int) -> tuple[Rule, str]:
-        """How to split, and that in words; `total`: bytes of the text of all groups, who share the limit."""
+        """The rule of the split, and its description; `total` is the bytes of all groups, who share the limit."""
         most = self.limit * self.size // total if self.limit else None
         bound = f", at most {self.limit:,} bytes" if self.limit else ""
         if self.documents == 1:
@@ -108,7 +115,7 @@ class Survey:
 
 
 class Lowest:
-    """Of a stream of documents those that draw lowest and together have at most `most` bytes."""
+    """The documents of a stream that draw the lowest numbers and together have at most `most` bytes."""
 
     def __init__(self, most: int) -> None:
         self.most, self.bytes = most, 0

@@ -24,7 +24,7 @@ SAFE_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
 
 class Unreadable(Exception):
-    """Why a document is no text."""
+    """The reason why a document is no text."""
 
 
 def kind(path: Path) -> str:
@@ -138,7 +138,7 @@ def pieces(blocks: Iterable[str]) -> Iterator[Piece]:
 
 
 def safe_places(text: str, apart: int) -> Iterator[int]:
-    """Where a whole text may be cut, at least `apart` characters from each other and from its beginning."""
+    """The places where a text may be cut, at least `apart` characters from each other and from its beginning."""
     place = 0
     while match := SAFE_CUT.search(text, place + apart):
         place = match.start()

@@ -71,12 +71,12 @@ class Tokenizer:
             token = token.get("content")
         if not token:
             return None
-        found = self.backend.token_to_id(token) if isinstance(token, str) else None
-        if found is None:
+        number = self.backend.token_to_id(token) if isinstance(token, str) else None
+        if number is None:
             raise DataError(
                 f"tokenizer_config.json names {str(token)[:80]!r} as {name}, which tokenizer.json does not have"
             )
-        return found
+        return number
 
     # -- what a document is --------------------------------------------------------------------------------------
 
@@ -87,12 +87,12 @@ class Tokenizer:
 
     @property
     def front(self) -> list[int]:
-        """What the tokenizer itself puts before a text: bos, for some."""
+        """The ids that the tokenizer itself puts before a text: bos, for some."""
         try:
-            found = self.backend.encode("a", add_special_tokens=True)
+            encoding = self.backend.encode("a", add_special_tokens=True)
         except Exception:  # a vocabulary without that letter; plain Exceptions of the library
-            found = self.backend.encode("", add_special_tokens=True)
-        return [id for id, _ in takewhile(itemgetter(1), zip(found.ids, found.special_tokens_mask, strict=True))]
+            encoding = self.backend.encode("", add_special_tokens=True)
+        return [id for id, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask, strict=True))]
 
     @property
     def end_id(self) -> int | None:
@@ -115,7 +115,7 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether pieces of a document encode to the ids of the whole (see `text.SAFE_CUT`)."""
+        """True where pieces of a document encode to the ids of the whole (see `text.SAFE_CUT`)."""
         if self._characters is not None or self._bytes:
             return True
         if self.pattern is None or self.pattern in SPANNING:
@@ -145,7 +145,7 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """As `encode`, as a uint32 array and as fast as this installation can."""
+        """Like `encode`, but returns a uint32 array, as fast as this installation can."""
         if self._characters is not None:
             return self._encode_characters(text)
         if self._bytes:
@@ -164,11 +164,11 @@ class Tokenizer:
             return np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
         self.backend.encode_special_tokens = True
         with _panics(f"{len(text):,} characters cannot be encoded"):
-            found = self.backend.encode(text, add_special_tokens=False)
-        spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         before = np.searchsorted(spans[:, 0], places)
         reach = np.append(0, np.maximum.accumulate(spans[:, 1]))[before]  # the furthest that a token before has come
-        return np.array(found.ids, dtype=np.uint32), np.where(reach > places, -1, before)
+        return np.array(encoding.ids, dtype=np.uint32), np.where(reach > places, -1, before)
 
     def _slow(self, text: str) -> np.ndarray:
         self.backend.encode_special_tokens = True
@@ -198,7 +198,7 @@ class Tokenizer:
         return np.array([p for p, _ in pairs], dtype=np.uint32), np.array([i for _, i in pairs], dtype=np.uint32)
 
     def _is_bytes(self) -> bool:
-        """Whether ids below 256 are bytes and nothing merges."""
+        """True where ids below 256 are bytes and nothing merges."""
         model = self._state.get("model") or {}
         plain = model.get("type") == "BPE" and not model.get("merges") and not model.get("ignore_merges")
         if not plain or self._state.get("normalizer") or _plain_added(self._state):
@@ -209,11 +209,11 @@ class Tokenizer:
     def _encode_characters(self, text: str) -> np.ndarray:
         assert self._characters is not None
         points, ids = self._characters
-        given = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        place = np.searchsorted(points, given, side="right") - 1  # -1, the largest, where `given` is below all
-        unknown = points[place] != given if len(points) else np.ones(len(given), dtype=bool)
+        characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        place = np.searchsorted(points, characters, side="right") - 1  # -1, the largest, where `given` is below all
+        unknown = points[place] != characters if len(points) else np.ones(len(characters), dtype=bool)
         if unknown.any():
-            raise self._unknown(sorted({chr(c) for c in given[unknown][:100_000]}))
+            raise self._unknown(sorted({chr(c) for c in characters[unknown][:100_000]}))
         return ids[place]
 
     def _check_characters(self, text: str) -> None:
@@ -262,8 +262,8 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if (not path.is_dir() or not file.is_file()) and (found := published.find(path)):
-            backend, end = published.load(found, PATTERNS, pattern)
+        if (not path.is_dir() or not file.is_file()) and (other := published.find(path)):
+            backend, end = published.load(other, PATTERNS, pattern)
             return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
         config_file = file.parent / "tokenizer_config.json"
         config = folder.read_json(config_file) if config_file.is_file() else {}
@@ -272,8 +272,8 @@ class Tokenizer:
         if "added_tokens_decoder" not in config and (older := file.parent / "special_tokens_map.json").is_file():
             named = folder.read_json(older)
             config = {**config, **(named if isinstance(named, dict) else {})}
-        if (not path.is_dir() or not file.is_file()) and (found := sentencepiece.find(path)):
-            return cls(*sentencepiece.load(found, config))
+        if (not path.is_dir() or not file.is_file()) and (other := sentencepiece.find(path)):
+            return cls(*sentencepiece.load(other, config))
         if not file.is_file():
             raise DataError(
                 f"{file}: no such file; a tokenizer is a tokenizer.json, a .tiktoken file, a vocab.json with its "
@@ -288,10 +288,10 @@ class Tokenizer:
             raise DataError(f"{file}: not a usable tokenizer.json: {error}") from None
         if "eos_token" not in config and backend.token_to_id(END_OF_TEXT) is not None:
             config = {**config, "eos_token": END_OF_TEXT}
-        made = cls(backend, config)
-        if max(backend.encode("", add_special_tokens=True).ids, default=0) >= max(len(made), 1):
+        tokenizer = cls(backend, config)
+        if max(backend.encode("", add_special_tokens=True).ids, default=0) >= max(len(tokenizer), 1):
             raise DataError(f"{file}: its post_processor puts ids before a text that its vocabulary does not have")
-        return made
+        return tokenizer
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ def _short(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _plain_added(state: dict[str, Any]) -> bool:
-    """Whether there are added tokens that are not control tokens: those are found in text wherever they stand."""
+    """True where there are added tokens that are not control tokens: those are found in text wherever they stand."""
     return any(not token.get("special") for token in state.get("added_tokens", []))
 
 

@@ -31,7 +31,7 @@ Logits = Callable[[Tensor], Tensor]  # of tokens [1, T]: [1, T, V]
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared when an export was read back."""
+    """The comparison that was made when an export was read back."""
 
     compared: str  # in words, what beside the logits
     tokens: int  # of text whose logits were compared
@@ -80,13 +80,13 @@ def export(
 
     Where anything fails, the proof included, there is nothing at `out`.
     """
-    made: type[Exporter] = resolve("format", FORMATS, name)
-    kind = kind or made.kinds[0]
-    if kind not in made.kinds:
-        raise UsageError(f"--type {kind}: {name} has no such type: {nearest(kind, list(made.kinds))}")
+    exporter_class: type[Exporter] = resolve("format", FORMATS, name)
+    kind = kind or exporter_class.kinds[0]
+    if kind not in exporter_class.kinds:
+        raise UsageError(f"--type {kind}: {name} has no such type: {nearest(kind, list(exporter_class.kinds))}")
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: is there already; remove it or choose another --out")
-    exporter = made(loaded, kind)
+    exporter = exporter_class(loaded, kind)
     rows = _rows(loaded, text, tokens)
     console.say(f"export   {name} {kind}, about {size(exporter.estimate)} to {out}")
     for note in exporter.notes:
@@ -128,7 +128,7 @@ def compare(rows: list[Batch], source: Logits, exported: Logits, compared: str) 
         nats = [n + float(F.cross_entropy(each, targets, reduction="sum")) for n, each in zip(nats, both, strict=True)]
         tokens += T
     assert tokens and not math.isnan(largest)
-    return Parity(compared, tokens, largest, nats[0] / tokens, nats[1] / tokens)
+    return Parity(compared, tokens, logits=largest, loss=nats[0] / tokens, exported_loss=nats[1] / tokens)
 
 
 def needed(module: str, extra: str) -> Any:

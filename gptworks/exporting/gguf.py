@@ -39,7 +39,7 @@ QKV = ("attn_q", "attn_k", "attn_v")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp computes under a name, and how it wants the weights."""
+    """An architecture of llama.cpp: what it computes, and how it wants the weights."""
 
     name: str
     activation: str = "swiglu"
@@ -226,7 +226,7 @@ class GGUF(Exporter):
         return self.config.num_attention_heads if part == "attn_q" else self.config.num_key_value_heads
 
     def _exact(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is written in float32 whatever the type."""
+        """True for a tensor that is written in float32 whatever the type."""
         return len(shape) == 1 or name == "position_embd.weight" or ".ffn_gate_inp." in name
 
     def _wanted(self, name: str) -> str:
@@ -277,13 +277,13 @@ class GGUF(Exporter):
         """Metadata and tensors have to be those that were meant, to the bit; each weight as near to the source as its
         type allows; and the decoder has to compute the same with them."""
         reader = self.gguf.GGUFReader(path)
-        found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         meant = {"general.architecture": self.architecture.name, **self.fields}
-        for key in sorted(found.keys() | meant.keys()):
+        for key in sorted(fields.keys() | meant.keys()):
             want = float(np.float32(meant[key])) if isinstance(meant.get(key), float) else meant.get(key)
-            if key not in found or found[key] != want:
+            if key not in fields or fields[key] != want:
                 raise DataError(
-                    f"{key} was read back as {str(found.get(key))[:80]}, not {str(want)[:80]}; nothing was kept"
+                    f"{key} was read back as {str(fields.get(key))[:80]}, not {str(want)[:80]}; nothing was kept"
                 )
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         if tensors.keys() != self.shapes.keys():
@@ -296,7 +296,7 @@ class GGUF(Exporter):
             ):
                 raise DataError(f"{name} was read back otherwise than it was written; nothing was kept")
             values = self.gguf.quants.dequantize(back.data, back.tensor_type).reshape(source.shape)
-            _compare(name, source, values, back.tensor_type.name.lower())
+            _compare(name, source, values=values, kind=back.tensor_type.name.lower())
             moved = float(np.linalg.norm(values - source)) / max(float(np.linalg.norm(source)), 1e-30)
             furthest = max(furthest, (name, moved), key=lambda pair: pair[1])
             read[name] = torch.from_numpy(np.array(values, dtype=np.float32))
@@ -305,11 +305,11 @@ class GGUF(Exporter):
             # No type moves a matrix by a third; a wrong place or layout does, in every type.
             if (there - weight).norm() > weight.norm() / 3 + 2.0**-17 * weight.numel() ** 0.5:
                 raise DataError(f"{name} is another matrix in the file; nothing was kept")
-        said = f"{len(read)} tensors, {len(found)} fields read back as meant, "
+        said = f"{len(read)} tensors, {len(fields)} fields read back as meant, "
         said += (
             "equal to the source" if furthest[1] == 0 else f"relative error at most {furthest[1]:.2g} ({furthest[0]})"
         )
-        parity = compare(rows, model.scores, twin.scores, said)
+        parity = compare(rows, model.scores, exported=twin.scores, compared=said)
         if self.kind == "f32" and parity.logits > 1e-3:
             raise DataError(f"the logits differ by {parity.logits:.2g} with weights read back; nothing was kept")
         return parity
@@ -319,9 +319,9 @@ def _name(name: str) -> str:
     """llama.cpp's name of a parameter of ours: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
     if ".experts." in name:
         name += ".weight"
-    found = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert found, name
-    number, part, leaf = found.groups()
+    match = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    assert match, name
+    number, part, leaf = match.groups()
     return f"{f'blk.{number}.' if number else ''}{NAMES[part]}.{leaf}"
 
 
@@ -332,15 +332,16 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def _scaling_fields(config: ModelConfig) -> dict[str, Any]:
-    """Of scaled rotary positions; llama3's are a tensor, and what dynamic ones change lies beyond the context."""
-    given = config.rope_scaling
-    if given.get("rope_type") not in ("linear", "yarn"):
+    """Fields for scaled rotary positions; llama3's are a tensor, and what dynamic ones change lies beyond the
+    context."""
+    scaling = config.rope_scaling
+    if scaling.get("rope_type") not in ("linear", "yarn"):
         return {}
-    factor = float(given["factor"])
-    fields = {"rope.scaling.type": given["rope_type"], "rope.scaling.factor": factor}
-    if given["rope_type"] == "yarn":
-        _, attention = rope.SCALINGS["yarn"].apply(_frequencies(config), config.rope_theta, given)
-        fields["rope.scaling.original_context_length"] = int(given["original_max_position_embeddings"])
+    factor = float(scaling["factor"])
+    fields = {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": factor}
+    if scaling["rope_type"] == "yarn":
+        _, attention = rope.SCALINGS["yarn"].apply(_frequencies(config), config.rope_theta, scaling)
+        fields["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
         fields["rope.scaling.attn_factor"] = attention / (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
     return fields
 
@@ -350,9 +351,9 @@ def _frequencies(config: ModelConfig) -> Tensor:
 
 
 def _factors(config: ModelConfig) -> Tensor:
-    """What llama.cpp divides each rotary frequency by."""
-    plain, given = _frequencies(config), config.rope_scaling
-    return plain / rope.SCALINGS[given["rope_type"]].apply(plain, config.rope_theta, given)[0]
+    """The divisors that llama.cpp applies to the rotary frequencies."""
+    plain, scaling = _frequencies(config), config.rope_scaling
+    return plain / rope.SCALINGS[scaling["rope_type"]].apply(plain, config.rope_theta, scaling)[0]
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -34,12 +34,12 @@ def fields(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     """
     notes: list[str] = []
     try:
-        found = _fields(loaded, notes)
+        values = _fields(loaded, notes)
     except DataError as why:
         raise DataError(
             f"{loaded.path}: llama.cpp cannot do what the tokenizer does: {why}; --format onnx takes it"
         ) from None
-    named = {f"tokenizer.ggml.{key}": value for key, value in found.items() if value is not None}
+    named = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
     spelling = ChatFormat.of(loaded.template_home, loaded.tokenizer)
     return named | ({"tokenizer.chat_template": spelling.source} if spelling.taught and spelling.source else {}), notes
 
@@ -108,7 +108,7 @@ def _ends(loaded: Loaded, notes: list[str]) -> dict[str, Any]:
 
 
 def _pieces(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """How spaces are written; what of it llama.cpp does otherwise."""
+    """Fields that say how spaces are written; refuses what llama.cpp would do differently."""
     _plain(state["model"])
     if not state["model"]["vocab"].keys() >= set(BYTES):
         raise DataError("it has not all of the 256 bytes")
@@ -131,7 +131,7 @@ def _pieces(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _scores(state: dict[str, Any], size: int, notes: list[str]) -> list[float]:
-    """What llama.cpp merges by: of two neighbours that make a token, first the token with the largest score."""
+    """The scores that llama.cpp merges by: the neighbours that make the token with the largest score come first."""
     vocab = state["model"]["vocab"]
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
     makes = [left + right for left, right in merges]
@@ -171,22 +171,22 @@ def _bytes(tokenizer: Tokenizer, state: dict[str, Any], notes: list[str]) -> dic
     elif normalizer:
         raise DataError(f"it changes text before splitting it ({normalizer})")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    found: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "merges": merges}
+    values: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "merges": merges}
     if tokenizer.engine == "bytes":
-        return found  # where nothing merges, no splitting makes a difference
+        return values  # where nothing merges, no splitting makes a difference
     pattern, whole = tokenizer.pattern, bool(model.get("ignore_merges"))
     if pattern is None:
         raise DataError(f"it splits text by none of the rules {', '.join(sorted({n for n, _ in PRE}))}")
     if pattern == "gpt-4o":
         notes.append("llama.cpp's gpt-4o rule knows capital letters from A to Z alone: other scripts may differ")
     if (pattern, whole) in PRE:
-        return found | {"pre": PRE[pattern, whole]}
+        return values | {"pre": PRE[pattern, whole]}
     merged = models.BPE(model["vocab"], [(left, right) for left, right in map(str.split, merges)])
     added = {token["content"] for token in state["added_tokens"]}
     for token, number in model["vocab"].items():
-        if token not in added and [found.id for found in merged.tokenize(token)] != [number]:
+        if token not in added and [values.id for values in merged.tokenize(token)] != [number]:
             raise DataError(f"it takes {token[:80]!r} whole, which merges do not make")
-    return found | {"pre": PRE[pattern, not whole]}
+    return values | {"pre": PRE[pattern, not whole]}
 
 
 def _plain(model: dict[str, Any]) -> None:

@@ -177,15 +177,15 @@ class ONNX(Exporter):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
             inputs |= {f"past_key_values.{name}": value for name, value in zip(self.names, past, strict=True)}
-            made = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-            logits, *present = (torch.from_numpy(value) for value in made)
+            outputs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+            logits, *present = (torch.from_numpy(value) for value in outputs)
             return logits, present
 
         def exported(ids: Tensor) -> Tensor:
             return run(ids, torch.ones_like(ids), self._past(len(ids), 0))[0]
 
         ids = rows[0].tokens[0, : int(rows[0].weights.sum())]
-        parity = compare(rows, model.scores, exported, "")
+        parity = compare(rows, model.scores, exported=exported, compared="")
         largest = max(parity.logits, self._padded(run, ids[:8]))
         if not largest <= TOLERANCE:
             raise DataError(f"ONNX Runtime's logits differ by {largest:.2g}, more than {TOLERANCE:g}; nothing was kept")
@@ -197,11 +197,11 @@ class ONNX(Exporter):
     def _padded(self, run: Any, ids: Tensor) -> float:
         """The largest difference for texts of several lengths, padded on the left: but for one token, then that."""
         lengths = [max(len(ids) - 1 - less, 1) for less in range(BATCH)]
-        given = torch.zeros(BATCH, max(lengths), dtype=torch.int64)
-        mask = torch.zeros_like(given)
+        padded = torch.zeros(BATCH, max(lengths), dtype=torch.int64)
+        mask = torch.zeros_like(padded)
         for row, length in enumerate(lengths):
-            given[row, -length:], mask[row, -length:] = ids[:length], 1
-        first, past = run(given, mask, self._past(BATCH, 0))
+            padded[row, -length:], mask[row, -length:] = ids[:length], 1
+        first, past = run(padded, mask, self._past(BATCH, 0))
         last = torch.stack([ids[length : length + 1] if length < len(ids) else ids[:1] for length in lengths])
         second, _ = run(last, torch.cat((mask, torch.ones(BATCH, 1, dtype=torch.int64)), dim=1), past)
         differences = []
@@ -212,7 +212,8 @@ class ONNX(Exporter):
         return float(torch.cat(differences).abs().max())
 
     def _greedy(self, run: Any, ids: Tensor) -> int:
-        """How many tokens of greedy text were compared, each from the cache of those before. Raises DataError."""
+        """Counts the tokens of greedy text that were compared, each from the cache of those before. Raises
+        DataError."""
         limit = self.config.max_position_embeddings
         prompt = ids[: max(min(len(ids), limit // 2), 1)].tolist()
         new = min(NEW_TOKENS, limit - len(prompt))
@@ -220,12 +221,12 @@ class ONNX(Exporter):
         engine = Engine(self.loaded.model, self.loaded.tokenizer, ())
         for _ in engine.stream(prompt, Sampling(temperature=0), new, result=expected):
             pass
-        made: list[int] = []
-        given, past = torch.tensor([prompt]), self._past(1, 0)
+        generated: list[int] = []
+        tokens, past = torch.tensor([prompt]), self._past(1, 0)
         for _ in range(new):
-            logits, past = run(given, torch.ones(1, len(prompt) + len(made), dtype=torch.int64), past)
-            made.append(int(logits[0, -1].argmax()))
-            given = torch.tensor([made[-1:]])
-        if made != expected.tokens:
-            raise DataError(f"ONNX Runtime's greedy text is {made}, ours {expected.tokens}; nothing was kept")
+            logits, past = run(tokens, torch.ones(1, len(prompt) + len(generated), dtype=torch.int64), past)
+            generated.append(int(logits[0, -1].argmax()))
+            tokens = torch.tensor([generated[-1:]])
+        if generated != expected.tokens:
+            raise DataError(f"ONNX Runtime's greedy text is {generated}, ours {expected.tokens}; nothing was kept")
         return new

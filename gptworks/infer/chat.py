@@ -34,7 +34,7 @@ AT_ONCE = 8  # conversations that are tried in one process of the template
 
 
 class ChatFormat:
-    """How a conversation is spelled for a model: its chat template, or one of ours."""
+    """The spelling of a conversation for a model: its chat template, or one of ours."""
 
     def __init__(self, tokenizer: Tokenizer, source: str, where: str | None = None) -> None:
         """`where` names a template that comes from a model folder."""
@@ -55,7 +55,7 @@ class ChatFormat:
 
     @property
     def taught(self) -> bool:
-        """Whether the model folder says how to talk with it."""
+        """True where the model folder says how to talk with it."""
         return self.where is not None
 
     def ids(self, *conversations: Messages) -> Iterator[list[int]]:
@@ -78,7 +78,7 @@ class ChatFormat:
             yield front + ids
 
     def ends(self, before: Messages) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What ends a reply, as the template has it after one: the id of a control token, or else text.
+        """The ids and texts that end a reply, as the template has them after one: a control token, or else text.
 
         `before` is the system message, if there is one.
         """
@@ -86,14 +86,14 @@ class ChatFormat:
         reply, later = list(hidden.said)[-2:]
         [frame] = self._render([hidden.messages])
         between = frame.partition(reply)[2].partition(later)[0]
-        if found := self._spelled.search(between):
-            return (self._control[found[0]],), ()
+        if match := self._spelled.search(between):
+            return (self._control[match[0]],), ()
         return (), (between.rstrip(),) if between.strip() else ()
 
     def _render(self, conversations: list[Messages]) -> list[str]:
         if self.where is None:
             return render(self.source, conversations, self._variables)
-        return render_foreign(self.source, conversations, self._variables, self.where)
+        return render_foreign(self.source, conversations, variables=self._variables, where=self.where)
 
     def _guarded(self, frame: str, hidden: "_Hidden") -> list[int]:
         if hidden.broken(frame):
@@ -102,9 +102,9 @@ class ChatFormat:
                 "cannot be told from the token"
             )
         ids, place = [], 0
-        for found in self._spelled.finditer(frame):
-            ids += [*self.tokenizer.encode(hidden.shown(frame[place : found.start()])), self._control[found[0]]]
-            place = found.end()
+        for match in self._spelled.finditer(frame):
+            ids += [*self.tokenizer.encode(hidden.shown(frame[place : match.start()])), self._control[match[0]]]
+            place = match.end()
         return ids + self.tokenizer.encode(hidden.shown(frame[place:]))
 
 
@@ -125,10 +125,10 @@ class _Hidden:
         return text.replace(said, number, 1)
 
     def shown(self, text: str) -> str:
-        return re.sub(self._secret + r"\d{6}", lambda found: self.said[found[0]], text)
+        return re.sub(self._secret + r"\d{6}", lambda match: self.said[match[0]], text)
 
     def broken(self, text: str) -> bool:
-        """Whether a number occurs in part."""
+        """True where a number occurs in part."""
         rest = re.sub(self._secret + r"\d{6}", "", text)
         return any(self._secret[i : i + 10] in rest for i in range(30))
 
@@ -152,12 +152,14 @@ def _template(path: Path, tokenizer: Tokenizer) -> tuple[str | None, str]:
             return file.read_text(encoding="utf-8"), str(file)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot read it: {error}") from None
-    where, found = f"{path / 'tokenizer_config.json'}: chat_template", tokenizer.config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), found)
-    if found is not None and not isinstance(found, str):
+    where, template = f"{path / 'tokenizer_config.json'}: chat_template", tokenizer.config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), template
+        )
+    if template is not None and not isinstance(template, str):
         raise DataError(f"{where}: neither a template nor a list with one that is named default")
-    return found, where
+    return template, where
 
 
 def _clean(text: str) -> str:
@@ -166,7 +168,7 @@ def _clean(text: str) -> str:
 
 
 class Conversation:
-    """What was said, and the model that answers. Whole turns go in and out: a message and its reply."""
+    """The messages so far, and the model that answers. Whole turns go in and out: a message and its reply."""
 
     def __init__(
         self, engine: Engine, spelling: ChatFormat, how: Sampling, max_new_tokens: int, system: str | None = None
@@ -187,7 +189,7 @@ class Conversation:
         """Forgets every turn; the system message stays."""
         self.turns, self.dropped = [], 0
 
-    def reply(self, text: str, made: Generation) -> Generator[str, None, None]:
+    def reply(self, text: str, generation: Generation) -> Generator[str, None, None]:
         """Yields the reply as it becomes certain and fills `made`; what was yielded when it is closed counts as said.
 
         Raises DataError for a message that does not fit into the context by itself.
@@ -198,13 +200,13 @@ class Conversation:
         how = self.how if self.how.seed is None else replace(self.how, seed=mix(self.how.seed, len(self.turns)))
         said = _message("assistant", "")
         self.turns.append([_message("user", text), said])
-        spoken = self.engine.stream(ids, how, min(self.max_new_tokens, left), stop=self._stop, result=made)
+        spoken = self.engine.stream(ids, how, min(self.max_new_tokens, left), stop=self._stop, result=generation)
         for part in spoken:
             part = part if said["content"] else part.lstrip()
             said["content"] += part
             yield part
-        if made.finish_reason == "length" and left < self.max_new_tokens:
-            made.finish_reason = "context"
+        if generation.finish_reason == "length" and left < self.max_new_tokens:
+            generation.finish_reason = "context"
 
     def _fit(self, message: dict[str, str]) -> list[int]:
         """Ids of the conversation with this message, the oldest turns dropped that leave no room for a reply."""

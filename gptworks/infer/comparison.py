@@ -20,8 +20,8 @@ STRETCHES = 16  # of neighbouring pairs: where one model does better in a pair, 
 
 
 def cut(documents: list[str]) -> tuple[list[list[int]], np.ndarray]:
-    """Where pairs may begin: for each document positions within it; and the bytes of all text up to each of these and
-    to each document's end, in order."""
+    """Positions within each document where a pair may begin, and the bytes of all text up to each of these and to each
+    document's end, in order."""
     places = [list(safe_places(document, PAIR_BYTES // 4)) for document in documents]
     sizes = [
         len(document[a:b].encode("utf-8", "replace"))
@@ -42,7 +42,7 @@ def bits_before(losses: np.ndarray, marks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """How many bits a byte one model needs more than another; `interval` is None where there are too few pairs."""
+    """The bits a byte that one model needs more than another; `interval` is None where there are too few pairs."""
 
     bits_per_byte: float
     interval: tuple[float, float] | None

@@ -58,7 +58,7 @@ class Engine:
         return ids
 
     def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:
-        """As `stream`, whole."""
+        """Like `stream`, but returns the finished text."""
         result = Generation(prompt)
         for _ in self.stream(prompt, how, max_new_tokens, result=result, **options):  # type: ignore[arg-type]
             pass
@@ -88,7 +88,9 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         try:
-            yield from self._stream(ids, how, max_new_tokens, stop, ignore_eos, cached, result)
+            yield from self._stream(
+                ids, how, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, cached=cached, result=result
+            )
         finally:
             self.model.train(was_training)
 
@@ -118,7 +120,7 @@ class Engine:
                 first = time.perf_counter()
                 result.prompt_tokens_per_second = len(ids) / max(first - start, 1e-9)
             seen = torch.tensor(ids if how.repetition_penalty != 1.0 else [])
-            token = choose(logits, seen, how, generator)
+            token = choose(logits, seen, how=how, generator=generator)
             if token in self.stop_ids and not ignore_eos:
                 result.finish_reason = "stop"
                 break
@@ -142,7 +144,7 @@ class Engine:
 
 
 def can_record(model: Transformer) -> bool:
-    """Whether a step waits nowhere for the processor: the codes of low-bit layers have their levels copied over, and
+    """True where a step waits nowhere for the processor: the codes of low-bit layers have their levels copied over, and
     experts may be computed one after another."""
     layers = (layer for layer in model.modules() if isinstance(layer, BlockLinear))
     return not model.config.num_experts and all(layer.recordable for layer in layers)
@@ -232,10 +234,10 @@ class _Text:
             yield from self._show(final=True)
 
     def _show(self, final: bool = False) -> Iterator[str]:
-        found = [place for s in self.stop if (place := self._whole.find(s)) >= 0]
-        if found:
+        places = [place for s in self.stop if (place := self._whole.find(s)) >= 0]
+        if places:
             self.stopped = True
-            sure = min(found)
+            sure = min(places)
         elif final:
             sure = len(self._whole)
         else:

@@ -11,7 +11,8 @@ from gptworks.core.errors import NotFinite, UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Applied in the order of the fields; temperature 0 takes the likeliest."""
+    """The settings by which tokens are chosen, applied in the order of the fields; temperature 0 takes the
+    likeliest."""
 
     repetition_penalty: float = 1.0  # > 1 lowers the scores of tokens already in the text (Keskar et al. 2019)
     temperature: float = 1.0

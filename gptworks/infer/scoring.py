@@ -24,7 +24,8 @@ XZ_LIMIT = 64_000_000  # bytes; beyond it compressing would take longer than eva
 
 @dataclass(frozen=True)
 class Score:
-    """Of a whole text. `loss` is in nats a predicted token; every token after the first is predicted once."""
+    """The scores of a whole text. `loss` is in nats a predicted token; every token after the first is predicted
+    once."""
 
     loss: float
     perplexity: float
@@ -106,14 +107,14 @@ def score(
     workers: int = 1,
 ) -> Score:
     """The exact loss over a stream. Raises NotFinite. Arguments as in `stream_losses`."""
-    losses = stream_losses(model, stream, context, rows, stride, group=group, workers=workers)
+    losses = stream_losses(model, stream, context=context, rows=rows, stride=stride, group=group, workers=workers)
     return total(losses, stream, group)
 
 
 @torch.no_grad()
 def expert_use(model: Transformer, stream: Stream, context: int, rows: int = 16) -> dict[str, float]:
-    """How evenly the experts of a model are used on the first `rows` blocks of a stream: the load of the busiest, where
-    1 is an even share, and how many are not used at all, over all layers."""
+    """Measures how evenly a model's experts are used on the first `rows` blocks of a stream: the load of the busiest,
+    where 1 is an even share, and the number that are not used at all, over all layers."""
     device, was_training = next(model.parameters()).device, model.training
     batch = next(batched(blocks(stream, context), rows)).to(device)
     model.eval()
@@ -139,7 +140,13 @@ def total(losses: Iterable[np.ndarray], stream: Stream, group: Group = ALONE) ->
     loss = nats / max(tokens, 1)
     if not math.isfinite(loss):
         raise NotFinite(f"the evaluation loss is {loss}: the model's weights or outputs are not finite")
-    return Score(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / max(stream.bytes, 1), tokens, stream.bytes)
+    return Score(
+        loss,
+        math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / max(stream.bytes, 1),
+        tokens=tokens,
+        bytes=stream.bytes,
+    )
 
 
 def unigram(stream: Stream) -> dict[str, float]:
@@ -151,7 +158,7 @@ def unigram(stream: Stream) -> dict[str, float]:
 
 
 def xz(text: bytes) -> dict[str, float] | None:
-    """What `xz -9e` needs for the same bytes; None for a text too long to wait for."""
+    """The size that `xz -9e` packs the same bytes to; None for a text too long to wait for."""
     if not text or len(text) > XZ_LIMIT:
         return None
     size = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))

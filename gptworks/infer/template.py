@@ -33,7 +33,7 @@ def render(source: str, conversations: list[Messages], variables: dict[str, Any]
 def render_foreign(
     source: str, conversations: list[Messages], variables: dict[str, Any], where: str = "chat template"
 ) -> list[str]:
-    """As `render`, for a template that is not ours. Raises DataError that begins with `where`."""
+    """Like `render`, for a template that is not ours. Raises DataError that begins with `where`."""
     request = json.dumps([source, conversations, variables])
     try:
         done = subprocess.run(
@@ -57,17 +57,17 @@ def render_foreign(
 
 
 def _limited(parts: Iterable[str]) -> str:
-    made, size = [], 0
+    texts, size = [], 0
     for part in parts:
-        made.append(part)
+        texts.append(part)
         size += len(part)
         if size > CHARACTERS:
             raise ValueError(f"it makes a text of more than {CHARACTERS:,} characters")
-    return "".join(made)
+    return "".join(texts)
 
 
 def _environment() -> Any:
-    """What `transformers` gives a template, in Jinja's immutable sandbox."""
+    """Jinja's immutable sandbox, with the functions that `transformers` gives a template."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -102,16 +102,18 @@ def _environment() -> Any:
                sort_keys: bool = False) -> str:  # fmt: skip
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    made.filters["tojson"] = tojson
-    made.globals = {
-        "range": made.globals["range"],  # the sandbox's, of 100,000 at most
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals = {
+        "range": environment.globals["range"],  # the sandbox's, of 100,000 at most
         "dict": lambda *args, **values: dict(*args, **values),
         "namespace": Names,
         "raise_exception": raise_exception,
         "strftime_now": lambda pattern: datetime.now().strftime(pattern),
     }
-    return made
+    return environment
 
 
 def _serve() -> None:

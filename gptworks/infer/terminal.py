@@ -82,10 +82,10 @@ class Terminal:
             self._reply(line)
 
     def _reply(self, text: str) -> None:
-        made, stopped = Generation(text), ""
+        generation, stopped = Generation(text), ""
         with interrupts.listening():
             try:
-                with closing(self.conversation.reply(text, made)) as parts:
+                with closing(self.conversation.reply(text, generation)) as parts:
                     for part in parts:
                         self._show(part)
                         if interrupts.requested:
@@ -94,8 +94,8 @@ class Terminal:
             except KeyboardInterrupt:  # a second one, at once
                 stopped = "SIGINT"
         if stopped:
-            made.finish_reason = "interrupt"
-        self._end(made)
+            generation.finish_reason = "interrupt"
+        self._end(generation)
         if stopped == "SIGTERM":
             raise Preempted("stopped by SIGTERM")
         if stopped and not self.person:
@@ -105,23 +105,23 @@ class Terminal:
         if not self.as_json:
             self.put(part.translate(PRINTABLE) if sys.stdout.isatty() else part)
 
-    def _end(self, made: Generation) -> None:
+    def _end(self, generation: Generation) -> None:
         if not self.as_json:
             self.put("\n")
-            if made.finish_reason in WHY:
-                console.say(f"[{WHY[made.finish_reason]}]")
+            if generation.finish_reason in WHY:
+                console.say(f"[{WHY[generation.finish_reason]}]")
             return
-        found = {
-            "prompt": made.prompt,
+        row = {
+            "prompt": generation.prompt,
             "text": self.conversation.turns[-1][-1]["content"],
-            "tokens": len(made.tokens),
-            "finish_reason": made.finish_reason,
-            "prompt_tokens": made.prompt_tokens,
+            "tokens": len(generation.tokens),
+            "finish_reason": generation.finish_reason,
+            "prompt_tokens": generation.prompt_tokens,
             "dropped_turns": self.conversation.dropped,
-            "tokens_per_second": round(made.tokens_per_second, 1),
-            "prompt_tokens_per_second": round(made.prompt_tokens_per_second, 1),
+            "tokens_per_second": round(generation.tokens_per_second, 1),
+            "prompt_tokens_per_second": round(generation.prompt_tokens_per_second, 1),
         }
-        self.put(json.dumps(found, ensure_ascii=False) + "\n")
+        self.put(json.dumps(row, ensure_ascii=False) + "\n")
 
     # -- commands ------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def make_head_norm(config: ModelConfig, heads: int) -> nn.Module:
-    """Of queries or keys [B, T, H, C]."""
+    """The norm of queries or keys [B, T, H, C] that the configuration asks for."""
     if not config.qk_norm:
         return nn.Identity()
     if config.qk_norm_per_head:
@@ -82,7 +82,7 @@ class KeyValueCache:
             assert old_keys is not None and old_values is not None and keys.shape[2] == 1
             return old_keys.index_copy_(2, self.place, keys), old_values.index_copy_(2, self.place, values)
         end = self.length + keys.shape[2]
-        self._reserve(layer, keys, values, end)
+        self._reserve(layer, keys, values=values, end=end)
         old_keys, old_values = self._keys[layer], self._values[layer]
         assert old_keys is not None and old_values is not None
         old_keys[:, :, self.length : end] = keys
@@ -101,12 +101,12 @@ class KeyValueCache:
         where the room grew."""
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             assert keys is not None and values is not None, "nothing was seen"
-            self._reserve(layer, keys, values, self.length + 1)
+            self._reserve(layer, keys, values=values, end=self.length + 1)
         assert self._keys[0] is not None
         self.place = torch.tensor([self.length], device=self._keys[0].device)
 
     def mask(self, window: int | None) -> Tensor:
-        """Of the next token, once fixed: bool [1, 1, 1, room]."""
+        """The mask of the next token, once the cache is fixed: bool [1, 1, 1, room]."""
         assert self.place is not None
         places = torch.arange(self.room, device=self.place.device)
         seen = places <= self.place
@@ -159,7 +159,8 @@ def padding_mask(attention: Tensor, T: int) -> Tensor:
 
 
 def block_mask(segments: Tensor, window: int | None) -> Any:
-    """The same, with nothing seen before, as FlexAttention takes it: blocks that nobody looks at are not computed."""
+    """The mask of `attention_mask` without a cache, as FlexAttention takes it: blocks that nobody looks at are not
+    computed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def looks(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -233,7 +234,9 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # [B, K, S, C]
         dropout = self.dropout if self.training else 0.0
         if self.softcap is not None:
-            y = capped_attention(q, k, v, mask, self.scale or self.head_dim**-0.5, self.softcap, dropout)
+            y = capped_attention(
+                q, k, v=v, mask=mask, scale=self.scale or self.head_dim**-0.5, cap=self.softcap, dropout=dropout
+            )
         elif mask is not None and not isinstance(mask, Tensor):
             from torch.nn.attention.flex_attention import flex_attention
 
@@ -241,7 +244,7 @@ class Attention(nn.Module):
             y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=self.kv_heads != self.heads)
         elif cache is not None and cache.place is not None:
             assert mask is not None
-            y = attention_of_one(q, k, v, mask, self.scale or self.head_dim**-0.5)
+            y = attention_of_one(q, k, v=v, mask=mask, scale=self.scale or self.head_dim**-0.5)
         else:
             grouped = self.kv_heads != self.heads
             if grouped and q.is_cuda and (q.dtype == torch.float32 or mask is not None):

@@ -49,22 +49,22 @@ class Loaded:
 
     @property
     def home(self) -> Path:
-        """Where tokenizer and chat template are."""
+        """The folder that has tokenizer and chat template."""
         return self.base or self.path
 
     @property
     def template_home(self) -> Path:
-        """Where the chat template is: an adapter's folder may have its own."""
+        """The folder that has the chat template: an adapter's may have its own."""
         return self.path if (self.path / TEMPLATE).is_file() else self.home
 
     @property
     def name(self) -> str:
-        """What to call it: the folder, or `owner/name@commit` on the hub."""
+        """The name to call it by: the folder, or `owner/name@commit` on the hub."""
         return hub.name_of(self.path)
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Of the weight file, or of the hashes of several. Of an adapter's folder, the base's."""
+        """SHA-256 of the weight file, or of the hashes of several; for an adapter, of its base's."""
         hashes = self.hashes or [folder.sha256(file) for file in _weight_files(self.home)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -112,9 +112,9 @@ def load(
             "they do not belong together"
         )
     with runtime.returning_memory():
-        weights = read_weights(path, config, dtype, mmap, hashes)
-    for name, found in (hashes or {}).items():
-        if known.get(name) != found:
+        weights = read_weights(path, config, dtype=dtype, mmap=mmap, hashes=hashes)
+    for name, hashed in (hashes or {}).items():
+        if known.get(name) != hashed:
             raise DataError(f"{path / name}: its SHA-256 differs from the manifest; the file is damaged")
     table = weights.get("model.embed_positions.weight")
     if config.family == "gpt2" and table is not None and _is_sinusoidal(table):
@@ -138,13 +138,15 @@ def load(
     if not isinstance(lineage, dict):
         raise DataError(f"{path / LINEAGE}: not a JSON object")
     ends, files = stop_ids(path, tokenizer), tuple((hashes or {}).values())
-    return Loaded(path, model.requires_grad_(True).eval(), tokenizer, ends, lineage, hashes=files)
+    return Loaded(
+        path, model.requires_grad_(True).eval(), tokenizer=tokenizer, stop_ids=ends, lineage=lineage, hashes=files
+    )
 
 
-def load_base(path: str | Path, dropout: float | None, held: str | None) -> Loaded:
+def load_base(path: str | Path, dropout: float | None, form: str | None) -> Loaded:
     """A model whose layers will be `held` as `adapter.base` says. Where that is in less than float32, the file's values
     are in memory only as they are converted."""
-    if held in (None, "fp32"):
+    if form in (None, "fp32"):
         return load(path, dropout)
     return load(path, dropout, dtype=None, mmap=True)
 
@@ -166,7 +168,7 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
     lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     if lineage:
         folder.verify(path, [ADAPTER, ADAPTER_WEIGHTS, LINEAGE])
-    parent, held = _begun(lineage, path / LINEAGE)
+    parent, form = _begun(lineage, path / LINEAGE)
     revision = raw.get("revision")
     named = hub.local(raw["base_model_name_or_path"], revision if isinstance(revision, str) else None)
     if not named.is_dir():
@@ -174,33 +176,33 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
                         f"{path / ADAPTER}")  # fmt: skip
     if not (named / "config.json").is_file():
         raise DataError(f"{path}: is an adapter for {named}, which is no model folder")
-    base = load_base(named, dropout, held)
+    base = load_base(named, dropout, form)
     if parent is not None and parent != base.weights_sha256:
         raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
     file = path / ADAPTER_WEIGHTS
     weight_files.read_shapes(file, 3 * len(list(base.model.modules())))
     tensors = weight_files.read(file)
     try:
-        model = peft.read(base.model, raw, tensors, held)
+        model = peft.read(base.model, raw, tensors=tensors, base=form)
         settings = peft.read_settings(raw)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    settings = settings.model_copy(update={"base": held})
+    settings = settings.model_copy(update={"base": form})
     return replace(base, path=path, model=model.eval(), lineage=lineage, adapter=settings, base=named)
 
 
 def _begun(lineage: Any, file: Path) -> tuple[str | None, str | None]:
-    """What an adapter's folder says of its base: the SHA-256 of its weights, and how it was held. Raises DataError; for
-    a scheme of somebody's own too, since it would be code that a folder has run."""
+    """Reads of an adapter's folder the SHA-256 of its base's weights, and how that was held. Raises DataError; for a
+    scheme of somebody's own too, since it would be code that a folder has run."""
     try:
         if not lineage or not lineage["parents"]:
             return None, None
-        parent, held = lineage["parents"][0]["sha256"], lineage["config"]["adapter"]["base"]
+        parent, form = lineage["parents"][0]["sha256"], lineage["config"]["adapter"]["base"]
     except (KeyError, IndexError, TypeError):
         raise DataError(f"{file}: not what a training writes") from None
-    if not isinstance(parent, str) or held not in (None, "fp32", "bf16", *SCHEMES):
-        raise DataError(f"{file}: says the base is held as {str(held)[:80]!r}, which is none of ours")
-    return parent, held
+    if not isinstance(parent, str) or form not in (None, "fp32", "bf16", *SCHEMES):
+        raise DataError(f"{file}: says the base is held as {str(form)[:80]!r}, which is none of ours")
+    return parent, form
 
 
 def _is_sinusoidal(table: Tensor) -> bool:
@@ -222,9 +224,9 @@ def read_weights(
         if twice := sorted(shapes.keys() & here.keys()):
             raise DataError(f"{file}: {twice[0][:200]} is in another file of the folder too")
         shapes |= here
-    claimed, held = parameter_count(config), sum(shape.numel() for shape in shapes.values())
-    if claimed > 4 * held or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
-        raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(held)}")
+    claimed, values = parameter_count(config), sum(shape.numel() for shape in shapes.values())
+    if claimed > 4 * values or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
+        raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(values)}")
     with torch.device("meta"):  # shapes without values
         described = Transformer(replace(config, tie_word_embeddings=False))
         laid_out = _mapped({name: torch.empty(s) for name, s in shapes.items()}, config, path)
@@ -237,7 +239,11 @@ def read_weights(
     for file in files:
         if mmap and hashes is not None:
             hashes[file.name] = folder.sha256(file)
-        read = weight_files.mapped(file, dtype, BUFFERS) if mmap else weight_files.stream(file, dtype, hashes, BUFFERS)
+        read = (
+            weight_files.mapped(file, dtype, BUFFERS)
+            if mmap
+            else weight_files.stream(file, dtype, hashes=hashes, skip=BUFFERS)
+        )
         for name, value in read:
             group = _together(name)
             waiting[group][name] = value
@@ -250,7 +256,7 @@ def read_weights(
 
 
 def _both(weights: dict[str, Tensor]) -> None:
-    """Where one matrix is embedding and head, a file may have it under either name, or under both."""
+    """Gives a matrix that is both embedding and head both names: a file may have it under either, or under both."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
     one = next((weights[name] for name in names if name in weights), None)
     if one is not None:
@@ -259,8 +265,8 @@ def _both(weights: dict[str, Tensor]) -> None:
 
 
 def _together(name: str) -> str:
-    """What those tensors have in common that become one of ours: "layers.3.mlp.experts" of "layers.3.mlp.experts.7.up",
-    since experts are numbered within a block. Any other tensor is alone."""
+    """The part of a name that tensors share which become one of ours: "layers.3.mlp.experts" of
+    "layers.3.mlp.experts.7.up", since experts are numbered within a block. Any other tensor is alone."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[1]]) if len(numbers) > 1 else name

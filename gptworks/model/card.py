@@ -11,10 +11,10 @@ LICENSE = ("license", "license_name", "license_link")  # as the hub names them
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """What the card of a folder says of its licence; empty where there is none that can be read."""
+    """The licence that the card of a folder names; empty where there is none that can be read."""
     try:
-        found = (folder / "README.md").read_text(encoding="utf-8")
-        header = yaml.safe_load(found.split("\n---", 1)[0]) if found.startswith("---\n") else {}
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("\n---", 1)[0]) if text.startswith("---\n") else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     header = header if isinstance(header, dict) else {}
@@ -39,9 +39,9 @@ def text(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     }
     if scores:
         header["metrics"] = list(scores)
-        held = {"name": f"validation split of {lineage.get('data', '')}", "type": "text"}
-        found = [{"type": kind, "value": value} for kind, value in scores.items()]
-        result = {"task": {"type": "text-generation"}, "dataset": held, "metrics": found}
+        dataset = {"name": f"validation split of {lineage.get('data', '')}", "type": "text"}
+        values = [{"type": kind, "value": value} for kind, value in scores.items()]
+        result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": values}
         header["model-index"] = [{"name": name, "results": [result]}]
     opening = """from transformers import AutoModelForCausalLM, AutoTokenizer
 

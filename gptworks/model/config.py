@@ -86,11 +86,11 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP has three matrices."""
+        """True where the MLP has three matrices."""
         return self.activation in ("swiglu", "geglu_tanh")
 
     def sparse(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """True where a layer has experts."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
     def window(self, layer: int) -> int | None:
@@ -99,7 +99,7 @@ class ModelConfig:
         return self.sliding_window if slides else None
 
     def with_dropout(self, dropout: float, attention: float | None = None) -> "ModelConfig":
-        """The same everywhere, or another on attention weights."""
+        """A copy with this dropout everywhere, or another on attention weights."""
         attention = dropout if attention is None else attention
         return replace(self, embed_dropout=dropout, attention_dropout=attention, residual_dropout=dropout)
 
@@ -263,12 +263,12 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def active_parameter_count(config: ModelConfig) -> int:
-    """Of these, those that one token meets: of a layer's experts its own."""
+    """Parameters that one token uses: of a layer's experts only those it is routed to."""
     return blocks_parameters(config, active=True) + outer_parameters(config)
 
 
 def blocks_parameters(config: ModelConfig, active: bool = False) -> int:
-    """Of all blocks; of the experts all, or those that one token meets."""
+    """Parameters of all blocks; of the experts all, or those that one token uses."""
     layers = config.num_hidden_layers
     sparse = sum(config.sparse(layer) for layer in range(layers))
     experts = config.num_experts_per_tok if active else config.num_experts

@@ -106,5 +106,5 @@ def router_z_loss(logits: Tensor, weights: Tensor) -> Tensor:
 def expert_load(routing: Sequence[Tensor], k: int) -> Tensor:
     """The share of tokens' choices that each expert of each layer gets, [layers, E]."""
     counts = [torch.bincount(logits.topk(k, -1).indices.flatten(), minlength=logits.shape[-1]) for logits in routing]
-    found = torch.stack(counts).float()
-    return found / found.sum(-1, keepdim=True)
+    counted = torch.stack(counts).float()
+    return counted / counted.sum(-1, keepdim=True)

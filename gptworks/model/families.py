@@ -162,24 +162,27 @@ class Family:
     def _read_rope(self, raw: Raw, length: int) -> Raw:
         values: Raw = {}
         parameters: Raw = raw.get("rope_parameters") or {}
-        given: Raw = raw.get("rope_scaling") or parameters
+        scaling: Raw = raw.get("rope_scaling") or parameters
         if self.local_theta:
             local: Raw = parameters.get(SLIDING) or {}
-            theta = _number(local, "rope_theta", raw, "rope_local_base_freq", 10_000.0)
+            theta = _number(local, "rope_theta", raw=raw, key="rope_local_base_freq", default=10_000.0)
             if rope.checked(local, theta, length):
                 raise ValueError("sliding layers scale their rotary positions, which this version does not")
             values["rope_local_theta"] = theta
-            if FULL in given or SLIDING in given:
-                given = given.get(FULL) or {}
-        theta = _number(given, "rope_theta", raw, self.theta, self.defaults.get(self.theta, 10_000.0))
+            if FULL in scaling or SLIDING in scaling:
+                scaling = scaling.get(FULL) or {}
+        theta = _number(scaling, "rope_theta", raw=raw, key=self.theta, default=self.defaults.get(self.theta, 10_000.0))
         key = self.share or "partial_rotary_factor"
-        share = _number(given, "partial_rotary_factor", raw, key, self.defaults.get(key, 1.0))
+        share = _number(scaling, "partial_rotary_factor", raw=raw, key=key, default=self.defaults.get(key, 1.0))
         if share > 1 or (share != 1 and self.share is None):
             raise ValueError(f"{key} {share:g}: a {raw['model_type']} model turns every channel")
         first = raw.get("original_max_position_embeddings")
-        if first is not None and given.get("rope_type", given.get("type")) in ("llama3", "yarn"):  # it goes first there
-            given = {**given, "original_max_position_embeddings": first}
-        scaling = rope.checked(given, theta, length)
+        if first is not None and scaling.get("rope_type", scaling.get("type")) in (
+            "llama3",
+            "yarn",
+        ):  # it goes first there
+            scaling = {**scaling, "original_max_position_embeddings": first}
+        scaling = rope.checked(scaling, theta, length)
         if scaling and scaling["rope_type"] not in self.scalings:
             raise ValueError(f"a {raw['model_type']} model with {scaling['rope_type']} rotary positions is not read")
         return values | {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": share}
@@ -410,7 +413,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
         LAYERNORM | {"positions": "learned", "attention_bias": True, "output_bias": True},
-        {
+        keys={
             "vocab_size": ("vocab_size",),
             "n_embd": ("hidden_size",),
             "n_layer": ("num_hidden_layers",),
@@ -423,7 +426,7 @@ FAMILIES: dict[str, Family] = {
             "resid_pdrop": ("residual_dropout",),
             "tie_word_embeddings": ("tie_word_embeddings",),
         },
-        {"n_inner": None, "layer_norm_epsilon": 1e-5, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+        defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1,
          "tie_word_embeddings": True},
         act="activation_function",
         acts=GELUS,
@@ -445,9 +448,9 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         LAYERNORM,
-        SIZES | BIAS | _same("attention_dropout", "tie_word_embeddings", "use_parallel_residual")
+        keys=SIZES | BIAS | _same("attention_dropout", "tie_word_embeddings", "use_parallel_residual")
         | {"layer_norm_eps": ("norm_eps",), "hidden_dropout": ("residual_dropout", "embed_dropout")},
-        {"layer_norm_eps": 1e-5, "hidden_dropout": 0.0, "attention_bias": True, "use_parallel_residual": True,
+        defaults={"layer_norm_eps": 1e-5, "hidden_dropout": 0.0, "attention_bias": True, "use_parallel_residual": True,
          "rotary_pct": 0.25},
         acts={"gelu": "gelu", "gelu_fast": "gelu_tanh"} | GELUS,
         theta="rotary_emb_base",
@@ -468,15 +471,15 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         "MistralForCausalLM",
         {},
-        LLAMA | HEAD | _same("sliding_window"),
-        {"num_key_value_heads": 8, "sliding_window": 4096},
+        keys=LLAMA | HEAD | _same("sliding_window"),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         sliding="all",
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
         {},
-        LLAMA | _same("sliding_window") | {"embd_pdrop": ("embed_dropout",), "resid_pdrop": ("residual_dropout",)},
-        {"rms_norm_eps": 1e-5, "sliding_window": None, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        keys=LLAMA | _same("sliding_window") | {"embd_pdrop": ("embed_dropout",), "resid_pdrop": ("residual_dropout",)},
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": None, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         sliding="all",
         share="partial_rotary_factor",
         scalings=(),
@@ -485,25 +488,25 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
         {"attention_bias": True},
-        LLAMA | _same("sliding_window"),
-        {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False,
+        keys=LLAMA | _same("sliding_window"),
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False,
          "max_window_layers": 28},
         sliding="upper",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {"qk_norm": True},
-        LLAMA | HEAD | BIAS | _same("sliding_window"),
-        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "use_sliding_window": False,
+        keys=LLAMA | HEAD | BIAS | _same("sliding_window"),
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "use_sliding_window": False,
          "max_window_layers": 28},
         sliding="upper",
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {"qk_norm": True},
-        LLAMA | HEAD | BIAS | _same("sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-                                    "norm_topk_prob"),
-        {"num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
+        keys=LLAMA | HEAD | BIAS
+        | _same("sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
          "num_experts": 128,
          "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1},
         sliding="all",
@@ -512,9 +515,9 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "MixtralForCausalLM",
         {},
-        LLAMA | HEAD | _same("sliding_window", "num_experts_per_tok")
+        keys=LLAMA | HEAD | _same("sliding_window", "num_experts_per_tok")
         | {"num_local_experts": ("num_experts",), "intermediate_size": ("intermediate_size", "moe_intermediate_size")},
-        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
          "num_experts_per_tok": 2, "rope_theta": 1e6},
         sliding="all",
         names={"block_sparse_moe.gate": "mlp.gate", "block_sparse_moe.experts": "mlp.experts"},
@@ -523,15 +526,16 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         "Olmo2ForCausalLM",
         {"norm_placement": "post", "qk_norm": True, "qk_norm_per_head": False},
-        LLAMA | BIAS,
-        {"rms_norm_eps": 1e-5},
+        keys=LLAMA | BIAS,
+        defaults={"rms_norm_eps": 1e-5},
         names={"post_attention_layernorm": "attention_output_norm", "post_feedforward_layernorm": "mlp_output_norm"},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         GEMMA,
-        GEMMA_KEYS | _same("attn_logit_softcapping"),
-        GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
+        keys=GEMMA_KEYS | _same("attn_logit_softcapping"),
+        defaults=GEMMA_DEFAULTS
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
         act="hidden_activation",
         acts={"gelu_pytorch_tanh": "geglu_tanh"},
         sliding="most",
@@ -540,8 +544,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         GEMMA | {"qk_norm": True},
-        GEMMA_KEYS,
-        GEMMA_DEFAULTS | {"rope_theta": 1_000_000.0, "sliding_window_pattern": 6},
+        keys=GEMMA_KEYS,
+        defaults=GEMMA_DEFAULTS | {"rope_theta": 1_000_000.0, "sliding_window_pattern": 6},
         act="hidden_activation",
         acts={"gelu_pytorch_tanh": "geglu_tanh"},
         sliding="most",

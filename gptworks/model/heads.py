@@ -28,7 +28,7 @@ class LanguageHead(Linear):
         """log p(target) of each row, [N] in float32, of hidden states [N, D] and targets [N]."""
         if torch.is_grad_enabled():
             return -F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
-        return -cross_entropy(hidden, self.weight, targets, self.cap)
+        return -cross_entropy(hidden, self.weight, targets=targets, cap=self.cap)
 
     def loss_sum(
         self,
@@ -44,4 +44,13 @@ class LanguageHead(Linear):
 
         `compiled` has the compiler make what is done with the scores; the products stay as they are.
         """
-        return cross_entropy_sum(hidden, self.weight, targets, weights, label_smoothing, z_loss, self.cap, compiled)
+        return cross_entropy_sum(
+            hidden,
+            self.weight,
+            targets=targets,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            cap=self.cap,
+            compiled=compiled,
+        )

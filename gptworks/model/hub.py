@@ -38,7 +38,7 @@ def local(model: str | Path, revision: str | None = None) -> Path:
 
 
 def could_be(model: str) -> bool:
-    """Whether `local` has something to look for: a folder that is here, or what reads as a name on the hub."""
+    """True where `local` has something to look for: a folder that is here, or what reads as a name on the hub."""
     return Path(model).is_dir() or ID.fullmatch(model) is not None
 
 
@@ -51,7 +51,7 @@ def origin(path: Path) -> tuple[str, str | None]:
 
 
 def name_of(path: Path) -> str:
-    """The same in one: `owner/name@commit`, which `local` takes, or the path."""
+    """The `origin` as one string: `owner/name@commit`, which `local` takes, or the path."""
     name, commit = origin(path)
     return f"{name}@{commit}" if commit else name
 

@@ -22,7 +22,7 @@ FUSED = True
 
 
 def fused() -> bool:
-    """Whether hand-written passes are to be taken here."""
+    """True where hand-written passes are to be taken."""
     return FUSED and not torch.compiler.is_compiling()
 
 
@@ -75,7 +75,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat((rotate(x[..., :turned], table), x[..., turned:]), dim=-1)
     cos, sin = (t.to(x.dtype) for t in table)
     if fused():
-        return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1)
+        return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin=sin, sign=1)
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
@@ -86,13 +86,13 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        return _turned(x, cos, sin=sin, sign=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, -1), None, None
+        return _turned(grad, cos, sin=sin, sign=-1), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -269,7 +269,7 @@ def _to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _by_column(x: Tensor) -> Tensor:
-    """The same matrix, its columns side by side in memory, as the second factor has to be."""
+    """Lays a matrix out with its columns side by side in memory, as the second factor has to be."""
     return x.T.contiguous().T
 
 

@@ -30,7 +30,8 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the values of a group share a scale. `encode` gives codes for values divided by it, `decode` the values."""
+    """A scheme by which the values of a group share a scale. `encode` gives codes for values divided by it, `decode`
+    the values."""
 
     bits: int
     group: int | None  # values that share a scale; None: a whole row
@@ -60,7 +61,12 @@ def _signed(bits: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], T
 INT8 = Scheme(8, None, 127.0, *_signed(8), torch.float32)
 INT4 = Scheme(4, 32, 7.0, *_signed(4), torch.float16)
 NORMAL4 = Scheme(
-    4, 64, 1.0, _nearest_nf4, lambda codes: torch.tensor(NF4, device=codes.device)[codes.int()], torch.float16
+    4,
+    64,
+    top=1.0,
+    encode=_nearest_nf4,
+    decode=lambda codes: torch.tensor(NF4, device=codes.device)[codes.int()],
+    scale_dtype=torch.float16,
 )
 SCHEMES = {
     "int8": "gptworks.model.lowbit:INT8",
@@ -71,8 +77,8 @@ SCHEMES = {
 
 def scheme(name: str) -> Scheme:
     """Raises UsageError for a name that is none."""
-    found: Scheme = resolve("quantization scheme", SCHEMES, name)
-    return found
+    resolved: Scheme = resolve("quantization scheme", SCHEMES, name)
+    return resolved
 
 
 def quantize(weight: Tensor, how: Scheme) -> tuple[Tensor, Tensor]:
@@ -120,7 +126,7 @@ class LowBitLinear(BlockLinear):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def plain_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dequantize(self.codes, self.scales, self.how, self.in_features, dtype)
+        return dequantize(self.codes, self.scales, how=self.how, columns=self.in_features, dtype=dtype)
 
     def trained(self) -> list[nn.Parameter]:
         return []

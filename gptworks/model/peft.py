@@ -40,7 +40,7 @@ Raw = dict[str, Any]
 
 
 def write(model: Transformer, adapter: Adapter, base: str) -> tuple[Raw, dict[str, Tensor]]:
-    """What adapter_config.json says and the tensors of adapter_model.safetensors."""
+    """Makes the content of adapter_config.json and the tensors of adapter_model.safetensors."""
     every = _by_module(model)
     adapted = {name: parts for name, parts in every.items() if any(isinstance(p, LoRALinear) for p in parts.values())}
     tensors: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def _joined(model: Transformer, parts: dict[str, BlockLinear]) -> tuple[dict[str
 
 
 def read_settings(raw: Raw) -> Adapter:
-    """What adapter_config.json says, as our settings. Raises DataError."""
+    """Reads adapter_config.json as our settings. Raises DataError."""
     for key, allowed in CHANGING.items():
         if key in raw and raw[key] not in allowed:
             raise DataError(f"adapter_config.json has {key} {str(raw[key])[:80]}, which this version does not read")
@@ -126,21 +126,23 @@ def read(model: Transformer, raw: Raw, tensors: dict[str, Tensor], base: str | N
     Raises DataError for an adapter of another model, and for what PEFT can do and we do not.
     """
     settings, family = read_settings(raw), FAMILIES[model.config.family]
-    made = hold(model, base)
-    modules = _by_module(made)
+    frozen = hold(model, base)
+    modules = _by_module(frozen)
     leaves = {A, B, MAGNITUDE} if settings.use_dora else {A, B}
-    for name, found in _by_name(tensors).items():
+    for name, tensors_of in _by_name(tensors).items():
         if name not in modules:
             raise DataError(f"the adapter is for another model: a {model.config.family} has no layer {name[:200]}")
-        if found.keys() != leaves:
-            raise DataError(f"the adapter of {name} has {', '.join(sorted(found))} and not {', '.join(sorted(leaves))}")
+        if tensors_of.keys() != leaves:
+            raise DataError(
+                f"the adapter of {name} has {', '.join(sorted(tensors_of))} and not {', '.join(sorted(leaves))}"
+            )
         parts = modules[name]
         columns, outputs = next(iter(parts.values())).in_features, sum(p.out_features for p in parts.values())
-        if found[A].ndim != 2 or not len(found[A]):
-            raise DataError(f"{A} of {name} is {list(found[A].shape)[:8]}, which has no rank")
-        rank = len(found[A])
+        if tensors_of[A].ndim != 2 or not len(tensors_of[A]):
+            raise DataError(f"{A} of {name} is {list(tensors_of[A].shape)[:8]}, which has no rank")
+        rank = len(tensors_of[A])
         expected = {A: (rank, columns), B: (outputs, rank), MAGNITUDE: (outputs,)}
-        for leaf, value in found.items():
+        for leaf, value in tensors_of.items():
             if value.shape != expected[leaf]:
                 raise DataError(
                     f"the adapter is for another model: {leaf} of {name} is {list(value.shape)[:8]}, and the layer "
@@ -148,28 +150,28 @@ def read(model: Transformer, raw: Raw, tensors: dict[str, Tensor], base: str | N
                 )
         alpha = _by_pattern(raw.get("alpha_pattern") or {}, name, settings.alpha)
         scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
-        rows = family.apart(found[B], tuple(parts), model.config)
-        lengths = family.apart(found[MAGNITUDE][:, None], tuple(parts), model.config) if settings.use_dora else []
+        rows = family.apart(tensors_of[B], tuple(parts), model.config)
+        lengths = family.apart(tensors_of[MAGNITUDE][:, None], tuple(parts), model.config) if settings.use_dora else []
         for index, (part, layer) in enumerate(parts.items()):
             lora = LoRALinear(layer, rank, scale=scale, dropout=settings.dropout, dora=settings.use_dora)
-            lora.lora_A.data.copy_(found[A])
+            lora.lora_A.data.copy_(tensors_of[A])
             lora.lora_B.data.copy_(rows[index])
             if lora.magnitude is not None:
                 lora.magnitude.data.copy_(lengths[index][:, 0])
             number = name.removeprefix(f"{family.root}{family.layers}").partition(".")[0]
-            made.set_submodule(f"model.layers.{number}.{part}", lora)
-    return made
+            frozen.set_submodule(f"model.layers.{number}.{part}", lora)
+    return frozen
 
 
 def _by_name(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each adapted module. Raises DataError."""
-    found = defaultdict[str, dict[str, Tensor]](dict)
+    modules = defaultdict[str, dict[str, Tensor]](dict)
     for key, value in tensors.items():
         match = KEY.fullmatch(key)
         if not match:
             raise DataError(f"the adapter has {key[:200]}, which this version does not read")
-        found[match[1]][match[2]] = value
-    return found
+        modules[match[1]][match[2]] = value
+    return modules
 
 
 def _by_pattern(patterns: Any, name: str, usual: float) -> float:

@@ -38,34 +38,34 @@ class Scaling:
     apply: Callable[[Tensor, float, Numbers], tuple[Tensor, float]]
 
 
-def _linear(frequencies: Tensor, theta: float, given: Numbers) -> tuple[Tensor, float]:
+def _linear(frequencies: Tensor, theta: float, scaling: Numbers) -> tuple[Tensor, float]:
     """Places closer together (Chen et al. 2023)."""
-    return frequencies / given["factor"], 1.0
+    return frequencies / scaling["factor"], 1.0
 
 
-def _dynamic(frequencies: Tensor, theta: float, given: Numbers) -> tuple[Tensor, float]:
+def _dynamic(frequencies: Tensor, theta: float, scaling: Numbers) -> tuple[Tensor, float]:
     """A base that grows with a sequence longer than max_position_embeddings. No sequence is longer here."""
     return frequencies, 1.0
 
 
-def _llama3(frequencies: Tensor, theta: float, given: Numbers) -> tuple[Tensor, float]:
+def _llama3(frequencies: Tensor, theta: float, scaling: Numbers) -> tuple[Tensor, float]:
     """Slow channels divided by the factor, quick ones left, and a ramp between (Grattafiori et al. 2024, section 3.4.2;
     its numbers are those of the published code)."""
-    turns = frequencies * (given["original_max_position_embeddings"] / (2 * math.pi))  # over the first context
-    low, high = given["low_freq_factor"], given["high_freq_factor"]
+    turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))  # over the first context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / given["factor"]), 1.0
+    return frequencies * (kept + (1 - kept) / scaling["factor"]), 1.0
 
 
-def _yarn(frequencies: Tensor, theta: float, given: Numbers) -> tuple[Tensor, float]:
-    """As llama3, with a ramp over the channels, and sharper attention (Peng et al. 2023, sections 3.2 and 3.4)."""
-    pairs, factor = len(frequencies), given["factor"]
+def _yarn(frequencies: Tensor, theta: float, scaling: Numbers) -> tuple[Tensor, float]:
+    """Like llama3, with a ramp over the channels, and sharper attention (Peng et al. 2023, sections 3.2 and 3.4)."""
+    pairs, factor = len(frequencies), scaling["factor"]
 
     def channel(turns: float) -> float:  # which makes so many turns over the first context
-        return pairs * math.log(given["original_max_position_embeddings"] / (turns * 2 * math.pi)) / math.log(theta)
+        return pairs * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / math.log(theta)
 
-    low, high = channel(given.get("beta_fast", 32)), channel(given.get("beta_slow", 1))
-    if given.get("truncate", True):
+    low, high = channel(scaling.get("beta_fast", 32)), channel(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     ramp = (torch.arange(pairs, device=frequencies.device) - low) / (high - low if high != low else 0.001)
@@ -74,11 +74,11 @@ def _yarn(frequencies: Tensor, theta: float, given: Numbers) -> tuple[Tensor, fl
     def sharpness(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
-    attention = given.get("attention_factor")
+    attention = scaling.get("attention_factor")
     if attention is None:
         attention = sharpness(1)
-        if "mscale" in given and "mscale_all_dim" in given:
-            attention = sharpness(given["mscale"]) / sharpness(given["mscale_all_dim"])
+        if "mscale" in scaling and "mscale_all_dim" in scaling:
+            attention = sharpness(scaling["mscale"]) / sharpness(scaling["mscale_all_dim"])
     return frequencies * (1 - scaled + scaled / factor), attention
 
 
@@ -96,15 +96,15 @@ SCALINGS = {
 }
 
 
-def checked(given: Numbers, theta: float, length: int) -> Numbers:
+def checked(scaling: Numbers, theta: float, length: int) -> Numbers:
     """The scaling that config.json's `rope_parameters` or `rope_scaling` asks for; {} for none.
 
     The first context, where it is left out, is `length`, as in transformers. Raises ValueError for a kind or a number
     that we do not know.
     """
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     apart = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-    numbers = {name: value for name, value in given.items() if name not in apart and value is not None}
+    numbers = {name: value for name, value in scaling.items() if name not in apart and value is not None}
     if kind != "default" and kind not in SCALINGS:
         raise ValueError(
             f"scales rotary positions ({kind}) in a way this version does not; known: {', '.join(SCALINGS)}"

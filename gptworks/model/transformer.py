@@ -58,7 +58,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] of the same, and of a sparse MLP the router's logits [B T, E]."""
         before, routing = x, None
-        y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
+        y = self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, mask=mask, cache=cache))
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.post_attention_layernorm(before if self.parallel else x)
         if self.sparse:
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
 
 class Output(NamedTuple):
-    """What the decoder gives: hidden states [B, T, D], and each sparse layer's router logits [B T, E]."""
+    """The decoder's output: hidden states [B, T, D], and each sparse layer's router logits [B T, E]."""
 
     hidden: Tensor
     routing: tuple[Tensor, ...]
@@ -119,12 +119,12 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> LanguageHead:
-        """What turns hidden states into scores."""
+        """The head, which turns hidden states into scores."""
         return self.lm_head
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that has the weights."""
         return self.model.embed_tokens.weight.device
 
     def tie(self) -> None:
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         config = self.config
         seen = cache.length if cache is not None else 0
         if positions is None:
-            positions = self._positions(tokens, segments, cache, seen)
+            positions = self._positions(tokens, segments, cache=cache, seen=seen)
 
         def mask_of(window: int | None) -> Any:
             if mask is not None:
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
                 return block_mask(segments, window)
             if cache is not None and cache.place is not None:
                 return cache.mask(window)
-            return attention_mask(tokens.shape[1], seen, segments, window, tokens.device)
+            return attention_mask(tokens.shape[1], seen, segments=segments, window=window, device=tokens.device)
 
         full = mask_of(None)
         local = mask_of(config.sliding_window) if config.layer_types else full  # of the layers that see a window
@@ -209,14 +209,14 @@ class Transformer(nn.Module):
     def _embedded(
         self, tokens: Tensor, positions: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """What the first block reads [B, T, D], and the rotary tables of full layers and of those with a window."""
+        """The input of the first block [B, T, D], and the rotary tables of full layers and of those with a window."""
         decoder, config = self.model, self.config
         x = decoder.embed_tokens(tokens)
         if config.scale_embedding:
             x = x * math.sqrt(config.hidden_size)
         rotary = local_rotary = None
         if config.positions == "rotary":
-            rotary = rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
+            rotary = rotary_table(positions, config.rotary_dim, theta=config.rope_theta, scaling=config.rope_scaling)
             local_rotary = rotary
             if config.rope_local_theta is not None:
                 local_rotary = rotary_table(positions, config.rotary_dim, config.rope_local_theta)
@@ -228,11 +228,12 @@ class Transformer(nn.Module):
 
     @property
     def compiling(self) -> bool:
-        """Whether what runs now is compiled: evaluations and samples come in too many shapes."""
+        """True where what runs now is compiled: evaluations and samples come in too many shapes."""
         return self.compiles and self.training
 
     def can_flex(self, segments: Tensor) -> bool:
-        """Whether attention within segments is left to FlexAttention: compiled, on a GPU, and with no part it lacks."""
+        """True where attention within segments is left to FlexAttention: compiled, on a GPU, and with no part it
+        lacks."""
         lacking = self.config.attn_logit_softcapping or self.config.attention_dropout
         return segments.is_cuda and self.compiling and not lacking
 

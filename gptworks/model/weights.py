@@ -51,8 +51,9 @@ def read(file: Path) -> dict[str, Tensor]:
 def stream(
     file: Path, dtype: torch.dtype | None = None, hashes: dict[str, str] | None = None, skip: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same one by one in memory of their own, in the order of the file, as stored or in `dtype`. The file's SHA-256
-    comes into `hashes` under its name in the end. Tensors whose names end as in `skip` may hold anything.
+    """Yields the tensors of a file one by one, each in its own memory, in the order of the file, as stored or in
+    `dtype`. The file's SHA-256 comes into `hashes` under its name in the end. Tensors whose names end as in `skip` may
+    hold anything.
 
     Raises DataError for a tensor that does not hold finite floating-point numbers, at the latest in the end.
     """
@@ -70,18 +71,18 @@ def stream(
     def tensor(name: str, entry: dict[str, Any]) -> Tensor:
         if (stored := FLOATING.get(entry["dtype"])) is None:
             raise DataError(f"{file}: {name[:200]} holds {entry['dtype']}, no floating-point numbers")
-        made = _room(entry["shape"], dtype or stored)
+        room = _room(entry["shape"], dtype or stored)
         begin, end = entry["data_offsets"]
-        if end - begin != made.numel() * stored.itemsize or front + begin != raw.tell():
+        if end - begin != room.numel() * stored.itemsize or front + begin != raw.tell():
             raise ValueError(f"{name[:200]} is not where the one before it ends")
-        for part in made.view(-1).split(PIECE // stored.itemsize):
-            held = part if part.dtype == stored else next(spare).view(stored)[: len(part)]
-            content = held.view(torch.uint8).numpy()
+        for part in room.view(-1).split(PIECE // stored.itemsize):
+            values = part if part.dtype == stored else next(spare).view(stored)[: len(part)]
+            content = values.view(torch.uint8).numpy()
             _fill(raw, content)
-            if held is not part:
-                part.copy_(held)
+            if values is not part:
+                part.copy_(values)
             behind.do(look, name, part, content)
-        return made
+        return room
 
     def pass_over(name: str, entry: dict[str, Any]) -> None:
         begin, end = entry["data_offsets"]
@@ -110,7 +111,7 @@ def stream(
 
 
 def mapped(file: Path, dtype: torch.dtype | None = None, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """As `stream`, but tensors that are not converted stay in the file, and memory holds what of it is in use.
+    """Like `stream`, but tensors that are not converted stay in the file, and memory holds what of it is in use.
 
     Where a tensor begins in memory then follows from the file, and sums may differ in the last bits from those of a
     copy. Writing to one does not change the file.
@@ -167,7 +168,7 @@ def _fill(raw: Any, content: Any) -> None:
 
 
 def _finite(value: Tensor) -> bool:
-    """Whether every value is a finite number; with numpy, whose one thread does not compete with the training's."""
+    """True where every value is a finite number; with numpy, whose one thread does not compete with the training's."""
     if value.dtype in (torch.bfloat16, torch.float16):  # an exponent of ones alone
         ones = 0x7F80 if value.dtype == torch.bfloat16 else 0x7C00
         return not bool(((value.view(-1).view(torch.int16).numpy() & ones) == ones).any())

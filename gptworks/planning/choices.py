@@ -24,7 +24,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Measured:
-    """What only the text and a clock can tell; there once both were asked."""
+    """Measurements that only the text and a clock can give; there once both were asked."""
 
     rows: int | None = None  # in train.max_epochs
     step_seconds: float = 0.0  # median; these and the next two where there is a time budget
@@ -34,7 +34,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run's data and of the model it starts from. None: not known yet, as in a dry run."""
+    """The known facts of a run's data and of the model it starts from. None: not known yet, as in a dry run."""
 
     vocab_size: int | None = None  # ids of the tokenizer
     epoch_tokens: int | None = None  # of the training data

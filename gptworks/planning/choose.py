@@ -55,13 +55,13 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
         return choices
     flops = USUAL_UTILISATION * machine.rate(choices.config.train.precision) * machine.processes
     epoch_tokens = math.inf if facts.endless else facts.epoch_tokens
-    derive_training(choices, architecture, epoch_tokens, flops)
+    derive_training(choices, architecture, epoch_tokens=epoch_tokens, flops_per_second=flops)
     if facts.base and facts.base.adapter and choices.config.adapter.kind:
         _adopt_adapter(choices, facts.base.adapter, facts.base.name)
     choices.trainable = trainable_part(choices.config, architecture, facts.bytes_per_weight)
-    _share_out(choices, architecture, facts, machine)
+    _share_out(choices, architecture, facts=facts, machine=machine)
     _limit(choices, facts, machine)
-    _set_intervals(choices, architecture, facts, machine)
+    _set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
 
 
@@ -97,8 +97,10 @@ def trainable_part(config: Config, architecture: ModelConfig, bytes_per_weight: 
     adapter = config.adapter if config.adapter.kind else None
     if adapter is None and not config.train.freeze:
         return None
-    held = {None: 4.0, "fp32": 4.0, "bf16": 2.0}.get(adapter.base if adapter else None) or needed(bytes_per_weight)
-    return Trainable.of(architecture, adapter, config.train.freeze, held)
+    weight_bytes = {None: 4.0, "fp32": 4.0, "bf16": 2.0}.get(adapter.base if adapter else None) or needed(
+        bytes_per_weight
+    )
+    return Trainable.of(architecture, adapter, freeze=config.train.freeze, bytes_per_weight=weight_bytes)
 
 
 def _set_up_process(choices: Choices, machine: Machine) -> None:
@@ -137,15 +139,16 @@ def memory_of_step(
     config: Config, architecture: ModelConfig, trainable: Trainable | None, facts: Facts, machine: Machine,
     context: int,
 ) -> Memory:  # fmt: skip
-    """Of a step that is not compiled, which takes more: `auto` decides later, and the end of an epoch never is."""
+    """The memory of a step that is not compiled, which takes more: `auto` decides later, and the end of an epoch never
+    is."""
     train = config.train
     # The average; the best, which is kept in the processor's memory; the model that a time budget is planned with.
     on_cpu = machine.device == "cpu"
     copies = bool(train.ema) + (train.patience is not None and on_cpu) + bool(train.time_budget_s)
     element = ELEMENT.get(train.precision, 2)
     memory = step_memory(
-        architecture, context, train.optimizer, element, machine.device, config.data.mask_documents, False, trainable,
-        copies,
+        architecture, context, optimizer=train.optimizer, element=element, device=machine.device,
+        masked=config.data.mask_documents, compiled=False, trainable=trainable, copies=copies,
     )  # fmt: skip
     fixed = memory.fixed + facts.beside_bytes
     if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
@@ -180,7 +183,9 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
     trained = choices.trainable.trained if choices.trainable else parameter_count(architecture)
 
     def memory(context: int) -> Memory:
-        return memory_of_step(config, architecture, choices.trainable, facts, machine, context)
+        return memory_of_step(
+            config, architecture, trainable=choices.trainable, facts=facts, machine=machine, context=context
+        )
 
     def rows_of_each(workers: int) -> int:
         return memory(context).rows(free - 4 * trained * (workers - 1)) // workers // unit * unit
@@ -188,7 +193,7 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
     def need(context: int, rows: int) -> float:
         return memory(context).of(rows) / 1e9
 
-    workers, why = _workers(config, architecture, machine, wanted)
+    workers, why = _workers(config, architecture, machine=machine, rows=wanted)
     if train.workers is None:
         if rows_of_each(workers) < unit:
             workers, why = 1, "memory is too small for more"
@@ -214,7 +219,10 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
                 f"and {free / 1e9:.1f} GB are free; train.micro_batch={fits} fits"
             )
         return
-    micro = max(unit, min(fits, useful_rows(machine.device, wanted, context, needed(train.threads), workers)))
+    micro = max(
+        unit,
+        min(fits, useful_rows(machine.device, wanted, context=context, threads=needed(train.threads), workers=workers)),
+    )
     micro = micro // unit * unit
     if train.reduce == "canonical":
         step = batch_rows(config)
@@ -281,23 +289,23 @@ def batch_rows(config: Config) -> int:
 def limits(config: Config, rows_in_epochs: int | None) -> list[tuple[int, str]]:
     """The steps that each of the limits comes to, and which it is. `rows_in_epochs` are those of `train.max_epochs`."""
     train = config.train
-    found: list[tuple[int, str]] = []
+    allowed: list[tuple[int, str]] = []
     if train.max_steps:
-        found.append((train.max_steps, f"train.max_steps={train.max_steps}"))
+        allowed.append((train.max_steps, f"train.max_steps={train.max_steps}"))
     if train.max_tokens:
         steps = train.max_tokens // (batch_rows(config) * needed(train.context))
-        found.append((max(1, steps), f"train.max_tokens={train.max_tokens}"))
+        allowed.append((max(1, steps), f"train.max_tokens={train.max_tokens}"))
     if train.max_epochs:
         if train.batch_tokens == "full":
             steps = math.ceil(train.max_epochs)
         else:
             steps = math.ceil(needed(rows_in_epochs) / batch_rows(config))
-        found.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
-    return found
+        allowed.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
+    return allowed
 
 
 def most_steps(config: Config, rows_in_epochs: int | None) -> int:
-    """What limits other than the clock allow."""
+    """The steps that limits other than the clock allow."""
     return min(limits(config, rows_in_epochs), default=(10**15, ""))[0]
 
 
@@ -307,10 +315,10 @@ def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
     if measured is None and (train.time_budget_s or train.max_epochs or not train.max_steps):
         choices.leave("train.max_steps", "decided once rows are counted and steps are timed")
         return
-    found = limits(config, measured.rows if measured else None)
+    allowed = limits(config, measured.rows if measured else None)
     if train.time_budget_s:
-        found.append(_steps_in_budget(choices, needed(measured)))
-    steps, why = min(found)
+        allowed.append(_steps_in_budget(choices, needed(measured)))
+    steps, why = min(allowed)
     if train.max_steps != steps:
         choices.set("train.max_steps", steps, why)
 
@@ -322,9 +330,11 @@ def _steps_in_budget(choices: Choices, measured: Measured) -> tuple[int, str]:
     pace = Pace(seconds, measured.eval_seconds)
     end = planned_end(budget, pace)
     if train.eval_every:
-        fitting = steps_until(end, budget - left, replace(pace, step=seconds + pace.evaluation / train.eval_every), 0)
+        fitting = steps_until(
+            end, budget - left, pace=replace(pace, step=seconds + pace.evaluation / train.eval_every), evaluations=0
+        )
     else:
-        fitting = steps_until(end, budget - left, pace, evaluations(budget, pace.evaluation) - 1)
+        fitting = steps_until(end, budget - left, pace=pace, evaluations=evaluations(budget, pace.evaluation) - 1)
     if fitting < 1:
         raise UsageError(
             f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation "
@@ -340,12 +350,12 @@ def _steps_in_budget(choices: Choices, measured: Measured) -> tuple[int, str]:
 
 
 def evaluations(budget: float, seconds: float) -> int:
-    """How many evaluations of so many seconds each a time budget is given, the last included."""
+    """The number of evaluations of so many seconds each that a time budget gets, the last included."""
     return max(1, min(5, int(EVALUATION_SHARE * budget / max(seconds, 1e-9))))
 
 
 def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
-    """How often to evaluate and save, and whether compiling pays, now that the length is known."""
+    """Sets how often to evaluate and save, and whether compiling pays, now that the length is known."""
     config, train, measured = choices.config, choices.config.train, facts.measured
     if "train.max_steps" in choices.open or "train.batch_tokens" in choices.open:
         why = "follows from the number of steps"
@@ -375,7 +385,7 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
             apart, why = max(apart, total * CHECKPOINT_SECONDS / expected), "at most ten, not too often; two are kept"
         choices.set("train.checkpoint_every", min(math.ceil(apart), total), why)
     if train.compile == "auto":
-        _compile(choices, architecture, machine, expected)
+        _compile(choices, architecture, machine=machine, expected=expected)
     elif train.compile and not machine.compiles:
         needs = "Triton and a C compiler" if machine.device == "cuda" else "a C++ compiler (g++ or clang++)"
         raise UsageError(f"train.compile=true needs {needs} here; install what is missing or use auto")

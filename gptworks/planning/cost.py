@@ -63,7 +63,7 @@ def flops_per_token(config: ModelConfig, context: int, trainable: Trainable | No
 
 @dataclass(frozen=True)
 class Memory:
-    """What a training step takes at its peak, in bytes: in the passes, more with each row, or in the update."""
+    """The peak memory of a training step, in bytes: in the passes, more with each row, or in the update."""
 
     fixed: int  # weights, gradients, optimizer state, and what a pass needs whatever its rows
     row: int  # activations kept for the backward pass of one row
@@ -100,7 +100,7 @@ def step_memory(
         # thirds of the weights. The head has its gradient once more, and a chunk of logits with their exponentials.
         update = trained * 4 * (3 if optimizer == "muon" else 1)
         head = 2 * config.vocab_size * config.hidden_size * 4 + 12 * scores
-        row = context * ((config.num_hidden_layers + 1) * _block_on_cpu(config, context, element, masked)
+        row = context * ((config.num_hidden_layers + 1) * _block_on_cpu(config, context, element=element, masked=masked)
                          + 4 * config.hidden_size * 4)  # fmt: skip
         return Memory(kept + update + head, row)
     # On a GPU what is left is given to the next tensor, so that tensors alone count, to a hundredth or two.
@@ -110,8 +110,9 @@ def step_memory(
     )  # in half, its gradient, their sum
     head += (3 * element + 1 if compiled else 16) * scores
     cast = 0 if element == 4 else element * (trainable.multiplied if trainable else blocks_parameters(config))
-    row = context * (config.num_hidden_layers * _block_on_gpu(config, context, element, masked, compiled)
-                     + _norm_input(config, element, compiled=False) + 2 * config.hidden_size * element)  # fmt: skip
+    block = _block_on_gpu(config, context, element=element, masked=masked, compiled=compiled)
+    ends = _norm_input(config, element, compiled=False) + 2 * config.hidden_size * element
+    row = context * (config.num_hidden_layers * block + ends)
     update = kept + (5 * 4 * blocks_parameters(config) if optimizer == "muon" and trainable is None else 0)
     return Memory(kept + cast + head, row, update)
 

@@ -29,7 +29,7 @@ def derive_shape(choices: Choices, vocab_size: int) -> ModelConfig:
         raise UsageError(f"model.hidden_size={width_given} is not divisible by model.num_attention_heads={heads_given}")
     context = choices.config.train.context or choices.set("train.context", 256, "our default")
     if model.hidden_size is None or model.num_hidden_layers is None:
-        _size(model, vocab_size, context, choices)
+        _size(model, vocab_size, context=context, choices=choices)
     width = needed(choices.config.model.hidden_size)
     if model.num_attention_heads is None:
         heads, head_dim = _heads(model, width)
@@ -71,7 +71,7 @@ def _size(model: Model, vocab_size: int, context: int, choices: Choices) -> None
         for depth in [model.num_hidden_layers] if model.num_hidden_layers else range(1, 257):
             if not model.hidden_size and not model.num_hidden_layers and not 24 <= width / depth <= 96:
                 continue
-            total = _try_count(model, width, depth, vocab_size, context)
+            total = _try_count(model, width, depth=depth, vocab_size=vocab_size, context=context)
             if total is None:
                 break
             # A factor off the wish costs most; off the aspect ratio of 48, a little.
@@ -80,7 +80,7 @@ def _size(model: Model, vocab_size: int, context: int, choices: Choices) -> None
                 best = (miss, width, depth)
             if total > 4 * wanted:
                 break
-        if best and (_try_count(model, width, 1, vocab_size, context) or 0) > 4 * wanted:
+        if best and (_try_count(model, width, depth=1, vocab_size=vocab_size, context=context) or 0) > 4 * wanted:
             break
     if best is None:
         raise UsageError(
@@ -122,7 +122,11 @@ def derive_training(
     config, train = choices.config, choices.config.train
     context = train.context or architecture.max_position_embeddings
     parameters, width = parameter_count(architecture), architecture.hidden_size
-    horizon = None if epoch_tokens is None else _horizon(config, architecture, epoch_tokens, flops_per_second)
+    horizon = (
+        None
+        if epoch_tokens is None
+        else _horizon(config, architecture, epoch_tokens=epoch_tokens, flops_per_second=flops_per_second)
+    )
     unread = "decided once the data is counted"
 
     batch = train.batch_tokens

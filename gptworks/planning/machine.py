@@ -73,7 +73,7 @@ class Machine:
 
 
 def usual_precision(bf16: bool, fp16: bool) -> Precision:
-    """What a run computes in where nothing else is asked."""
+    """The precision that a run computes in where nothing else is asked."""
     return "bf16" if bf16 else "fp16" if fp16 else "fp32"
 
 

@@ -32,7 +32,7 @@ def chart(
 
     The value axis is linear; it is logarithmic where positive values span a factor of 50 and it need not start at zero.
     """
-    series = [Series(one.name, one.style, thin(one.points), one.dots) for one in series if one.points]
+    series = [Series(one.name, one.style, points=thin(one.points), dots=one.dots) for one in series if one.points]
     if not series:
         return ""
     values = [y for one in series for _, y in one.points]

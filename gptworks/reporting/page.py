@@ -77,7 +77,7 @@ def write_range_test(path: Path, rates: list[float], smoothed: list[float], lr: 
 
 @dataclass
 class Run:
-    """What the run folder holds so far; empty for a file that is not there."""
+    """The content of a run folder so far; empty for a file that is not there."""
 
     name: str
     config: dict[str, Any]  # dotted key -> value; so are the next two
@@ -95,8 +95,8 @@ class Run:
         return max((row["step"] for row in self.rows), default=0)
 
     def series(self, tag: str) -> list[tuple[float, float]]:
-        found = [(row["step"], number(row.get(tag))) for row in self.rows]
-        return sorted((step, value) for step, value in found if value is not None)
+        points = [(row["step"], number(row.get(tag))) for row in self.rows]
+        return sorted((step, value) for step, value in points if value is not None)
 
     def last(self, tag: str) -> float | None:
         return next((value for _, value in reversed(self.series(tag))), None)
@@ -203,10 +203,10 @@ def code(value: Any) -> Html:
 
 def show(value: Any, form: str | Callable[[float], str]) -> str | None:
     """A number by a format string or a function; None if it is no number."""
-    found = number(value)
-    if found is None:
+    value_shown = number(value)
+    if value_shown is None:
         return None
-    return form.format(found) if isinstance(form, str) else form(found)
+    return form.format(value_shown) if isinstance(form, str) else form(value_shown)
 
 
 def sentence(text: str) -> str:
@@ -295,7 +295,7 @@ def curves(run: Run) -> str:
     lines = [Series("training", "train", run.series("train/loss")), Series("evaluation", "eval", evals, dots=True)]
     loss = chart("Loss, nats/token, by step", lines, run.step)
     small = "".join(
-        chart(name, [Series(name, "train", run.series(f"train/{tag}"))], run.step, from_zero)
+        chart(name, [Series(name, "train", run.series(f"train/{tag}"))], last_step=run.step, from_zero=from_zero)
         for name, tag, from_zero in (
             ("Learning rate", "learning_rate", True),
             ("Gradient norm", "grad_norm", False),
@@ -325,24 +325,27 @@ def samples(run: Run) -> str:
         if (text := row.get("sample")) is not None:
             known = prompt if str(text).startswith(prompt) else ""
             learning.append(passage(known, str(text)[len(known) :], f"step {row['step']:,.0f}", loss))
-    for made in generations(run):
-        facts = show(made.get("tokens"), "{:,.0f} tokens"), show(made.get("tokens_per_second"), "{:,.0f} tokens/s")
-        end = f"ended by {made['finish_reason']}" if made.get("finish_reason") else None
-        final.append(passage(made.get("prompt") or "", made.get("text") or "", *facts, end))
+    for generation in generations(run):
+        facts = (
+            show(generation.get("tokens"), "{:,.0f} tokens"),
+            show(generation.get("tokens_per_second"), "{:,.0f} tokens/s"),
+        )
+        end = f"ended by {generation['finish_reason']}" if generation.get("finish_reason") else None
+        final.append(passage(generation.get("prompt") or "", generation.get("text") or "", *facts, end))
     return section("Samples over time", listed(learning)) + section("The finished model", listed(final))
 
 
 def generations(run: Run) -> list[dict[str, Any]]:
-    made = run.result.get("generation")
-    return [one for one in made if isinstance(one, dict)] if isinstance(made, list) else []
+    generation = run.result.get("generation")
+    return [one for one in generation if isinstance(one, dict)] if isinstance(generation, list) else []
 
 
 def evaluation(run: Run) -> str:
-    found = run.result.get("evaluation")
-    if not isinstance(found, dict):
+    result = run.result.get("evaluation")
+    if not isinstance(result, dict):
         return ""
-    scores: list[tuple[Any, str, Any]] = [(Html(f"<b>{h(title(run))}</b>"), "", found)]
-    for name, score in mappings(found.get("baselines")):
+    scores: list[tuple[Any, str, Any]] = [(Html(f"<b>{h(title(run))}</b>"), "", result)]
+    for name, score in mappings(result.get("baselines")):
         scores.append((*BASELINES.get(name, (name, "")), score))
     bits = [number(get(score, "bits_per_byte")) or 0.0 for _, _, score in scores]
     rows = []
@@ -350,9 +353,9 @@ def evaluation(run: Run) -> str:
         bar = f'<span class="bar" style="width:{100 * own / (max(bits) or 1):.1f}%"></span><small>{h(meaning)}</small>'
         losses = show(get(score, "bits_per_byte"), "{:.3f}") or "–", show(get(score, "loss"), "{:.4f}")
         rows.append((name, *losses, Html(bar)))
-    source = Path(str(found["data"])).name if found.get("data") else None
-    size = joined(", ", show(found.get("tokens"), "{:,.0f} tokens"), show(found.get("bytes"), "{:,.0f} bytes"))
-    over = joined(", ", source, size, f"in {found['method']}" if found.get("method") else None)
+    source = Path(str(result["data"])).name if result.get("data") else None
+    size = joined(", ", show(result.get("tokens"), "{:,.0f} tokens"), show(result.get("bytes"), "{:,.0f} bytes"))
+    over = joined(", ", source, size, f"in {result['method']}" if result.get("method") else None)
     return section(
         "Evaluation",
         f"<p>{h(over)}</p>" if over else "",
@@ -397,8 +400,8 @@ def data(run: Run) -> str:
     rows = [(names.get(name, name), *(show(one.get(key), "{:,.0f}") for key in sizes)) for name, one in splits]
     findings = run.data.get("findings")
     items = "".join(f"<li>{h(line)}</li>" for line in (findings if isinstance(findings, list) else ()))
-    found = f"<ul>{items}</ul>" if items else sentence("reading it found nothing amiss" if findings == [] else "")
-    return section("Data", sentence(str(run.data.get("split") or "")), table("counts", rows, "split", *sizes), found)
+    remarks = f"<ul>{items}</ul>" if items else sentence("reading it found nothing amiss" if findings == [] else "")
+    return section("Data", sentence(str(run.data.get("split") or "")), table("counts", rows, "split", *sizes), remarks)
 
 
 def configuration(run: Run) -> str:

@@ -50,7 +50,8 @@ def assemble(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
     state.optimizers = make_optimizers(state.model, config.train)
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     trainable = trainable_part(config, architecture, bytes_per_weight(config, base))
-    return Run(config, problem, base, state, layout, trainable, stop_ids=base.stop_ids if base else own)
+    stop_ids = base.stop_ids if base else own
+    return Run(config, problem, base=base, state=state, layout=layout, trainable=trainable, stop_ids=stop_ids)
 
 
 def architecture_of(config: Chosen, problem: Problem, base: Loaded | None) -> ModelConfig:
@@ -61,18 +62,18 @@ def architecture_of(config: Chosen, problem: Problem, base: Loaded | None) -> Mo
 
 
 def layout_of(config: Chosen) -> Layout:
-    """How a step is carried out here."""
+    """The layout of a step on this machine."""
     train = config.train
-    return Layout(device(), dtype_of(train.precision), train.micro_batch, train.compile)
+    return Layout(device(), dtype_of(train.precision), micro_batch=train.micro_batch, compile=train.compile)
 
 
 def bytes_per_weight(config: Config, base: Loaded | None) -> float | None:
-    """What a frozen matrix takes in the low-bit form that `adapter.base` names; None where it names none."""
+    """Bytes that a weight takes in the low-bit form that `adapter.base` names; None where it names none."""
     begun = base.adapter.base if base and base.adapter else None
-    held = begun or config.adapter.base
-    if held in (None, "fp32", "bf16") or base is None:
+    form = begun or config.adapter.base
+    if form in (None, "fp32", "bf16") or base is None:
         return None
-    return scheme(held).bytes_per_weight(base.model.config.hidden_size)
+    return scheme(form).bytes_per_weight(base.model.config.hidden_size)
 
 
 def _copy_of_base(base: Loaded, config: Chosen) -> Transformer:

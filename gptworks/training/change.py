@@ -14,8 +14,8 @@ OF_SCHEDULE = {**dict.fromkeys(LIMITS, "length"), "train.lr": "lr", "train.adam_
 
 
 def asked_change(run: Run, file: RunFile, asked: Config, different: list[tuple[str, Any, Any]]) -> Change | None:
-    """What a continued run does from its present step on, now that `flexible` keys `different` were asked for; None
-    where that is nothing. Raises RunMismatch for what can no longer be had."""
+    """The change that a continued run makes from its present step on, now that `flexible` keys `different` were asked
+    for; None where there is none. Raises RunMismatch for what can no longer be had."""
     step, schedule = run.state.step, RunSchedule(run.config.train, file.changes)
     told, other, why = dict[str, Any](), dict[str, Any](), list[str]()
     limiting = {key for key, _, new in different if key in LIMITS and new is not None}
@@ -32,7 +32,7 @@ def asked_change(run: Run, file: RunFile, asked: Config, different: list[tuple[s
             other[key] = new
         why.append(f"{key}={new}" if old is None else f"{key}={new}, was {old}")
     if limiting:
-        told["length"] = _new_length(run, schedule, asked, limiting)
+        told["length"] = _new_length(run, schedule, asked=asked, limiting=limiting)
     if asked.train.decay_now and any(key == "train.decay_now" for key, _, _ in different):
         if not 0 < step < schedule.length:
             raise RunMismatch(f"train.decay_now=true: the run stands at step {step} of {schedule.length}")

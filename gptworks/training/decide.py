@@ -29,7 +29,7 @@ class Decided:
 
 
 def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
-    """What is known of the data and of the model that the run starts from."""
+    """The known facts of the data and of the model that the run starts from."""
     return Facts(
         vocab_size=len(problem.tokenizer),
         epoch_tokens=problem.epoch_tokens,
@@ -59,7 +59,14 @@ def decide(
     run.config = choices.chosen
     run.layout = layout_of(run.config)
     _apply(run.config)
-    return Decided(run, choices, facts, machine, measured, most_steps(first.config, measured.rows))
+    return Decided(
+        run,
+        choices,
+        facts=facts,
+        machine=machine,
+        measured=measured,
+        most_steps=most_steps(first.config, measured.rows),
+    )
 
 
 def provisional(config: Config, problem: Problem, base: Loaded | None) -> Run:
@@ -74,7 +81,9 @@ def reopened(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
     run, facts = _built(config, problem, base), facts_of(config, problem, base)
     machine = here(config.train.precision, config.train.threads)
     architecture = architecture_of(config, problem, base)
-    memory = memory_of_step(config, architecture, run.trainable, facts, machine, config.train.context)
+    memory = memory_of_step(
+        config, architecture, trainable=run.trainable, facts=facts, machine=machine, context=config.train.context
+    )
     need, free = memory.of(config.train.micro_batch), free_memory(machine)
     if need > free:
         console.warn(f"a step needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
@@ -88,7 +97,7 @@ def _built(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
 
 def _apply(config: Chosen) -> None:
     train = config.train
-    runtime.apply(runtime.device(), train.threads, train.deterministic, train.compile)
+    runtime.apply(runtime.device(), train.threads, deterministic=train.deterministic, compiles=train.compile)
 
 
 def _check_prompts(config: Config, problem: Problem, base: Loaded | None) -> None:

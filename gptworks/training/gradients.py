@@ -58,10 +58,19 @@ def accumulate(
             f"train.micro_batch={micro_batch} and {batch.share or len(batch.tokens)} rows a process would divide rows "
             f"that belong together, {batch.unit} at a time: choose multiples of {batch.unit}"
         )
-    passes = _Passes(model, objective, micro_batch, batch.share, train.seed, step, weight / scale, compiles)
+    passes = _Passes(
+        model,
+        objective,
+        micro_batch=micro_batch,
+        share=batch.share,
+        seed=train.seed,
+        step=step,
+        divisor=weight / scale,
+        compiles=compiles,
+    )
     if train.reduce == "canonical":
         assert batch.share, "the loader says how many rows a whole share has"
-        gradient = _tree(passes, batch, 0, -(-batch.share // micro_batch))
+        gradient = _tree(passes, batch, low=0, high=-(-batch.share // micro_batch))
         everyone = ranks.gather(([g is not None for g in gradient], passes.terms()))
         used = [any(column) for column in zip(*(mine for mine, _ in everyone), strict=True)]
         passes.keep(gradient, used)
@@ -73,7 +82,7 @@ def accumulate(
             for rows_of_one in batch.rows(micro_batch):
                 passes.backward(rows_of_one)
         else:
-            _by_threads(passes, list(batch.rows(micro_batch)), threads, train.workers or 1)
+            _by_threads(passes, list(batch.rows(micro_batch)), threads=threads, workers=train.workers or 1)
         sums = passes.sums()
         if ranks.started:
             here = [float(p.grad is not None) for p in passes.parameters]
@@ -135,7 +144,7 @@ class _Passes:
         return [[float(value) for value in self._values(loss)] for loss in self.losses]
 
     def sums(self) -> list[float]:
-        """The same added up over the micro-batches, in float64."""
+        """The figures added up over the micro-batches, in float64."""
         width = 1 + 2 * len(self.objective.figures)
         if not self.losses:
             return [0.0] * width
@@ -182,7 +191,7 @@ def _tree(passes: _Passes, batch: Batch, low: int, high: int) -> Gradient:
             parameter.grad = None
         return gradient
     middle = (low + high) // 2
-    left, right = _tree(passes, batch, low, middle), _tree(passes, batch, middle, high)
+    left, right = _tree(passes, batch, low=low, high=middle), _tree(passes, batch, low=middle, high=high)
     return [_added(a, b) for a, b in zip(left, right, strict=True)]
 
 

@@ -165,9 +165,9 @@ class Evaluations:
             values = {f"eval/{name}": value for name, value in logged.items()}
             self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
             console.say(f"step {state.step:>{len(str(total))}}/{total}  eval {'  '.join(evaluation.shown)}")
-        found, best = evaluation.figures[self.problem.watched], state.best_figure
-        if best is None or (found < best if self.problem.lower_is_better else found > best):
-            state.best_figure, state.evals_since_best = found, 0
+        watched, best = evaluation.figures[self.problem.watched], state.best_figure
+        if best is None or (watched < best if self.problem.lower_is_better else watched > best):
+            state.best_figure, state.evals_since_best = watched, 0
             if self.train.patience is not None:
                 with using(state.model, state.average):
                     state.best = {name: p.detach().to("cpu", copy=True) for name, p in state.trained().items()}
@@ -205,7 +205,14 @@ class Sampler:
 
 def sampling(options: Generate, seed: int | None) -> Sampling:
     """The sampling that a recipe's `generate` section asks for."""
-    return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p, seed)
+    return Sampling(
+        options.repetition_penalty,
+        options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=seed,
+    )
 
 
 class TimeBudget:
@@ -239,7 +246,8 @@ class TimeBudget:
         self.evaluating = seconds
 
     def _step_seconds(self) -> float:
-        """Of the last steps; one among many that a sample or a checkpoint made long is left out."""
+        """The mean of the last steps; of many, the longest is left out, which a sample or a checkpoint may have made
+        so."""
         if len(self.recent) < 5:
             return sum(self.recent) / len(self.recent)
         return (sum(self.recent) - max(self.recent)) / (len(self.recent) - 1)
@@ -278,18 +286,18 @@ class TimeBudget:
         slower = seconds / max(self.measured.step_seconds, 1e-9)
         pace = Pace(seconds, evaluation, SAVING_SECONDS * max(slower, 1.0))
         end, length = planned_end(self.budget, pace, max(SLOWER / max(slower, 1.0), 1.0)), self.schedule.length
-        made, to_come = not plans or plans[-1].evaluations, self._evaluations_after(step)
-        miss = now + (length - step) * seconds + made * to_come * evaluation + pace.finish - end
+        evaluated, to_come = not plans or plans[-1].evaluations, self._evaluations_after(step)
+        miss = now + (length - step) * seconds + evaluated * to_come * evaluation + pace.finish - end
         if abs(miss) <= max(self.budget * (TOLERANCE + TOLERANCE_MORE * len(plans)), TOLERANCE_LEFT * (end - now)):
             return None
         # Those that nobody asked for go before steps do, and come back where there is time for them again.
         share = to_come * evaluation / max(end - now, 1e-9)
-        makes = not self.may_leave_out or share <= 2 * EVALUATION_SHARE * (1.0 if made else 0.5)
-        steps = min(step + steps_until(end, now, pace, makes * to_come), self.most)
-        if steps == length and makes == made:
+        makes = not self.may_leave_out or share <= 2 * EVALUATION_SHARE * (1.0 if evaluated else 0.5)
+        steps = min(step + steps_until(end, now, pace=pace, evaluations=makes * to_come), self.most)
+        if steps == length and makes == evaluated:
             return None
         why = f"{steps} steps fit into train.time_budget_s={self.budget:g}, not {length}"
-        if made and not makes:
+        if evaluated and not makes:
             why += ", without evaluations before the last"
         self.planned_at = now
         console.say(f"step {step}: {why}")

@@ -23,7 +23,7 @@ from gptworks.training.state import WINDOW, State, spike_limit
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is carried out on this machine; decided once and stored with the run."""
+    """The layout of a step on this machine; decided once and stored with the run."""
 
     device: torch.device
     dtype: torch.dtype  # of the forward and backward pass; weights are float32
@@ -33,7 +33,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured."""
+    """The measurements of one step."""
 
     loss: float  # nats a token, before the update
     figures: dict[str, tuple[float, float]]  # of the objective: sum and weight
@@ -90,7 +90,7 @@ def run(
                 )  # fmt: skip
                 if scaled:
                     _unscale(state)
-                norm = _clipped(state, loss, train, scaled and state.scale > 1)
+                norm = _clipped(state, loss, train=train, may_overflow=scaled and state.scale > 1)
                 limit = spike_limit(state.norms, train.skip_spikes) if train.skip_spikes is not None else math.inf
                 skipped = norm > limit or math.isinf(norm)
                 lr = set_rates(state.optimizers, schedule.factor(state.step), schedule.peaks(state.step))

@@ -59,9 +59,16 @@ def finish(run: Run, out: Path, recipe: str, *, result: Trained, final: Evaluati
     lineage = _lineage(run, recipe, result)
     failpoint("model.save")
     if run.base and config.adapter.kind:
-        build.save_adapter(model, state.model, config.adapter, run.base.home, lineage)
+        build.save_adapter(model, state.model, adapter=config.adapter, base=run.base.home, lineage=lineage)
     else:
-        build.save(model, state.model, run.problem.tokenizer, lineage, base=run.base, architecture=run.problem.saved_as)
+        build.save(
+            model,
+            state.model,
+            tokenizer=run.problem.tokenizer,
+            lineage=lineage,
+            base=run.base,
+            architecture=run.problem.saved_as,
+        )
     result = replace(result, seconds=round(runtime.process_seconds(), 2))
     folder.write_json(out / "result.json", result.as_dict())
     figures = ", ".join(final.shown[:2])

@@ -48,7 +48,7 @@ class Pretraining(Problem):
             except DataError as error:
                 console.warn(f"{error}; making the shards again from the text")
         own = path.resolve() == place.data.resolve()
-        return shards.prepare(config.data, config.tokenizer, path, given=tokenizer, own=own).verifying
+        return shards.prepare(config.data, config.tokenizer, path, base_tokenizer=tokenizer, own=own).verifying
 
     @classmethod
     def verify(cls, config: Config, place: Place) -> folder.Verifying | None:
@@ -74,8 +74,8 @@ class Pretraining(Problem):
         loader = self._loader(config, group)
         rows = max(1, min(64, 16384 // config.train.context))
         lines = [loader.report(), *loader.mixture_report(), loader.look(self.tokenizer)]
-        evaluate = HeldOut(self.shards, config.train, rows, group)
-        return Work(loader, NextToken(config.train), evaluate, lines)
+        evaluate = HeldOut(self.shards, config.train, rows=rows, group=group)
+        return Work(loader, NextToken(config.train), evaluate=evaluate, lines=lines)
 
     def _loader(self, config: Chosen, group: "Group") -> "Loader":
         """The batches of a run; made once, since planning an epoch of a large text takes a while."""
@@ -84,12 +84,13 @@ class Pretraining(Problem):
 
         train = config.train
         rows = None if train.batch_tokens == "full" else batch_rows(config)
-        most = -(-train.max_epochs // 1) if train.max_epochs else None
+        most = int(-(-train.max_epochs // 1)) if train.max_epochs else None
         key = (train.context, rows, train.seed, most, config.data.mask_documents, str(config.data.weights), group)
         if key not in self._loaders:
             self._loaders[key] = Loader(
-                self.shards.train, train.context, rows, train.seed, None if most is None else int(most),
-                config.data.mask_documents, config.data.weights, group.rank, group.size,
+                self.shards.train, train.context, batch_rows=rows, seed=train.seed, max_epochs=most,
+                mask_documents=config.data.mask_documents, weights=config.data.weights, rank=group.rank,
+                world=group.size,
             )  # fmt: skip
         return self._loaders[key]
 
@@ -112,12 +113,16 @@ class HeldOut(Evaluator):
     def __call__(self, model: "Transformer") -> Evaluation:
         from gptworks.infer.scoring import expert_use, score
 
-        found = score(model, self.stream, self.context, self.rows, group=self.group, workers=self.workers)
-        figures = found.as_dict()
+        scores = score(model, self.stream, context=self.context, rows=self.rows, group=self.group, workers=self.workers)
+        figures = scores.as_dict()
         logged = {name: figures[name] for name in ("loss", "bits_per_byte", "perplexity")}
         if model.config.num_experts:
-            logged |= expert_use(model, self.stream, self.context, self.rows)
-        shown = (f"loss {found.loss:.4f}", f"{found.bits_per_byte:.3f} bits/byte", f"perplexity {found.perplexity:.2f}")
+            logged |= expert_use(model, self.stream, context=self.context, rows=self.rows)
+        shown = (
+            f"loss {scores.loss:.4f}",
+            f"{scores.bits_per_byte:.3f} bits/byte",
+            f"perplexity {scores.perplexity:.2f}",
+        )
         return Evaluation(figures, shown, logged)
 
     def part(self, model: "Transformer") -> float:
@@ -125,6 +130,8 @@ class HeldOut(Evaluator):
 
         from gptworks.infer.scoring import stream_losses
 
-        batches: Iterator[Any] = stream_losses(model, self.stream, self.context, self.rows, workers=self.workers)
+        batches: Iterator[Any] = stream_losses(
+            model, self.stream, context=self.context, rows=self.rows, workers=self.workers
+        )
         timed = sum(len(losses) for losses in islice(batches, -(-EVALUATED_ROWS // self.rows)))
         return timed / (len(self.stream.tokens) - 1) * self.group.size

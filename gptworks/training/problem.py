@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a problem keeps what it prepares, and what it is prepared beside."""
+    """The folder in which a problem keeps what it prepares, and the model it is prepared beside."""
 
     data: Path  # the run's data folder
     base: "Loaded | None" = None  # the model that the run starts from
@@ -36,7 +36,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found. `figures` are logged as eval/NAME and kept in result.json; the problem watches one."""
+    """The result of an evaluation. `figures` are logged as eval/NAME and kept in result.json; the problem watches
+    one."""
 
     figures: dict[str, float]
     shown: Sequence[str]  # for a person, the most important first: "loss 1.4697", "2.120 bits/byte"
@@ -83,7 +84,7 @@ class Work:
 
 
 class Problem(ABC):
-    """What a run is to solve. Subclasses have `open` and `start`; the rest has defaults.
+    """The task that a run is to solve. Subclasses have `open` and `start`; the rest has defaults.
 
     An opened problem has a `tokenizer`, and an `identity` that a checkpoint must agree with.
     """

@@ -24,7 +24,7 @@ BACK = 4.0  # how far below the rate of the lowest loss we propose to stay
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test found: rates, losses and smoothed losses in nats, step by step, and what it proposes."""
+    """The result of a range test: rates, losses and smoothed losses in nats, step by step, and what it proposes."""
 
     rates: list[float]
     losses: list[float]
@@ -77,11 +77,11 @@ def range_test(ready: Run) -> RangeTest:
     return RangeTest(
         rates,
         losses,
-        smoothed,
-        lr,
-        None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
-        f"the smoothed loss falls to {smoothed[best]:.3f} at {rates[best]:.2g} and rises from there; a rate that is to "
-        f"hold for a whole run stays a factor of {BACK:g} below that",
+        smoothed=smoothed,
+        lr=lr,
+        adam_lr=None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
+        reason=f"the smoothed loss falls to {smoothed[best]:.3f} at {rates[best]:.2g} and rises from there; a rate "
+        f"that is to hold for a whole run stays a factor of {BACK:g} below that",
     )
 
 
@@ -90,7 +90,8 @@ def _mean(values: list[float]) -> float:
 
 
 def _first_dip(smoothed: list[float]) -> int:
-    """Where the loss is lowest before it first rises by a twentieth of its fall: beyond, chance may lower it again."""
+    """The step of the lowest loss before it first rises by a twentieth of its fall: beyond, chance may lower it
+    again."""
     best = 0
     for i, value in enumerate(smoothed):
         if value < smoothed[best]:

@@ -76,11 +76,11 @@ class RunSchedule:
 
     def peaks(self, step: int) -> dict[str, float]:
         """The peak rates that were changed up to a step: `lr`, `adam_lr`."""
-        found: dict[str, float] = {}
+        rates: dict[str, float] = {}
         for change in self.changes:
             if change.step <= step:
-                found |= {name: value for name in ("lr", "adam_lr") if (value := getattr(change, name)) is not None}
-        return found
+                rates |= {name: value for name in ("lr", "adam_lr") if (value := getattr(change, name)) is not None}
+        return rates
 
     def due(self, step: int, every: int) -> bool:
         """True where an interval of `every` planned steps ends, or the run. One that ended before a new plan does not

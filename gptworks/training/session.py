@@ -72,7 +72,7 @@ def _problem(config: Config) -> type[Problem]:
 
 
 def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
-    """What the main process does: everything. Returns what result.json has."""
+    """Runs the main process, which does everything. Returns what result.json has."""
     file, different = _continued(config, out)
     if file is None:
         _check_nothing_is_replaced(out)
@@ -100,7 +100,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     if newest:
         _restore(run, newest, file)
     if different:
-        _change(run, file, config, different, out)
+        _change(run, file, asked=config, different=different, out=out)
     failpoint("run.configured")
     plan = {
         "config": run.config.model_dump(mode="json"),
@@ -110,11 +110,11 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     }
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
-    return _train(run, file, out, recipe, decided=decided, verifying=verifying)
+    return _train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
 
 
 def run_worker(config: Config, out: Path) -> None:
-    """What every other process does: waits until all is prepared, then trains with the main one."""
+    """Runs every other process: waits until all is prepared, then trains with the main one."""
     console.muted = True
     plan = json.loads(ranks.hear("plan"))
     if plan.get("finished"):
@@ -128,12 +128,12 @@ def run_worker(config: Config, out: Path) -> None:
     verifying = kind.verify(chosen, place) if first else None
     run = reopened(chosen, kind.open(chosen, place), base)
     changes = [Change.model_validate(change) for change in plan["changes"]]
-    file = RunFile(out / "config.yaml", chosen, config, {}, changes)
+    file = RunFile(out / "config.yaml", chosen, asked=config, reasons={}, changes=changes)
     if plan["restore"]:
         folder.verify(Path(plan["restore"]))
         _restore(run, Path(plan["restore"]), file)
     ranks.start(run.layout.device, chosen.train.timeout_s)
-    _train(run, file, out, "", verifying=verifying)
+    _train(run, file, out=out, recipe="", verifying=verifying)
 
 
 def _asked(config: Config) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _written_down(decided: Decided, config: Config, out: Path) -> RunFile:
     for key, reason in sorted(reasons.items()):
         console.say(f"chosen   {key}={configuration.get(chosen, key)}: {reason}")
     begun = configuration.with_values(chosen, {"train.changes": []})
-    file = RunFile(out / "config.yaml", begun, config, reasons, list(config.train.changes))
+    file = RunFile(out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes))
     kept = {"facts": decided.facts.as_dict(), "machine": decided.machine.as_dict()}
     folder.write_json(out / "choices.json", kept)
     file.write()
@@ -232,7 +232,7 @@ def _frozen_parents(run: Run) -> dict[str, str]:
 
 def _change(run: Run, file: RunFile, asked: Config, different: list[tuple[str, Any, Any]], out: Path) -> None:
     """Writes down what the run does otherwise from now on."""
-    change = asked_change(run, file, asked, different)
+    change = asked_change(run, file, asked=asked, different=different)
     (out / "result.json").unlink(missing_ok=True)  # no longer finished
     file.asked = asked
     if change is None:
@@ -286,9 +286,17 @@ def _train(
         record=file.append if ranks.main else file.changes.append, clock=clock,
     )  # fmt: skip
     evaluations = Evaluations(
-        work.evaluate, problem, train, schedule, metrics, clock=clock, told=budget.time_evaluation
+        work.evaluate,
+        problem,
+        train=train,
+        schedule=schedule,
+        metrics=metrics,
+        clock=clock,
+        told=budget.time_evaluation,
     )
-    checkpointer = Checkpointer(out / "checkpoints", train.checkpoint_every, schedule, facts, verifying=verifying)
+    checkpointer = Checkpointer(
+        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying
+    )
     hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
     if metrics:
         hooks.append(
@@ -309,7 +317,7 @@ def _train(
         with using(state.model, state.best or state.average):
             if not metrics:
                 return None
-            result = result_of(run, work, file.changes, final, train_loss=metrics.last_loss, rate=rate)
+            result = result_of(run, work, changes=file.changes, final=final, train_loss=metrics.last_loss, rate=rate)
             return finish(run, out, recipe, result=result, final=final)
     finally:
         if checkpointer.saving:
@@ -333,7 +341,7 @@ def _say_what_is_trained(run: Run, work: Work, rate: float) -> None:
 
 
 def _metrics(run: Run, out: Path) -> Metrics:
-    metrics = Metrics(out, run.state.step, run.config.train.tensorboard, run.config.train.wandb)
+    metrics = Metrics(out, run.state.step, tensorboard=run.config.train.tensorboard, wandb=run.config.train.wandb)
     metrics.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), run.config)
     return metrics
 
@@ -380,7 +388,7 @@ def replay(out: Path) -> Verified:
     restore(target, newer)
     train, schedule, first = config.train, RunSchedule(config.train, file.changes), run.state.step
     work = run.start()
-    evaluations = Evaluations(work.evaluate, problem, train, schedule)
+    evaluations = Evaluations(work.evaluate, problem, train=train, schedule=schedule)
 
     def evaluate(state: State, m: loop.StepMetrics) -> None:
         evaluations(state, m)  # and go on: what ends a run may have been asked for later

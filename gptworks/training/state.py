@@ -80,8 +80,8 @@ class State:
             for slot, value in values.items()
         }
         weights = {name: p.detach() for name, p in self.trained().items()}
-        found = {"model": weights, "optimizer": slots, "average": self.average, "best": self.best}
-        return {name: group for name, group in found.items() if group or name in ("model", "optimizer")}
+        kinds = {"model": weights, "optimizer": slots, "average": self.average, "best": self.best}
+        return {name: group for name, group in kinds.items() if group or name in ("model", "optimizer")}
 
     def counters(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in COUNTERS}

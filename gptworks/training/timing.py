@@ -46,4 +46,6 @@ def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
     began = time.perf_counter()
     share = trial_work.evaluate.part(trial.model)
     eval_seconds = (time.perf_counter() - began) / share
-    return Measured(rows, statistics.median(times[1:]), eval_seconds, options.time_budget_s - clock())
+    return Measured(
+        rows, statistics.median(times[1:]), eval_seconds=eval_seconds, left_seconds=options.time_budget_s - clock()
+    )

@@ -63,13 +63,13 @@ def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None
         tree.pop("tokenizer", None)
     for key, value in pairs:  # first, since it says what other keys there are
         if key == "problem.kind":
-            _assign(tree, key, value, Config)
+            _assign(tree, key, value=value, kind=Config)
     problem = problem_of(tree)
     unused = [name for name in BY_PROBLEM if name not in problem.sections]
     for key, value in pairs:
         if (section := key.partition(".")[0]) in unused:
             raise UsageError(f"{key}: {problem.__name__} does not use the section {section!r}; leave the key out")
-        _assign(tree, key, value, with_problem(Config, problem.Settings))
+        _assign(tree, key, value=value, kind=with_problem(Config, problem.Settings))
     return build({name: section for name, section in tree.items() if name not in unused}, recipe or "configuration")
 
 
@@ -95,22 +95,22 @@ def build(tree: dict[str, Any], where: str, kind: type[C] = Config) -> C:  # typ
     """Validates a nested mapping; every error is one line that names the key."""
     if isinstance(tree.get("problem"), str):
         tree = {**tree, "problem": {"kind": tree["problem"]}}
-    made = with_problem(kind, problem_of(tree).Settings)
+    complete = with_problem(kind, problem_of(tree).Settings)
     try:
-        return made.model_validate(tree)
+        return complete.model_validate(tree)
     except (ValidationError, RecursionError) as error:
         sections = [name for name in kind.model_fields if name not in ("stages", "license")]
-        raise UsageError(f"{where}: {explain(error, list(keys(made)), sections)}") from None
+        raise UsageError(f"{where}: {explain(error, list(keys(complete)), sections)}") from None
 
 
 def with_values(config: C, values: dict[str, Any]) -> C:
     """A copy of a configuration with dotted keys set; the result is checked again."""
     tree = config.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():
-        _assign(tree, key, value, type(config))
+        _assign(tree, key, value=value, kind=type(config))
     kind: Any = Chosen if isinstance(config, Chosen) else Config
-    made: C = build(tree, "derived configuration", kind)
-    return made
+    built: C = build(tree, "derived configuration", kind)
+    return built
 
 
 class _Loader(yaml.SafeLoader):

@@ -132,7 +132,7 @@ class Data(Section):
 
     @property
     def places(self) -> list[str]:
-        """Where the training text is, one entry a source."""
+        """The places of the training text, one entry a source."""
         entries = self.train if isinstance(self.train, list) else [self.train]
         return [entry.path if isinstance(entry, Weighted) else entry for entry in entries]
 
@@ -217,7 +217,7 @@ class Adapter(Section):
 
 
 class Change(Section):
-    """What holds from a step on, other than the run was planned: see `training/schedule.py`."""
+    """A change of a run's plan from a step on: see `training/schedule.py`."""
 
     step: Natural  # steps done before it
     length: Count | None = None  # steps in the whole run from now on
@@ -232,7 +232,8 @@ class Change(Section):
 
 
 class ProblemSettings(Section):
-    """What a run is to solve. A problem may have keys of its own beside these (`training/problem.py`)."""
+    """The name of the problem that a run solves. A problem may have keys of its own beside these
+    (`training/problem.py`)."""
 
     kind: str = fixed("pretraining", "what the run learns: pretraining (or file.py:Name)")
 
@@ -408,7 +409,7 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def on_resume(key: str, section: type[BaseModel] = Config) -> str:
-    """What a continued run may do with a key: fixed, flexible or free."""
+    """Says if a continued run may change a key: fixed, flexible or free."""
     extra = keys(section)[key].json_schema_extra
     assert isinstance(extra, dict) and extra.get("resume") in ("fixed", "flexible", "free"), f"undeclared key {key}"
     return str(extra["resume"])
