@@ -65,6 +65,16 @@ def small_numbers_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """A process that has imported everything and forks: a command, or Python, with a process of its own."""
+    from zygote import Zygote
+
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     path.write_text(make_text(4000), encoding="utf-8")

@@ -120,7 +120,7 @@ def run_worker(config: Config, out: Path) -> None:
     if plan.get("finished"):
         return
     if plan["asked"] != _asked(config):
-        raise RunMismatch(f"rank {ranks.rank} was started with another configuration than rank 0; start all with one")
+        raise RunMismatch("started with another configuration than rank 0; start all with one")
     chosen = configuration.build(plan["config"], "the main process's configuration", Chosen)
     base = _base(chosen)
     place, kind = Place(out / "data", base, begun=bool(plan["restore"])), _problem(chosen)

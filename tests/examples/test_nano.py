@@ -1,9 +1,6 @@
 """examples/nano.py is the loop in one file: their losses are equal to the last bit where the loop takes the plain forms
 of its kernels (tests/model/test_kernels.py compares these with its own)."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from gptworks import lifecycle
@@ -15,15 +12,9 @@ NANO = Path(__file__).parents[2] / "examples" / "nano.py"
 STEPS = 8
 
 
-def test_nano_gives_the_losses_of_the_loop_exactly(tmp_path, monkeypatch):
-    done = subprocess.run(
-        [sys.executable, str(NANO), str(STEPS)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    nano = [float(line.split()[3]) for line in done.stdout.splitlines() if line.startswith("step ")]
+def test_nano_gives_the_losses_of_the_loop_exactly(tmp_path, monkeypatch, zygote):
+    said = zygote.python(f"import runpy; runpy.run_path({str(NANO)!r})", str(STEPS))
+    nano = [float(line.split()[3]) for line in said.splitlines() if line.startswith("step ")]
 
     losses: list[float] = []
     usual = loop.accumulate

@@ -2,8 +2,6 @@
 
 import fnmatch
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -108,7 +106,7 @@ NEOX = {"positions": "rotary", "partial_rotary_factor": 0.25, "use_parallel_resi
         ("adamw", 8, {"family": "qwen3", **SMALL}, {"norm_placement": "post", "qk_norm_per_head": False}),
     ],
 )
-def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer, rows, shape, parts):
+def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer, rows, shape, parts, zygote):
     """At most six tenths above it, for a step of activations mostly and for one of weights mostly."""
     from pathlib import Path
 
@@ -117,10 +115,10 @@ def test_memory_estimate_is_never_below_the_measured_peak_and_near_it(optimizer,
 
     asked = json.dumps({"optimizer": optimizer, "rows": rows, "shape": shape, "parts": parts})
     tests = str(Path(tiny.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", PROBE, tests, asked], capture_output=True, text=True, check=True)
+    measured = int(zygote.python(PROBE, tests, asked))
     config = replace(build_config(Model(**shape), 1024, 256), **parts)
     estimate = step_memory(config, 256, optimizer, 4).of(rows)
-    assert int(done.stdout) <= estimate < 1.6 * int(done.stdout)
+    assert measured <= estimate < 1.6 * measured
 
 
 def test_memory_grows_with_what_it_should():

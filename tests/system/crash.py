@@ -64,7 +64,6 @@ class Site:
 
     def __init__(self, path: Path, steps: int = STEPS) -> None:
         self.path, self.steps, self.zygote = path, steps, Zygote()
-        self.host: Child | None = None
         draw = random.Random(1)
         rows = [" ".join(draw.choice(WORDS) for _ in range(draw.randint(3, 30))) for _ in range(40)]
         # The held-out text is spelled backwards: learning helps it at first, so that the best weights are not the last.
@@ -90,22 +89,8 @@ class Site:
         """The command on one process, or on several as torchrun would start them."""
         if processes == 1:
             return [self.zygote.start(self.command(out), self.log(out), [*sabotage, f"samples={out}.samples.0"], **env)]
-        if self.host:
-            self.host.kill()  # a new meeting place for each start
-        self.host, port = self.zygote.meeting_place(self.path / "port")
-        common = {
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        return [
-            self.zygote.start(
-                self.command(out), self.log(out), [*sabotage, f"samples={out}.samples.{rank}"], RANK=str(rank),
-                LOCAL_RANK=str(rank), MASTER_PORT=port, **common, **env,
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
+        watched = [[*sabotage, f"samples={out}.samples.{rank}"] for rank in range(processes)]
+        return self.zygote.several([self.command(out)] * processes, self.log(out), watched, **env)
 
     def finish(self, out: Path, processes: int = 1, sabotage: tuple[str, ...] = (), **env: str) -> list[int | None]:
         return [child.wait(120) for child in self.start(out, processes, sabotage, **env)]
@@ -116,8 +101,6 @@ class Site:
             file.unlink()
 
     def close(self) -> None:
-        if self.host:
-            self.host.kill()
         self.zygote.close()
 
 

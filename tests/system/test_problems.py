@@ -1,8 +1,6 @@
 """Problems of one's own are trained, continued, replayed and shown as the built-in one; a mistake in them is named."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,26 +70,23 @@ def test_a_problem_that_was_stopped_ends_as_one_that_was_not(problem, workers, t
     assert lifecycle.verify(tmp_path / "run")["identical"] and lifecycle.verify(tmp_path / "straight")["identical"]
 
 
-def command(problem: str, out: Path, processes: int, **values) -> list[str]:
-    (out.parent / "empty.yaml").write_text("{}\n")
-    settings = SHORT | {"train.reduce": "canonical", "train.threads": 1} | values
-    spelled = [f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items()]
-    port = str(29600 + os.getpid() % 9000)
-    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
-    return [sys.executable, *(several if processes > 1 else []), "-m", "gptworks", "train",
-            str(out.parent / "empty.yaml"), f"problem={PROBLEMS[problem]}", *spelled, "--out", str(out)]  # fmt: skip
+def spelled(settings: dict) -> list[str]:
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_two_processes_that_were_killed_end_as_one_that_was_not(problem, tmp_path):
-    config = asked(problem, **{"train.reduce": "canonical", "train.threads": 1})
-    lifecycle.train(config, tmp_path / "one")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out, fatal = tmp_path / "run", {**environment, "GPTWORKS_FAILPOINT": "step.count:6:kill@1"}
-    killed = subprocess.run(command(problem, out, 2), env=fatal, capture_output=True, text=True)
-    assert killed.returncode and [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
-    done = subprocess.run(command(problem, out, 2), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_that_were_killed_end_as_one_that_was_not(problem, tmp_path, zygote):
+    settings = SHORT | {"train.reduce": "canonical", "train.threads": 1}
+    lifecycle.train(asked(problem, **settings), tmp_path / "one")
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    out, log = tmp_path / "run", tmp_path / "log"
+    recipe, named = str(tmp_path / "empty.yaml"), f"problem={PROBLEMS[problem]}"
+    line = ["train", recipe, named, *spelled(settings), "--out", str(out)]
+    killed = zygote.several([line, line], log, GPTWORKS_FAILPOINT="step.count:6:kill@1")
+    assert [child.wait(60) for child in killed] == [79, -9], log.read_text()[-2000:]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    done = zygote.several([line, line], log)
+    assert [child.wait(60) for child in done] == [0, 0], log.read_text()[-2000:]
     assert weights(out) == weights(tmp_path / "one")
     assert json.loads((out / "result.json").read_text())["processes"] == 2
     assert lifecycle.verify(out)["identical"]
@@ -213,18 +208,22 @@ def test_a_run_does_not_go_on_beside_another_second_model(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["take", "loss", "__call__", "start", "open"])
-def test_an_error_in_a_problem_names_its_file_and_line(method, tmp_path):
+def test_an_error_in_a_problem_names_its_file_and_line(method, tmp_path, monkeypatch, capsys):
+    from gptworks import cli
+
     text = (ROOT / "examples" / "own_problem.py").read_text().splitlines()
     at = next(i for i, line in enumerate(text) if f"def {method}(" in line)
     indent = " " * (len(text[at]) - len(text[at].lstrip()) + 4)
     text.insert(at + 1, f"{indent}raise ValueError('as you wrote it')")
     (tmp_path / "mine.py").write_text("\n".join(text))
     (tmp_path / "empty.yaml").write_text("{}\n")
-    spelled = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in SHORT.items()]
-    line = [sys.executable, "-m", "gptworks", "train", "empty.yaml", "problem=mine.py:Reverse", *spelled]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 64 and "Traceback" not in done.stderr
-    said = done.stderr.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gptworks", "train", "empty.yaml", "problem=mine.py:Reverse", *spelled(SHORT)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert end.value.code == 64 and "Traceback" not in errors
+    said = errors.splitlines()[-1]
     assert said.startswith("error: ") and f"mine.py, line {at + 2}, in {method}: ValueError: as you wrote it" in said
 
 

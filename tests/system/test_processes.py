@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from zygote import Zygote
 
 from gptworks import lifecycle
 from gptworks.core import folder
@@ -21,53 +22,78 @@ STEADY = {
 LONG = {"train.max_steps": 100_000, "train.checkpoint_every": 5, "train.eval_every": 100_000, "train.log_every": 1}
 
 
-class Group:
-    """`torchrun --nproc-per-node N -m gptworks train`, as a person types it, on a tiny run."""
+def spelled(settings: dict) -> list[str]:
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
 
-    def __init__(self, overrides: list[str], out: Path, processes: int, settings: dict, **environment: str) -> None:
-        recipe = out.parent / "tiny.yaml"
-        recipe.write_text("{}\n")
-        more = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
-        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
-        line += [
-            str(29600 + os.getpid() % 9000),
-            "-m",
-            "gptworks",
-            "train",
-            str(recipe),
-            *overrides,
-            *more,
-            "--out",
-            str(out),
-        ]
+
+class Group:
+    """The processes of one run on `out`, and what they said."""
+
+    def __init__(self, out: Path) -> None:
         self.out, self.log = out, out.parent / "log"
-        self.process = subprocess.Popen(
-            line,
-            stdout=subprocess.DEVNULL,
-            stderr=open(self.log, "a"),  # noqa: SIM115
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            start_new_session=True,
-        )
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def running(self) -> bool:
+        raise NotImplementedError
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
         begin = time.monotonic()
         while text not in self.said:
-            assert self.process.poll() is None and time.monotonic() - begin < seconds, self.said[-3000:]
+            assert self.running() and time.monotonic() - begin < seconds, self.said[-3000:]
             time.sleep(0.05)
+
+
+class Forked(Group):
+    """Processes that start at once, as torchrun would start them; nothing ends one where another fails."""
+
+    def __init__(self, zygote: Zygote, lines: list[list[str]], out: Path, **environment: str) -> None:
+        super().__init__(out)
+        self.children = zygote.several(lines, self.log, **environment)
+
+    def running(self) -> bool:
+        return all(child.wait(0) is None for child in self.children)
+
+    def codes(self, seconds: float = 120) -> list[int | None]:
+        try:
+            return [child.wait(seconds) for child in self.children]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        for child in self.children:
+            child.kill()
+
+
+class Torchrun(Group):
+    """`torchrun --nproc-per-node N -m gptworks train`, as a person types it."""
+
+    def __init__(self, line: list[str], out: Path, processes: int) -> None:
+        super().__init__(out)
+        port = str(29600 + os.getpid() % 9000)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        self.process = subprocess.Popen(
+            [*launcher, "--master-port", port, "-m", "gptworks", *line],
+            stdout=subprocess.DEVNULL,
+            stderr=open(self.log, "a"),  # noqa: SIM115
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def running(self) -> bool:
+        return self.process.poll() is None
 
     def workers(self) -> dict[str, int]:
         """The processes by rank, from what the system says of their environment."""
-        found = {}
+        pids = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 values = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
                 if str(self.out) in (entry / "cmdline").read_text() and "RANK" in values:
-                    found[values["RANK"]] = int(entry.name)
-        return found
+                    pids[values["RANK"]] = int(entry.name)
+        return pids
 
     def end(self, seconds: float = 120) -> int:
         try:
@@ -75,6 +101,14 @@ class Group:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in self.workers().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def alive(pid: int) -> bool:
@@ -93,22 +127,43 @@ def seconds_until_gone(pids: list[int], limit: float = 60) -> float:
 
 
 @pytest.fixture
-def group(tiny_overrides, tmp_path):
-    """group(processes, settings): starts them on tmp_path/run; whatever is left at the end is ended."""
-    started: list[Group] = []
+def command(tiny_overrides, tmp_path):
+    """command(settings): the arguments of a tiny run on tmp_path/run."""
+    (tmp_path / "tiny.yaml").write_text("{}\n")
 
-    def start(processes: int, settings: dict, **environment: str) -> Group:
-        started.append(Group(tiny_overrides, tmp_path / "run", processes, settings, **environment))
+    def line(settings: dict) -> list[str]:
+        recipe, out = str(tmp_path / "tiny.yaml"), str(tmp_path / "run")
+        return ["train", recipe, *tiny_overrides, *spelled(settings), "--out", out]
+
+    return line
+
+
+@pytest.fixture
+def forked(zygote, command, tmp_path):
+    """forked(settings, ...): a process for each of the settings; whatever is left at the end is ended."""
+    started: list[Forked] = []
+
+    def start(*settings: dict, **environment: str) -> Forked:
+        started.append(Forked(zygote, [command(each) for each in settings], tmp_path / "run", **environment))
         return started[-1]
 
     yield start
     for one in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        for pid in one.workers().values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        one.process.wait()
+        one.kill()
+
+
+@pytest.fixture
+def torchrun(command, tmp_path):
+    """torchrun(settings): two processes under the launcher; whatever is left at the end is ended."""
+    started: list[Torchrun] = []
+
+    def start(settings: dict) -> Torchrun:
+        started.append(Torchrun(command(settings), tmp_path / "run", 2))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
 
 
 def end_state(run: Path, step: int) -> dict[str, object]:
@@ -125,13 +180,11 @@ def alone(tiny_config, tmp_path_factory):
     return out
 
 
-def test_two_processes_give_the_bits_of_one_and_one_goes_on_where_two_were(group, alone, tiny_config, tmp_path):
+def test_two_processes_give_the_bits_of_one_and_one_goes_on_where_two_were(forked, alone, tiny_config, tmp_path):
     """1 and 2 processes agree with canonical sums, and a run may move: two steps on two, the rest on one."""
-    two = group(2, STEADY, GPTWORKS_FAILPOINT="step.hooks:6:term@1")  # the signal reaches rank 1 alone
-    two.end()
-    assert "at step 6; saved" in two.said, two.said[-3000:]
-    assert two.said.count("Traceback (most recent call last)") == 1  # torchrun's own
-    assert not two.workers()
+    two = forked(STEADY, STEADY, GPTWORKS_FAILPOINT="step.hooks:6:term@1")  # the signal reaches rank 1 alone
+    assert two.codes() == [75, 75], two.said[-3000:]
+    assert "at step 6; saved" in two.said and "Traceback" not in two.said
     state = folder.read_json(tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json")
     assert state["step"] == 6  # agreed on
     lifecycle.train(tiny_config(**STEADY), tmp_path / "run", "tiny")
@@ -139,10 +192,10 @@ def test_two_processes_give_the_bits_of_one_and_one_goes_on_where_two_were(group
     assert lifecycle.verify(tmp_path / "run")["identical"]
 
 
-def test_sums_as_they_come_give_the_losses_of_one_process_within_rounding(group, tiny_config, tmp_path):
+def test_sums_as_they_come_give_the_losses_of_one_process_within_rounding(forked, tiny_config, tmp_path):
     settings = STEADY | {"train.reduce": "sum", "train.max_steps": 6}
-    two = group(2, settings)
-    assert two.end() == 0, two.said[-3000:]
+    two = forked(settings, settings)
+    assert two.codes() == [0, 0], two.said[-3000:]
     lifecycle.train(tiny_config(**settings), tmp_path / "one", "tiny")
     ours, theirs = (folder.read_json(tmp_path / name / "result.json") for name in ("run", "one"))
     assert (ours["processes"], theirs["processes"]) == (2, 1)
@@ -153,19 +206,17 @@ def test_sums_as_they_come_give_the_losses_of_one_process_within_rounding(group,
     assert two.said.count("trained  6 steps") == 1  # one process speaks
 
 
-def test_a_killed_process_ends_the_other_within_ten_seconds_and_loses_no_saved_step(group, tmp_path):
-    two = group(2, STEADY | LONG)
+def test_a_killed_process_ends_the_other_within_ten_seconds_and_loses_no_saved_step(forked, tmp_path):
+    two = forked(STEADY | LONG, STEADY | LONG)
     two.wait_for("step-00000010")
-    pids = two.workers()
-    os.kill(pids["1"], signal.SIGKILL)
-    assert seconds_until_gone(list(pids.values())) < 10
-    assert two.end() != 0
+    two.children[1].kill()
+    assert seconds_until_gone([two.children[0].pid]) < 10 and two.codes() == [79, -9]
     assert "error: rank 0: another process of this run ended" in two.said
     assert (tmp_path / "run" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
 
 
-def test_a_hanging_process_ends_all_within_its_timeout_with_the_stacks_of_each(group):
-    two = group(2, STEADY | LONG | {"train.timeout_s": 4})
+def test_a_hanging_process_ends_all_within_its_timeout_with_the_stacks_of_each(torchrun):
+    two = torchrun(STEADY | LONG | {"train.timeout_s": 4})
     two.wait_for("step-00000005")
     pids = two.workers()
     os.kill(pids["1"], signal.SIGSTOP)
@@ -176,36 +227,25 @@ def test_a_hanging_process_ends_all_within_its_timeout_with_the_stacks_of_each(g
     assert "exitcode  : 79" in two.said
 
 
-def test_nobody_stays_where_the_launcher_is_killed(group):
-    two = group(2, STEADY | LONG)
+def test_nobody_stays_where_the_launcher_is_killed(torchrun):
+    two = torchrun(STEADY | LONG)
     two.wait_for("step-00000005")
     pids = two.workers()
     two.process.kill()
     assert seconds_until_gone(list(pids.values())) < 10
 
 
-def test_a_bad_corpus_ends_all_with_one_reason(group, tmp_path):
-    two = group(2, STEADY | {"data.train": str(tmp_path / "nowhere.txt")})
-    two.end()
+def test_a_bad_corpus_ends_all_with_one_reason(torchrun, tmp_path):
+    two = torchrun(STEADY | {"data.train": str(tmp_path / "nowhere.txt")})
+    assert two.end() != 0
     assert "no such file" in two.said and not two.workers()
 
 
-def test_other_settings_on_another_process_are_refused(group, tmp_path):
+def test_other_settings_on_another_process_are_refused(forked, tmp_path):
     """What each was started with is compared before anything is computed."""
-    script = tmp_path / "start.py"
-    script.write_text(
-        "import os, sys\nfrom gptworks import api\n"
-        "api.train(sys.argv[1], sys.argv[2], **{'data.train': 'shakespeare', 'train.max_steps': 2, "
-        "'train.seed': 1 + int(os.environ['RANK'])})\n"
-    )
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("model: {hidden_size: 32, num_hidden_layers: 1}\ntrain: {context: 32, batch_tokens: 64}\n")
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "28411"]
-    done = subprocess.run(
-        [*line, str(script), str(recipe), str(tmp_path / "run")], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode != 0 and "another configuration than rank 0" in done.stderr
+    two = forked(STEADY, STEADY | {"train.seed": 2})
+    assert two.children[1].wait(60) == 78
+    assert "another configuration than rank 0" in two.said and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_on_one_process_everything_is_a_no_op():

@@ -2,8 +2,8 @@
 
 `python zygote.py` reads one JSON request a line and answers each with one: {"argv": [...], "env": {...}, "log": path}
 starts a command and gives its pid; {"wait": pid, "seconds": s} gives its exit code (negative: the signal), or null if
-it still runs; {"store": path} starts the meeting place of several. A child may be told to misbehave, by names in the
-request: see `sabotage.py`.
+it still runs; {"store": path} starts the meeting place of several; with "code", Python is run in place of a command. A
+child may be told to misbehave, by names in the request: see `system/sabotage.py`.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ class Zygote:
     """The side that asks."""
 
     def __init__(self) -> None:
+        self.host: Child | None = None
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(
-            [str(HERE.parents[1]), str(HERE), environment.get("PYTHONPATH", "")]
+            [str(HERE.parent), str(HERE), str(HERE / "system"), environment.get("PYTHONPATH", "")]
         )
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -47,6 +49,15 @@ class Zygote:
         assert code is not None, "no end in 300 s"
         return code
 
+    def python(self, code: str, *arguments: str, seconds: float = 120) -> str:
+        """Runs Python in a child, with `arguments` in sys.argv; gives what it printed. Fails unless it ends well."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, log = Path(folder) / "out", Path(folder) / "log"
+            request = {"argv": list(arguments), "log": str(log), "env": {}, "sabotage": [], "code": code}
+            ended = Child(self, self._ask(**request, out=str(out))).wait(seconds)
+            assert ended == 0, f"exit code {ended}: {log.read_text()[-3000:]}"
+            return out.read_text()
+
     def meeting_place(self, note: Path) -> "tuple[Child, str]":
         """A process that hosts the store where others meet, as torchrun's own does; and its port."""
         note.unlink(missing_ok=True)
@@ -55,7 +66,24 @@ class Zygote:
             time.sleep(0.002)
         return host, note.read_text()
 
+    def several(
+        self, argv: list[list[str]], log: Path, sabotage: list[list[str]] | None = None, **env: str
+    ) -> list["Child"]:
+        """Starts one process for each list of arguments, as the processes of one run that torchrun would start."""
+        if self.host:
+            self.host.kill()  # a new meeting place for each start
+        self.host, port = self.meeting_place(log.with_suffix(".port"))
+        size = str(len(argv))
+        env |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        return [
+            self.start(line, log, sabotage[rank] if sabotage else None, RANK=str(rank), LOCAL_RANK=str(rank), **env)
+            for rank, line in enumerate(argv)
+        ]
+
     def close(self) -> None:
+        if self.host:
+            self.host.kill()
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
@@ -92,24 +120,34 @@ def wait(pid: int, seconds: float) -> int | None:
 
 def child(request: dict[str, Any]) -> None:
     """Becomes the command."""
-    import sabotage
-
-    from gptworks import cli
-    from gptworks.core import failpoint
-    from gptworks.core.ranks import ranks
-
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDWR)
-    for number, target in ((0, null), (1, null), (2, log)):
+    out = os.open(request["out"], os.O_WRONLY | os.O_CREAT) if "out" in request else null
+    for number, target in ((0, null), (1, out), (2, log)):
         os.dup2(target, number)
+    try:
+        import sabotage
+
+        from gptworks import cli
+        from gptworks.core import failpoint
+        from gptworks.core.ranks import ranks
+    except BaseException:  # or the child would go on as the zygote
+        import traceback
+
+        traceback.print_exc()
+        os._exit(70)
     os.environ.update(request["env"])
+    os.chdir(request.get("cwd", "."))
     ranks.__init__()  # type: ignore[misc]
     failpoint.arm(os.environ.get("GPTWORKS_FAILPOINT"))
     for name in request["sabotage"]:
         sabotage.apply(name)
     sys.argv = ["gptworks", *request["argv"]]
     try:
-        cli.main()
+        if "code" in request:
+            exec(compile(request["code"], "<code>", "exec"), {"__name__": "__main__"})
+        else:
+            cli.main()
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -118,6 +156,7 @@ def child(request: dict[str, Any]) -> None:
 
         traceback.print_exc()
         code = 70
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
