@@ -104,7 +104,7 @@ class RunSchedule:
 
     def reaches(self, step: int, share: float) -> bool:
         """True at the first step at which so large a share of the run is done."""
-        wanted = max(share * self.planned, 1.0) - 1e-9
+        wanted = max(round(share * self.planned), 1) - 1e-9
         return self._planned_step(step - 1) < wanted <= self._planned_step(step) or (share == 1 and step == self.length)
 
     def decay_from(self, step: int) -> Change:
