@@ -14,10 +14,11 @@ demo: $(INSTALLED)  ## three minutes: text -> tokenizer -> training -> evaluatio
 	$(BIN)/gptworks run laptop --out runs/demo
 
 test: $(INSTALLED)  ## the whole suite, under ten minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal $(ARGUMENTS)
 
-test-slow: $(INSTALLED)  ## the tests too long for `make test`: chained kills, full-size corpora
+test-slow: $(INSTALLED)  ## the tests too long for `make test`; properties with four times as many examples
 	$(BIN)/python -m pytest -m slow
+	GPTWORKS_EXAMPLES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) tests/core tests/data tests/infer
 
 peers: $(INSTALLED)  ## what we export, in llama.cpp; builds llama-cpp-python from source the first time, minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'

@@ -1,5 +1,6 @@
 """Tiny models, texts and batches for tests that need no run folder."""
 
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -137,3 +138,8 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     loss = torch.compile(kernels._loss_and_gradient, backend=backend)
     monkeypatch.setattr(transformer, "_compiled", lambda: block)
     monkeypatch.setattr(kernels, "_compiled_loss_and_gradient", lambda: loss)
+
+
+def examples(number: int) -> int:
+    """The examples of a property that hypothesis draws: a quarter of them in `make test`, all in `make test-slow`."""
+    return number if os.environ.get("GPTWORKS_EXAMPLES") == "all" else max(number // 4, 20)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 
 from gptworks.core import config
 from gptworks.core.config import recipe
@@ -124,7 +125,7 @@ NAMES = st.one_of(
 
 
 @given(st.dictionaries(NAMES, HOSTILE, min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_values_give_a_config_or_one_line(overrides: dict[str, Any]) -> None:
     try:
         made = config.load("laptop", overrides)
@@ -138,7 +139,7 @@ def test_any_values_give_a_config_or_one_line(overrides: dict[str, Any]) -> None
 
 
 @given(st.lists(st.builds("{}={}".format, NAMES, st.text(max_size=20)) | st.text(max_size=10), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_command_line_gives_a_config_or_one_line(overrides: list[str]) -> None:
     try:
         config.load("laptop", overrides)
@@ -147,7 +148,7 @@ def test_any_command_line_gives_a_config_or_one_line(overrides: list[str]) -> No
 
 
 @given(st.text(max_size=200) | st.text(alphabet="{}[]:,-&*!|>'\"# \n\tab1", max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_recipe_file_gives_a_config_or_one_line(text: str) -> None:
     try:
         tree = recipe._parse(text, "recipe")
@@ -313,7 +314,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
     lr=st.floats(0, 1e29, allow_subnormal=False),
     seed=st.integers(0, 10**15),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_dump_reads_back_equal_for_any_text(
     tmp_path_factory: pytest.TempPathFactory, separator: str, prompts: list[str], lr: float, seed: int
 ) -> None:
@@ -516,7 +517,7 @@ def test_a_mixture_that_means_nothing_is_refused(entries: str, problem: str) -> 
     paths=st.lists(TEXT.filter(bool) | st.just("a\u2028: {b}\n'"), min_size=1, max_size=4, unique=True),
     weight=st.floats(1e-20, 1e20),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_dump_of_a_mixture_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, paths: list[str], weight: float
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError
@@ -42,7 +43,7 @@ def test_every_script_is_told_and_marks_and_digits_are_no_letters() -> None:
 
 
 @given(st.lists(st.text(st.sampled_from("".join(SCRIPTS.values()) + "5 \n🎉"), max_size=50), max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_shares_of_scripts_are_those_of_the_letters(documents: list[str]) -> None:
     (found,) = read(documents)
     expected = Counter(script_of(ord(c)) for text in documents for c in text if unicodedata.category(c)[0] == "L")
@@ -76,7 +77,7 @@ def test_the_sample_is_bounded_over_all_sources(tmp_path: Path, sources: int, mo
 
 
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c", "d" * 30, "e " * 30]), max_size=6), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_copies_are_counted_where_they_come_second(corpus: list[list[str]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "PIECE", 10)  # the hash is of the whole text, however it was cut
@@ -112,7 +113,7 @@ def test_copies_are_looked_for_among_a_bounded_number(monkeypatch: pytest.Monkey
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_percentiles_are_lengths_that_so_many_documents_do_not_exceed(lengths: list[int]) -> None:
     (row,) = table([Findings("a")], [np.array(lengths)])
     ordered = sorted(lengths)

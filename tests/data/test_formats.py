@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
+from tiny import examples
 
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, UsageError
@@ -80,7 +81,7 @@ ROWS = st.lists(TEXT, min_size=1, max_size=12)
 
 @pytest.mark.parametrize("kind", WRITERS)
 @given(rows=ROWS, block=st.integers(4, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_rows_come_back_whatever_is_in_them_and_wherever_blocks_end(
     tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[str], block: int
 ) -> None:
@@ -119,7 +120,7 @@ JSON = st.recursive(
 
 
 @given(rows=st.lists(JSON, max_size=8), indent=st.none() | st.integers(0, 3), block=st.integers(1, 30), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_a_json_list_is_cut_into_the_rows_that_a_parser_finds(
     rows: list[Any], indent: int | None, block: int, data: st.DataObject
 ) -> None:
@@ -173,7 +174,7 @@ def test_a_list_within_an_object_and_an_empty_list(tmp_path: Path) -> None:
 
 
 @given(rows=ROWS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_csv_is_read_as_arrow_reads_it(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "arrow.csv"
     plain = [row.replace("\ufeff", "") for row in rows]
@@ -327,7 +328,7 @@ GOOD_JSON = {
     last=st.booleans(),
     mark=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_rows_in_are_rows_kept_and_rows_rejected(
     tmp_path_factory: pytest.TempPathFactory, kind: str, rows: list[str], share: float, block: int, end: str,
     last: bool, mark: bool,

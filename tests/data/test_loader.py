@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.data.batch import Batch, Cursor
@@ -35,7 +36,7 @@ def pieces_of(plan: Plan) -> list[tuple[int, int]]:
 
 
 @given(sizes=SIZES, context=st.integers(2, 30), seed=st.integers(0, 5), epoch=st.integers(0, 5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_every_position_is_an_input_once_an_epoch(sizes: list[int], context: int, seed: int, epoch: int) -> None:
     stream = stream_of(sizes)
     plan = plan_epoch(stream, context, seed, epoch)
@@ -47,7 +48,7 @@ def test_every_position_is_an_input_once_an_epoch(sizes: list[int], context: int
 
 
 @given(sizes=SIZES, context=st.integers(2, 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_document_that_fits_a_row_is_never_cut(sizes: list[int], context: int) -> None:
     stream = stream_of(sizes)
     starts = stream.documents.tolist()
@@ -80,7 +81,7 @@ def test_long_documents_are_cut_elsewhere_in_another_epoch() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=80))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_best_fit_never_overfills_and_leaves_no_two_rows_that_would_fit_one(lengths: list[int]) -> None:
     rows, count = best_fit(lengths, 20)
     fill = np.bincount(rows, weights=lengths, minlength=count)
@@ -245,7 +246,7 @@ def inputs_of(plan: Plan) -> np.ndarray:
 
 
 @given(sources=SOURCES, data=st.data(), context=st.integers(2, 30), seed=st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_a_source_gives_its_share_and_no_token_twice_before_all_came_once(
     sources: list[list[int]], data: st.DataObject, context: int, seed: int
 ) -> None:
@@ -270,7 +271,7 @@ def test_a_source_gives_its_share_and_no_token_twice_before_all_came_once(
 
 
 @given(sources=SOURCES, context=st.integers(2, 30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_pieces_of_a_mixture_keep_to_their_document(sources: list[list[int]], context: int) -> None:
     stream = corpus_of(*sources)
     mixture = Mixture(stream, context, 1, [1.0 + number for number in range(len(sources))])
@@ -284,7 +285,7 @@ def test_pieces_of_a_mixture_keep_to_their_document(sources: list[list[int]], co
 
 
 @given(sources=SOURCES, data=st.data(), rows=st.integers(1, 7), weighted=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_shares_count_the_rows_that_were_consumed(
     sources: list[list[int]], data: st.DataObject, rows: int, weighted: bool
 ) -> None:
@@ -397,7 +398,7 @@ def test_a_row_is_shown_as_a_person_reads_it() -> None:
 
 
 @given(total=st.integers(2, 200), context=st.integers(1, 40), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_evaluation_predicts_every_token_once(total: int, context: int, data: st.DataObject) -> None:
     stride = data.draw(st.none() | st.integers(1, context))
     seen: list[int] = []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 
 from gptworks.core import folder
 from gptworks.core.config import Data
@@ -184,7 +185,7 @@ def test_documents_that_are_all_longer_than_eval_bytes_are_refused(tmp_path: Pat
 
 
 @given(sizes=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=40), most=st.integers(1, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_the_lowest_draws_within_a_bound(sizes: list[tuple[int, int]], most: int) -> None:
     """Against sorting: all below the limit are there, they fit, and with the next ones they would not."""
     kept = split.Lowest(most)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, GptworksError, UsageError
@@ -225,7 +226,7 @@ BROKEN = st.lists(
 
 
 @given(data=BROKEN, block=st.integers(4, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_invalid_utf8_is_counted_wherever_blocks_end(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, block: int
 ) -> None:
@@ -240,7 +241,7 @@ def test_invalid_utf8_is_counted_wherever_blocks_end(
 
 
 @given(data=BROKEN, block=st.integers(4, 9), mark=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_strict_reading_names_the_first_bad_byte(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, block: int, mark: bool
 ) -> None:
@@ -342,7 +343,7 @@ def tokenizer(pattern: str) -> Tokenizer:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(text=MIXED, piece=st.integers(1, 30))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_cut_text_has_the_ids_of_the_whole(pattern: str, text: str, piece: int) -> None:
     encode = tokenizer(pattern)._slow
     with pytest.MonkeyPatch.context() as patch:
@@ -354,7 +355,7 @@ def test_cut_text_has_the_ids_of_the_whole(pattern: str, text: str, piece: int) 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(text=MIXED)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_every_safe_place_is_safe(pattern: str, text: str) -> None:
     """Cut at all of them at once, and at each alone."""
     encode = tokenizer(pattern)._slow

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -70,7 +71,7 @@ def test_ids_equal_those_of_tokenizers(pattern: str, text: str) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(text=HARD_TEXT)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_ids_of_gigatoken_equal_those_of_tokenizers(pattern: str, text: str) -> None:
     pytest.importorskip("gigatoken", reason="the fast encoder is an extra")
     assert bpe(pattern).engine == "gigatoken"
@@ -87,7 +88,7 @@ def test_without_gigatoken_the_ids_are_the_same(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(text=HARD_TEXT)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_bpe_round_trips_any_text_and_never_makes_control_tokens(pattern: str, text: str) -> None:
     ids = bpe(pattern).encode(text)
     assert bpe(pattern).decode(ids) == text
@@ -146,7 +147,7 @@ def characters() -> Tokenizer:
 
 
 @given(st.text(alphabet=ALPHABET, max_size=80))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_characters_round_trip_and_equal_tokenizers(text: str) -> None:
     made = characters()
     ids = made.encode(text)
@@ -602,7 +603,7 @@ def test_cl100k_has_tiktokens_ids_and_gpt2_those_of_transformers():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_bytes_are_the_bytes_of_utf8(text):
     made = Tokenizer.of_bytes()
     assert made.encode(text) == list(text.encode()) and made.decode(made.encode(text)) == text

@@ -11,6 +11,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 from tokenizers import AddedToken, processors
 
 from gptworks.core.errors import DataError
@@ -155,7 +156,7 @@ SAID = st.lists(PARTS, max_size=8).map("".join)
 
 @pytest.mark.parametrize("form", FORMS)
 @given(said=st.lists(SAID, min_size=1, max_size=5), system=st.none() | SAID)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_no_message_ever_becomes_a_control_token(form: str, said: list[str], system: str | None) -> None:
     made, spelled = tokenizer(FORMS[form][0]), spelling(*FORMS[form])
     harmless = talk(
@@ -167,7 +168,7 @@ def test_no_message_ever_becomes_a_control_token(form: str, said: list[str], sys
 
 @pytest.mark.parametrize("form", ["chatml", "plain", "llama"])
 @given(said=st.lists(SAID, min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_every_message_is_there_in_full(form: str, said: list[str]) -> None:
     made, spelled = tokenizer(FORMS[form][0]), spelling(*FORMS[form])
     [ids] = spelled.ids(talk(*said))

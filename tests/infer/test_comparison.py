@@ -10,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import examples
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -146,7 +147,7 @@ TOKENIZERS = {pattern: tiny_bpe(pattern) for pattern in PATTERNS} | foreign()
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=TEXTS, apart=st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_marked_ids_are_those_of_the_whole_text(name: str, text: str, apart: int) -> None:
     """And the ids before a place, with those after it, are the tokens that the library puts there."""
     made = TOKENIZERS[name]
