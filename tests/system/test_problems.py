@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import gptworks
 from gptworks import lifecycle
 from gptworks.core import config as configuration
-from gptworks.core import folder, runtime
+from gptworks.core import folder, registry, runtime
 from gptworks.core.config import Config
 from gptworks.core.errors import NotFinite, Preempted, RunMismatch, UsageError
 from gptworks.training.hooks import Checkpointer
@@ -123,6 +123,22 @@ def test_a_run_of_a_problem_is_shown_by_report_and_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert {"train/accuracy", "train/first_letter", "eval/accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_what_comes_after_training_needs_no_file_of_the_problem(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "examples" / "own_problem.py").read_text())
+    lifecycle.train(asked(f"{mine}:Reverse"), tmp_path / "run")
+    mine.unlink()
+    registry._load.cache_clear()  # or it would still be in memory
+    (tmp_path / "letters.txt").write_text("dcba>abcdhgfe>efgh" * 20)
+    assert Path(lifecycle.report(tmp_path / "run").report).is_file()
+    (generated,) = gptworks.generate(tmp_path / "run" / "model", ["hgfedcba>"], max_new_tokens=3, temperature=0.0)
+    assert generated.tokens <= 3 and generated["prompt"] == "hgfedcba>"
+    exported = gptworks.export(tmp_path / "run" / "model", "gguf", tmp_path / "m.gguf", data=str(tmp_path / "letters.txt"))
+    assert exported.parity and Path(exported.out).is_file()
+    with pytest.raises(UsageError, match="mine.py"):
+        lifecycle.verify(tmp_path / "run")
 
 
 def test_early_stopping_goes_by_the_watched_figure_and_its_direction(tmp_path, monkeypatch):
