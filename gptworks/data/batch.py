@@ -1,4 +1,4 @@
-"""What a step is computed from: rows of tokens with their targets, and where the next ones come from."""
+"""Batches: rows of tokens with their targets, and the cursor that says which rows come next."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,13 +12,14 @@ from gptworks.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens. B rows, T places.
+    """Rows of tokens: B rows of T places.
 
     tokens [B, T] int64; targets [B, T] int64, the next token; weights [B, T] float32, 0 where there is no target;
-    segments [B, T] int32, a number for each piece of a document in its row, or None where attention is not masked.
-    `extra` holds what else an objective needs, tensors with B rows. `first` is the number of the first row within its
-    step; `share` how many rows each process has in a whole step; `unit` how many rows belong together and are never
-    divided between micro-batches or processes, as the two answers of a preference.
+    segments [B, T] int32, which numbers the pieces of documents in a row, or None where attention is not masked.
+    `extra` holds what else an objective needs, as tensors with B rows. `first` is the number of the first row within
+    its step. `share` is the number of rows that each process has in a whole step. `unit` is the number of rows that
+    belong together, such as the two answers of a preference: they are never divided between micro-batches or
+    processes.
     """
 
     tokens: Tensor
@@ -32,7 +33,7 @@ class Batch:
 
     @property
     def tokens_seen(self) -> int:
-        """Places with a target: what a run counts as tokens, whatever the loss is divided by."""
+        """The number of places with a target. A run counts these as tokens, whatever the loss is divided by."""
         return int(torch.count_nonzero(self.weights))
 
     def to(self, device: torch.device) -> "Batch":
@@ -43,7 +44,7 @@ class Batch:
         return self._each(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True))
 
     def cut(self, start: int, stop: int) -> "Batch":
-        """Rows start .. stop-1, as far as there are any."""
+        """The rows from `start` up to, but not including, `stop`; fewer where the batch ends before."""
         return replace(self._each(lambda tensor: tensor[start:stop]), first=self.first + start)
 
     def share_of(self, rank: int, size: int) -> "Batch":
@@ -57,7 +58,7 @@ class Batch:
             yield self.cut(start, start + size)
 
     def _each(self, change: Any) -> "Batch":
-        """Every tensor changed in the same way."""
+        """The batch with `change` applied to every tensor."""
         return replace(
             self,
             tokens=change(self.tokens),
@@ -77,10 +78,10 @@ class Cursor:
 
 
 class Batches:
-    """A source of batches without state of its own: what comes next is a function of the cursor.
+    """A source of batches that keeps no state: the cursor alone decides which batch comes next.
 
-    `ahead` says whether a batch may be made while the step before it still computes. What depends on the weights, as
-    text that the model itself writes, must not be.
+    `ahead` says whether a batch may be prepared while the step before it still computes. Batches that depend on the
+    weights, such as text that the model itself writes, may not.
     """
 
     ahead = True
@@ -91,17 +92,17 @@ class Batches:
 
     @property
     def epoch_rows(self) -> int | None:
-        """Rows of the first epoch; None where the data has no end."""
+        """The number of rows in the first epoch; None where the data has no end."""
         return None
 
     def rows_in(self, epochs: float) -> int:
-        """Rows in so many epochs from the beginning. Raises UsageError where the data has no end."""
+        """The number of rows in the first `epochs` epochs. Raises UsageError where the data has no end."""
         if self.epoch_rows is None:
             raise UsageError("this data has no epochs to count: give train.max_steps")
         return round(epochs * self.epoch_rows)
 
     def epochs(self, cursor: Cursor) -> float:
-        """Epochs before `cursor`; the part of the one begun is counted in rows of the first."""
+        """The number of epochs before `cursor`. An unfinished epoch counts as a fraction of the rows of the first."""
         return cursor.epoch + (cursor.row / self.epoch_rows if self.epoch_rows else 0.0)
 
     def sources(self, cursor: Cursor) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What reading came across, source by source: counted on the way, shown before training, kept in the manifest."""
+"""Findings about the text that is read: counted by source, shown before training and kept in the manifest."""
 
 import hashlib
 import unicodedata
@@ -13,9 +13,9 @@ import numpy as np
 
 from gptworks.core.errors import DataError
 
-SAMPLE = 4_000_000  # characters, spread over the corpus, whose letters are counted by script
-HASHED = 2**24  # documents of the corpus that are compared with one another
-REASONS = 3  # unreadable rows that are shown
+SAMPLE = 4_000_000  # characters, spread over the corpus, of which the letters are counted by script
+HASHED = 2**24  # at most so many documents of the corpus are compared with one another
+REASONS = 3  # at most so many unreadable rows are shown
 SCRIPTS = {  # the first word of a letter's Unicode name
     "LATIN": "Latin", "CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana", "HANGUL": "Hangul", "CYRILLIC": "Cyrillic",
     "GREEK": "Greek", "ARABIC": "Arabic", "HEBREW": "Hebrew", "DEVANAGARI": "Devanagari", "THAI": "Thai",
@@ -24,11 +24,11 @@ SCRIPTS = {  # the first word of a letter's Unicode name
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a document: `first` begins it. Concatenating a document's pieces gives its text."""
+    """Part of a document; `first` marks the part that begins it. A document's pieces concatenated are its text."""
 
     text: str
     first: bool
-    source: int = 0  # which of the corpus
+    source: int = 0  # the source's number in the corpus
 
     @cached_property
     def utf8(self) -> bytes:
@@ -36,16 +36,16 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Bytes of the text in UTF-8."""
+        """The length of the text in bytes of UTF-8."""
         return len(self.text) if self.text.isascii() else len(self.utf8)
 
 
 @dataclass
 class Findings:
-    """One reading of one source. Rows of a table are either documents, empty documents or rejected."""
+    """Counts from one reading of one source. A row of a table is a document, an empty document or rejected."""
 
     name: str = ""
-    advance: Callable[[int], None] = lambda count: None  # hears of the bytes read from disk
+    advance: Callable[[int], None] = lambda count: None  # called with the bytes read from disk
     look: "DocumentSample | None" = None
     documents: int = 0
     bytes: int = 0
@@ -55,15 +55,15 @@ class Findings:
     rows: int = 0
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)  # of the first few rejected rows
-    columns: Counter[str] = field(default_factory=Counter)  # in how many files each was found to hold the text
+    columns: Counter[str] = field(default_factory=Counter)  # the number of files in which each holds the text
 
     def heard(self, count: int) -> None:
-        """So many more bytes were read from disk."""
+        """Counts bytes that were read from disk."""
         self.read += count
         self.advance(count)
 
     def count(self, piece: Piece) -> bool:
-        """Counts a piece; False if it is to be dropped, since its document is empty."""
+        """Counts a piece; returns False if it is to be dropped, since its document is empty."""
         if not piece.text:
             self.empty_documents += piece.first
             return False
@@ -74,7 +74,7 @@ class Findings:
         return True
 
     def reject(self, reason: str, most: float) -> None:
-        """Counts an unreadable row; `most` is the share of rows that may be. Raises DataError where none may."""
+        """Counts an unreadable row. `most` is the share of rows that may be unreadable; raises DataError if it is 0."""
         if not most:
             raise DataError(f"{reason} (data.max_bad_rows lets a share of the rows be skipped)")
         self.rejected += 1
@@ -82,7 +82,7 @@ class Findings:
             self.reasons.append(reason)
 
     def judge(self, most: float) -> None:
-        """Raises DataError if a larger share of the rows than `most` was unreadable."""
+        """Raises DataError if more than the share `most` of the rows was unreadable."""
         if self.rejected > most * self.rows:
             raise DataError(
                 f"{self.name}: {self.rejected:,} of {self.rows:,} rows cannot be read, more than "
@@ -103,19 +103,19 @@ class Findings:
 
 
 class DocumentSample:
-    """A hash of every document of a source, to find copies, and a sample of its letters, to tell scripts."""
+    """Hashes of a source's documents, to find copies, and a sample of its letters, to tell its scripts."""
 
     def __init__(self, size: int, sources: int) -> None:
-        """`size`: bytes on disk of the source (0: unknown), which is one of so many."""
+        """`size`: the source's bytes on disk (0: unknown); `sources`: the number of sources in the corpus."""
         self.size, self.characters, self.most = size, SAMPLE // sources, HASHED // sources
         self._letters: Counter[str] = Counter()  # by script
         self._hashes = array("Q")
-        self._open: Any = None  # the hash of the document that is being read
+        self._open: Any = None  # the hash of the document being read
         self._sample: list[str] = []
-        self._seen = self._taken = self._waiting = 0  # characters
+        self._seen = self._taken = self._waiting = 0  # characters read, sampled, and sampled but not yet counted
 
     def see(self, piece: Piece, read: int) -> None:
-        """`read`: how much of the source's bytes has been read."""
+        """Takes in a piece; `read` is the number of the source's bytes read so far."""
         if piece.first:
             self._close()
             self._open = hashlib.sha256()
@@ -123,7 +123,7 @@ class DocumentSample:
         self._seen += len(piece.text)
         so_far = min(read / self.size, 1.0) if self.size else 1.0
         wanted = min(int(self.characters * so_far) - self._taken, len(piece.text))
-        if wanted >= min(4096, self.characters // 8, len(piece.text)):  # whole documents, or a good stretch
+        if wanted >= min(4096, self.characters // 8, len(piece.text)):  # whole documents or a long stretch, no scraps
             self._sample.append(piece.text[:wanted])
             self._taken += wanted
             self._waiting += wanted
@@ -131,12 +131,12 @@ class DocumentSample:
                 self._tell()
 
     def hashes(self) -> np.ndarray:
-        """64 bits of the SHA-256 of each document, in order, of the first `most` documents."""
+        """The first 64 bits of each document's SHA-256, in order, for the first `most` documents."""
         self._close()
         return np.array(self._hashes, dtype=np.uint64)
 
     def letters(self) -> Counter[str]:
-        """About how many letters of each script the source has, judged by the sample."""
+        """The number of letters of each script in the source, estimated from the sample."""
         self._tell()
         scale = self._seen / max(self._taken, 1)
         return Counter({script: round(number * scale) for script, number in self._letters.items()})
@@ -157,7 +157,7 @@ class DocumentSample:
 
 @lru_cache(maxsize=2**17)
 def script_of(point: int) -> str | None:
-    """The script of a letter by its code point; None for what is no letter."""
+    """The script of a letter, by its code point; None for a character that is no letter."""
     character = chr(point)
     return SCRIPTS.get(unicodedata.name(character, "").split(" ")[0], "other") if character.isalpha() else None
 
@@ -166,9 +166,9 @@ def script_of(point: int) -> str | None:
 
 
 def table(findings: list[Findings], tokens: list[np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each source and, if there are several, one for all. `tokens`: every document's length, by source.
+    """One row for each source and, if there are several, one for all. `tokens`: every document's length, by source.
 
-    Percentiles are lengths that occur (nearest rank); a copy is a document with the text of an earlier one.
+    Percentiles are lengths that occur (nearest rank). A copy is a document with the same text as an earlier one.
     """
     copies, examples = _copies(findings)
     letters = [one.look.letters() if one.look else Counter[str]() for one in findings]
@@ -227,7 +227,7 @@ HEADINGS = ("source", "documents", "bytes", "tokens", "p5", "p50", "p95", "max",
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The table as aligned text, or a sentence where there is one source; then what was dropped and found."""
+    """The table as aligned text, or a sentence for a single source; then remarks, and the column that is the text."""
     shown = _grid([HEADINGS, *(_cells(row) for row in rows)]) if len(rows) > 1 else [_sentence(rows[0])]
     for row in rows[:-1] or rows:
         name = f"{_short(row['source'])}: " if len(rows) > 1 else ""
@@ -246,7 +246,7 @@ def _sentence(row: dict[str, Any]) -> str:
 
 
 def _grid(cells: list[tuple[str, ...]]) -> list[str]:
-    """Columns of equal width, the first and the last to the left."""
+    """Pads cells to columns of equal width; the first and the last column are aligned left."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(

@@ -1,7 +1,7 @@
-"""From files to documents: one reader for each format, and one rule for the rows that nobody can read.
+"""From files to documents: one reader for each format, and one rule for unreadable rows.
 
-A row is held whole, and one of more than `ROW` characters is unreadable (but in the validation text that we wrote
-ourselves); everything else is streamed.
+A row is in memory whole. One of more than `ROW` characters counts as unreadable, except in the validation text that we
+wrote ourselves. Everything else is streamed.
 """
 
 import csv
@@ -20,18 +20,18 @@ from gptworks.data.findings import Findings, Piece
 from gptworks.data.text import Unreadable, decoded, kind, packed, pieces, refuse_bomb, without_surrogates
 
 COLUMNS = ("text", "content", "story", "document")
-ROW = 64_000_000  # characters
+ROW = 64_000_000  # most characters of a row
 
 
 class Ambiguous(Unreadable):
-    """Several columns could be the text: nothing is wrong with the row, and no other row would tell."""
+    """Several columns could be the text. The row is not at fault, and no later row would decide it."""
 
 
-Place = int | str  # of a row in its file: the line it begins at, or a name
+Place = int | str  # a row's place in its file: the line it begins at, or a name
 
 
 def read(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
-    """Streams the documents of a file; one of unknown suffix is read as text. Raises DataError and UsageError."""
+    """Streams the documents of a file; an unknown suffix is read as text. Raises DataError and UsageError."""
     yield from READERS.get(kind(path), text_file)(path, options, findings)
 
 
@@ -39,7 +39,7 @@ def read(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
 
 
 def text_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
-    """One document, or as many as `data.separator` makes of it."""
+    """Reads a text file as one document, or as several where `data.separator` cuts it."""
     blocks = decoded(path, options, findings)
     if not options.separator:
         yield from pieces(blocks)
@@ -49,7 +49,7 @@ def text_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
 
 
 def _separated(blocks: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
-    """(number of the document, a part of it); never more in memory than a block and a separator."""
+    """Yields (number of the document, part of it), with no more in memory than a block and a separator."""
     number, rest = 0, ""
     for block in blocks:
         *ended, rest = (rest + block).split(separator)
@@ -77,7 +77,7 @@ def _stripped(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, findings: Findings) -> Iterator[Piece]:
-    """Every row's text. A row is what its format made of it, or the Unreadable that says why it made nothing."""
+    """Yields the text of every row. A row is a parsed value, or an Unreadable that says why it could not be parsed."""
     column = options.text_column
     for place, row in rows:
         findings.rows += 1
@@ -111,8 +111,11 @@ def _text_of(row: Any, column: str | None) -> str:
 
 
 def _text_column(texts: list[str], every: Collection[str], usual: Collection[str], nested: bool) -> str:
-    """The column to take of `every`: one of the usual names, if it is among `usual`, or the only one of `texts`, if no
-    other holds lists or objects, which may be what was meant."""
+    """Chooses the text column of `every`. Raises Unreadable, or Ambiguous.
+
+    A usual name is taken if it is among `usual`. Otherwise the only column of `texts` is taken, unless others hold
+    lists or objects (`nested`), since one of those may be meant.
+    """
     for name in COLUMNS:
         if name in usual:
             return name
@@ -129,16 +132,16 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _named(value: Any) -> str:
-    """A JSON value's type in words."""
+    """The type of a JSON value in words."""
     names = {dict: "an object", list: "a list", float: "a number", bool: "true or false", str: "text"}
     return names.get(type(value), "null")
 
 
-_JSON = json.JSONDecoder(parse_int=float)  # we want the text alone: a number may have any length
+_JSON = json.JSONDecoder(parse_int=float)  # only text is used, and a float may have any number of digits
 
 
 def _parsed(text: str | None) -> Any:
-    """A JSON value, or the Unreadable that says what is wrong with it; None stands for a row that was too long."""
+    """Parses JSON; returns an Unreadable that says what is wrong if it cannot. None is a row that was too long."""
     if text is None:
         return _too_long()
     try:
@@ -154,7 +157,7 @@ def _too_long() -> Unreadable:
 
 
 def _lines(blocks: Iterable[str], most: int) -> Iterator[tuple[int, str | None]]:
-    """Numbered lines without their ends; None in place of one that has more than `most` characters."""
+    """Yields numbered lines without their line breaks; None in place of one of more than `most` characters."""
     number, size, parts = 0, 0, list[str]()
     for block in blocks:
         *ended, rest = block.split("\n")
@@ -170,7 +173,7 @@ def _lines(blocks: Iterable[str], most: int) -> Iterator[tuple[int, str | None]]
 
 
 def jsonl_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
-    """One JSON object or string a line."""
+    """Reads one JSON object or string from each line."""
     lines = _lines(decoded(path, options, findings), sys.maxsize if _ours(path) else ROW)
     rows = ((number, _parsed(line)) for number, line in lines if line is None or line.strip())
     yield from _documents(path, rows, options=options, findings=findings)
@@ -190,21 +193,21 @@ def _ours(path: Path) -> bool:
 
 
 class _Elements:
-    """Cuts a .json file's text into the rows of its one list without parsing them, since any of them may be broken."""
+    """Cuts the text of a .json file into the rows of its one list without parsing them, since any may be broken."""
 
-    MARK = re.compile(r'["\[\]{},]')  # what matters outside a string
-    INSIDE = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)  # the rest of a string, but for its closing quote
+    MARK = re.compile(r'["\[\]{},]')  # the characters that have a meaning outside a string
+    INSIDE = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)  # the rest of a string, without its closing quote
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.text, self.at, self.begin = "", 0, 0  # what is in memory; how far it was searched; where the row begins
-        self.line = 1  # of `begin`
+        self.text, self.at, self.begin = "", 0, 0  # text in memory; searched up to; begin of the row
+        self.line = 1  # the line of `begin`
         self.depth = self.lists = 0
-        self.rows = 0  # the depth of the rows while we are among them, else 0
+        self.rows = 0  # the depth of the rows while inside their list, else 0
         self.in_string = self.too_long = self.ended = False
 
     def feed(self, block: str) -> Iterator[tuple[int, str | None]]:
-        """The rows that end in this block, each with its line; None for one that is too long. Raises DataError."""
+        """Yields the rows that end in this block, with their lines; None for one that is too long. Raises DataError."""
         self.text, self.at, self.begin = self.text[self.begin :] + block, self.at - self.begin, 0
         while self._out_of_string() and (match := self.MARK.search(self.text, self.at)):
             self.at = match.end()
@@ -216,7 +219,7 @@ class _Elements:
             self._pass(self.at)
 
     def close(self) -> None:
-        """Raises DataError unless the text ended where its list or object does."""
+        """Raises DataError unless the list or object of the file is complete."""
         if self.depth:
             raise DataError(f"{self.path}:{self.line}: the file ends in the middle of its JSON")
         if not self.lists:
@@ -244,10 +247,10 @@ class _Elements:
                 self._pass(place + 1)
 
     def _out_of_string(self) -> bool:
-        """Goes on to the end of a string; False if that is in a later block."""
+        """Moves to the end of the string we are in, if any; False if that is in a later block."""
         if self.in_string:
             self.at = self.INSIDE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if not self.text.startswith('"', self.at):  # nothing more, or half of an escape
+            if not self.text.startswith('"', self.at):  # the block ends within the string, perhaps within an escape
                 return False
             self.in_string, self.at = False, self.at + 1
         return True
@@ -283,7 +286,7 @@ class _Elements:
 
 
 def json_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
-    """A list of rows, or an object with one list of them; streamed, so that its length does not matter."""
+    """Reads a list of rows, or an object with one list of them; streamed, so that its length does not matter."""
 
     def rows() -> Iterator[tuple[Place, Any]]:
         elements = _Elements(path)
@@ -299,11 +302,11 @@ def json_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
 
 
 class _Lines:
-    """Lines for csv.reader, which may ask for any number of them to make one row: but only for so much text."""
+    """Lines for csv.reader, with a limit on the text of one row: it would ask for any number of lines."""
 
     def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
         self.lines = lines
-        self.number = self.size = 0  # the line we are at; characters since the row began
+        self.number = self.size = 0  # of the current line; characters since the row began
 
     def __iter__(self) -> "_Lines":
         return self
@@ -317,9 +320,9 @@ class _Lines:
 
 
 def table_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
-    """Comma- or tab-separated rows (RFC 4180) under a header that names the columns."""
+    """Reads comma- or tab-separated rows (RFC 4180) under a header that names the columns."""
     lines = _Lines(_lines(decoded(path, options, findings), ROW))
-    csv.field_size_limit(ROW)  # of the process; the default, 131,072, is shorter than many documents
+    csv.field_size_limit(ROW)  # process-wide; many documents are longer than the default, 131,072
     reader = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
 
     def fields() -> Iterator[tuple[int, list[str] | Unreadable]]:
@@ -369,7 +372,7 @@ BATCH = 64  # rows in memory at once
 
 
 def parquet_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
-    """One column of a Parquet file, a row group at a time and of that a few rows."""
+    """Reads one column of a Parquet file, a row group at a time and from that a few rows at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -391,7 +394,6 @@ def parquet_file(path: Path, options: Data, findings: Findings) -> Iterator[Piec
 
 def _parquet_column(path: Path, schema: Any, options: Data) -> str:
     """The name of the text column. Raises DataError."""
-
     from pyarrow.types import is_dictionary, is_nested
 
     def holds(field: Any, *types: str) -> bool:

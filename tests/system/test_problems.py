@@ -135,7 +135,9 @@ def test_what_comes_after_training_needs_no_file_of_the_problem(tmp_path):
     assert Path(lifecycle.report(tmp_path / "run").report).is_file()
     (generated,) = gptworks.generate(tmp_path / "run" / "model", ["hgfedcba>"], max_new_tokens=3, temperature=0.0)
     assert generated.tokens <= 3 and generated["prompt"] == "hgfedcba>"
-    exported = gptworks.export(tmp_path / "run" / "model", "gguf", tmp_path / "m.gguf", data=str(tmp_path / "letters.txt"))
+    exported = gptworks.export(
+        tmp_path / "run" / "model", "gguf", tmp_path / "m.gguf", data=str(tmp_path / "letters.txt")
+    )
     assert exported.parity and Path(exported.out).is_file()
     with pytest.raises(UsageError, match="mine.py"):
         lifecycle.verify(tmp_path / "run")
