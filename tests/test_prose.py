@@ -11,7 +11,7 @@ ROOT = Path(gptworks.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # A docstring is shown in an editor's hover, without the name above it: these words only complete that name.
-ELLIPSES = re.compile(r"(What|Whether|Of|As|So much|The same|Where|How|Why)\b")
+ELLIPSES = re.compile(r"(What|Whether|Of|As|So much|So many|The same|Where|How|Why|From|That of|With the)\b")
 VAGUE = {"found", "made", "given", "held"}
 MOST_POSITIONAL = 3
 Definition = ast.FunctionDef | ast.AsyncFunctionDef

@@ -65,7 +65,7 @@ class Trained(Result):
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Trained":
-        """From the content of a result.json; what an earlier version did not write is None."""
+        """Reads the content of a result.json; what an earlier version did not write is None."""
         names = [item.name for item in fields(cls) if item.name != "others"]
         others = {name: value for name, value in values.items() if name not in names}
         return cls(**{name: values.get(name) for name in names}, others=others)  # type: ignore[arg-type]

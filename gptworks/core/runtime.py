@@ -369,7 +369,7 @@ class Interrupts:
             signal.signal(signal.SIGTERM, before)
 
     def check(self) -> None:
-        """For phases with nothing to save: leave now, the same command starts the phase again."""
+        """Leaves a phase that has nothing to save; the same command starts the phase again."""
         if self.requested:
             raise Preempted(f"stopped by {self.requested}; run the same command to continue")
 

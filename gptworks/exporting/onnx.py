@@ -169,7 +169,7 @@ class ONNX(Exporter):
             )
 
     def check(self, path: Path, rows: list[Batch]) -> Parity:
-        """In ONNX Runtime: logits of text and of a padded batch, with and without a past; greedy text."""
+        """Compares in ONNX Runtime: logits of text and of a padded batch, with and without a past; greedy text."""
         runtime, model = needed("onnxruntime", "onnx"), self.loaded.model
         session = runtime.InferenceSession(str(path / "model.onnx"), providers=["CPUExecutionProvider"])
 

@@ -49,7 +49,7 @@ class Difference:
     pairs: int
 
     def as_dict(self, one: str, other: str) -> dict[str, Any]:
-        """With the name of the better model, or None and the reason."""
+        """Gives the figures as JSON has them, with the better model's name, or None and the reason."""
         better, reason = None, None
         if self.interval is None:
             reason = f"an interval needs {FEWEST_PAIRS} pairs of {PAIR_BYTES:,} bytes or more"

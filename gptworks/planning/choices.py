@@ -55,7 +55,7 @@ class Facts:
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "Facts":
-        """From the plain values of `as_dict`. Raises DataError."""
+        """Makes the facts from the plain values of `as_dict`. Raises DataError."""
         try:
             values = dict(tree)
             if (base := values.pop("base")) is not None:

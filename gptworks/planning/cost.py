@@ -23,8 +23,8 @@ class Trainable:
     def of(
         cls, config: ModelConfig, adapter: Adapter | None, freeze: list[str], bytes_per_weight: float = 4.0
     ) -> "Trainable":
-        """From the architecture. With an `adapter`, which alone is trained, the matrices of the blocks take so many
-        bytes a weight, and all else is in float32. What `freeze` matches is not trained."""
+        """Counts from the architecture. With an `adapter`, which alone is trained, the matrices of the blocks take so
+        many bytes a weight, and all else is in float32. What `freeze` matches is not trained."""
         shapes = parameter_shapes(config)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         frozen = {name for pattern in freeze for name in fnmatch.filter(shapes, pattern)}

@@ -50,7 +50,8 @@ class Machine:
 
     @classmethod
     def of(cls, tree: Any, where: str) -> "Machine":
-        """From plain values. Raises UsageError that names the first value that is missing or of another kind."""
+        """Makes a machine from plain values. Raises UsageError that names the first value that is missing or of another
+        kind."""
         if not isinstance(tree, dict):
             raise UsageError(f"{where}: no machine is described there; `gptworks env --json` writes one")
         values: dict[str, Any] = {}

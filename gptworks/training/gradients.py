@@ -140,7 +140,7 @@ class _Passes:
             parameter.grad = torch.zeros_like(parameter) if somewhere and value is None else value
 
     def terms(self) -> list[list[float]]:
-        """For each micro-batch: the loss, then sum and weight of each figure."""
+        """The terms of each micro-batch: the loss, then sum and weight of each figure."""
         return [[float(value) for value in self._values(loss)] for loss in self.losses]
 
     def sums(self) -> list[float]:

@@ -137,7 +137,8 @@ class Evaluations:
         return self.last[1]
 
     def final(self, state: State) -> Evaluation:
-        """That of the weights that the run gives: the best where they are kept, else as `measure`."""
+        """The evaluation of the weights that the run gives: the best where they are kept, else those that `measure`
+        takes."""
         if not state.best:
             return self.measure(state)
         with using(state.model, state.best):

@@ -160,7 +160,7 @@ def inverse_sqrt(step: float, total: int, warmup: int, train: Train) -> float:
 
 
 def range_test(step: float, total: int, warmup: int, train: Train) -> float:
-    """From `min_lr` to 1 in equal ratios (Smith 2017)."""
+    """The factor rises from `min_lr` to 1 in equal ratios (Smith 2017)."""
     return max(train.min_lr, 1e-9) ** (1 - step / max(total - 1, 1))
 
 
