@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign import Bench, Trial, campaign
-from sabotage import MUTANTS
+from sabotage import MUTANTS, REPLACED, at
 from zygote import Child, Zygote
 
 from gptworks.core import folder
@@ -379,6 +379,9 @@ def mutants(site: Site, names: list[str], number: int = 12) -> Found:
     found = Found(facts={"caught_by": {}})
     for name in names:
         found.tried += 1
+        if gone := [place for place in REPLACED[name] if at(place) is None]:
+            found.wrong.append(f"{name} replaces {', '.join(gone)}, which is gone")
+            continue
         for case in (order_of_calls, bit_flips, kills):
             options: dict[str, Any] = {"sabotage": (name,)}
             if case is kills:

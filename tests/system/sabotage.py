@@ -5,6 +5,7 @@ The first kind are the campaign's negative controls. A campaign in which none of
 
 import builtins
 import errno
+import importlib
 import io
 import json
 import os
@@ -25,11 +26,25 @@ from gptworks.data.batch import Cursor
 from gptworks.data.loader import Loader
 
 MUTANTS: dict[str, Callable[[], None]] = {}
+REPLACED: dict[str, tuple[str, ...]] = {}  # what each of them replaces: module:name
+RESTORE = ("gptworks.training.state:restore", "gptworks.training.session:restore")
 
 
-def mutant(make: Callable[[], None]) -> Callable[[], None]:
-    MUTANTS[make.__name__] = make
-    return make
+def mutant(*places: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def named(make: Callable[[], None]) -> Callable[[], None]:
+        MUTANTS[make.__name__], REPLACED[make.__name__] = make, places
+        return make
+
+    return named
+
+
+def at(place: str) -> Any:
+    """What stands at a place; None where it is gone."""
+    module, _, name = place.partition(":")
+    thing: Any = importlib.import_module(module)
+    for part in name.split("."):
+        thing = getattr(thing, part, None)
+    return thing
 
 
 def apply(name: str) -> None:
@@ -54,17 +69,17 @@ def after_restore(change: Callable[[Any], None]) -> None:
 # -- mutants -----------------------------------------------------------------------------------------------------
 
 
-@mutant
+@mutant(*RESTORE)
 def cursor_one_row_on() -> None:
     after_restore(lambda s: setattr(s, "cursor", Cursor(s.cursor.epoch, s.cursor.row + 1)))
 
 
-@mutant
+@mutant(*RESTORE)
 def epoch_begun_again() -> None:
     after_restore(lambda s: setattr(s, "cursor", Cursor(s.cursor.epoch, 0)))
 
 
-@mutant
+@mutant(*RESTORE)
 def momentum_forgotten() -> None:
     def forget(s: Any) -> None:
         for optimizer in s.optimizers:
@@ -76,7 +91,7 @@ def momentum_forgotten() -> None:
     after_restore(forget)
 
 
-@mutant
+@mutant(*RESTORE)
 def adam_step_forgotten() -> None:
     def forget(s: Any) -> None:
         for optimizer in s.optimizers:
@@ -87,7 +102,7 @@ def adam_step_forgotten() -> None:
     after_restore(forget)
 
 
-@mutant
+@mutant("gptworks.training.loop:RunSchedule.factor")
 def schedule_begun_again() -> None:
     usual, begun = loop.RunSchedule.factor, []
 
@@ -98,7 +113,7 @@ def schedule_begun_again() -> None:
     loop.RunSchedule.factor = factor  # type: ignore[method-assign]
 
 
-@mutant
+@mutant("gptworks.training.gradients:seed_everything")
 def random_draws_of_the_process() -> None:
     usual, calls = gradients.seed_everything, []
 
@@ -109,22 +124,22 @@ def random_draws_of_the_process() -> None:
     gradients.seed_everything = seed
 
 
-@mutant
+@mutant(*RESTORE)
 def average_begun_again() -> None:
     after_restore(lambda s: s.average.clear())
 
 
-@mutant
+@mutant(*RESTORE)
 def window_of_norms_lost() -> None:
     after_restore(lambda s: s.norms.clear())
 
 
-@mutant
+@mutant(*RESTORE)
 def best_figure_forgotten() -> None:
     after_restore(lambda s: setattr(s, "best_figure", None))
 
 
-@mutant
+@mutant("gptworks.core.folder:commit", "gptworks.training.state:_is_good")
 def written_in_place() -> None:
     from contextlib import contextmanager
 
@@ -144,12 +159,12 @@ def written_in_place() -> None:
     state._is_good = lambda path: False
 
 
-@mutant
+@mutant("gptworks.core.folder:fsync")
 def nothing_made_durable() -> None:
     folder.fsync = lambda path: None
 
 
-@mutant
+@mutant("gptworks.training.state:Saving._write")
 def old_checkpoints_removed_first() -> None:
     usual = state.Saving._write
 
@@ -161,7 +176,7 @@ def old_checkpoints_removed_first() -> None:
     state.Saving._write = write  # type: ignore[method-assign]
 
 
-@mutant
+@mutant("gptworks.training.state:Saving._write")
 def said_before_it_was_saved() -> None:
     usual = state.Saving._write
 
@@ -172,7 +187,7 @@ def said_before_it_was_saved() -> None:
     state.Saving._write = write  # type: ignore[method-assign]
 
 
-@mutant
+@mutant("gptworks.training.state:State.settle", "gptworks.model.weights:write")
 def weights_read_while_they_change() -> None:
     state.State.settle = lambda self: None  # type: ignore[method-assign]
     usual = weights.write
@@ -186,7 +201,7 @@ def weights_read_while_they_change() -> None:
     weights.write = slow
 
 
-@mutant
+@mutant("gptworks.core.folder:verify")
 def hashes_not_compared() -> None:
     folder.verify = lambda path, names=None: folder.read_json(path / folder.MANIFEST)
 

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import campaign
+import crash
 import pytest
+import sabotage
 from harness import mistake
 from hostile_files import GADGETS, Payload
 
@@ -96,3 +98,23 @@ def test_a_reader_that_does_not_hash_is_caught(
     bench.run  # noqa: B018  # made before the defect
     monkeypatch.setattr(folder, "verify", lambda path, names=None: folder.read_json(path / folder.MANIFEST))
     assert campaign.conduct(campaign.CAMPAIGNS[name], bench, 30).problems
+
+
+@pytest.mark.parametrize("name", sabotage.MUTANTS)
+def test_a_seeded_defect_replaces_what_it_names(name: str, zygote: Any) -> None:
+    code = (
+        "import sys, sabotage\n"
+        "places = sabotage.REPLACED[sys.argv[1]]\n"
+        "before = [sabotage.at(place) for place in places]\n"
+        "sabotage.MUTANTS[sys.argv[1]]()\n"
+        "replaced = [was is not None and sabotage.at(place) is not was for place, was in zip(places, before)]\n"
+        "print(all(replaced), len(places))"
+    )
+    said = zygote.python(code, name).split()
+    assert said[0] == "True" and int(said[1]) > 0
+
+
+def test_a_seeded_defect_whose_place_is_gone_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sabotage.REPLACED, "nothing_made_durable", ("gptworks.core.folder:no_such_function",))
+    found = crash.mutants(None, ["nothing_made_durable"])  # type: ignore[arg-type]
+    assert found.wrong == ["nothing_made_durable replaces gptworks.core.folder:no_such_function, which is gone"]
