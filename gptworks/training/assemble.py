@@ -8,6 +8,7 @@ from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
 from gptworks.core.runtime import device, dtype_of
+from gptworks.data.batch import Batches
 from gptworks.model import build
 from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig, build_config
@@ -18,7 +19,7 @@ from gptworks.planning.choose import trainable_part
 from gptworks.planning.cost import Trainable
 from gptworks.training.loop import Layout
 from gptworks.training.optim import make_optimizers
-from gptworks.training.problem import Problem, Work
+from gptworks.training.problem import Evaluator, Problem, Work, checked
 from gptworks.training.state import State
 
 
@@ -37,7 +38,11 @@ class Run:
     def start(self, state: State | None = None) -> Work:
         """The problem's batches, objective and evaluation for the run's model, or for that of another state."""
         state = state or self.state
-        return self.problem.start(state.model, self.config, ranks.data, state.values)
+        who = f"{type(self.problem).__name__}.start"
+        work = checked(self.problem.start(state.model, self.config, ranks.data, state.values), Work, who)
+        checked(work.batches, Batches, f"{who} as batches")
+        checked(work.evaluate, Evaluator, f"{who} as evaluation")
+        return work
 
 
 def assemble(config: Chosen, problem: Problem, base: Loaded | None) -> Run:

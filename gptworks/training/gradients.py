@@ -22,6 +22,7 @@ from gptworks.core.runtime import seed_everything
 from gptworks.data.batch import Batch
 from gptworks.model.transformer import Transformer
 from gptworks.training.objectives import Loss, Objective
+from gptworks.training.problem import checked
 
 Gradient = list[Tensor | None]  # one for each trained parameter; None where nothing depended on it
 
@@ -110,7 +111,8 @@ class _Passes:
 
     def forward(self, rows: Batch) -> Loss:
         self.model.compiles = self.compiles and len(rows.tokens) in self.usual
-        loss = self.objective.loss(self.model, rows.to(self.device))
+        who = f"{type(self.objective).__name__}.loss"
+        loss = checked(self.objective.loss(self.model, rows.to(self.device)), Loss, who)
         failpoint("step.loss", loss.sum)
         if tuple(loss.figures) != self.objective.figures:
             raise UsageError(

@@ -30,7 +30,7 @@ from gptworks.planning.choices import Measured
 from gptworks.planning.choose import EVALUATION_SHARE
 from gptworks.training.loop import StepMetrics
 from gptworks.training.metrics import Metrics
-from gptworks.training.problem import Evaluation, Evaluator, Problem
+from gptworks.training.problem import Evaluation, Evaluator, Problem, checked
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import Saving, State, using
 
@@ -146,7 +146,8 @@ class Evaluations:
 
     def _checked(self, state: State) -> Evaluation:
         """Raises UsageError where the watched figure is missing, NotFinite where a figure is not finite."""
-        evaluation, watched = self.evaluate(state.model), self.problem.watched
+        watched = self.problem.watched
+        evaluation = checked(self.evaluate(state.model), Evaluation, f"{type(self.evaluate).__name__}")
         if watched not in evaluation.figures:
             raise UsageError(
                 f"{type(self.problem).__name__} watches {watched!r}, and its evaluation has "

@@ -17,6 +17,7 @@ from gptworks.data.batch import Batch, Batches, Cursor
 from gptworks.training.gradients import StepLoss, accumulate
 from gptworks.training.objectives import Objective
 from gptworks.training.optim import add_penalties, set_rates
+from gptworks.training.problem import checked
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import WINDOW, State, spike_limit
 
@@ -76,7 +77,8 @@ def run(
     with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or schedule.length) and not state.stopped:
             start = time.perf_counter()
-            batch, cursor = upcoming.result() if upcoming else batches.take(state.cursor)
+            taken = upcoming.result() if upcoming else batches.take(state.cursor)
+            batch, cursor = checked(taken, tuple, f"{type(batches).__name__}.take")
             more = batches.ahead and state.step + 1 < (until or schedule.length)
             upcoming = aside.submit(batches.take, cursor) if more else None
             data_seconds = time.perf_counter() - start

@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from gptworks.core.config import Chosen, Config, ProblemSettings
+from gptworks.core.errors import UsageError
 
 if TYPE_CHECKING:
     from gptworks.core.folder import Verifying
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from gptworks.model.build import Loaded
     from gptworks.model.transformer import Transformer
     from gptworks.training.objectives import Objective
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,15 @@ class Beside:
 
     bytes: int = 0
     flops_per_token: float = 0.0
+
+
+def checked(value: T, kind: type[Any], what: str) -> T:
+    """The value that a problem's own code gave, if it is of the kind that is asked of it. Raises UsageError."""
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{what} gives {type(value).__name__} and not {kind.__name__}: see gptworks/training/problem.py"
+        )
+    return value
 
 
 @dataclass
@@ -137,3 +150,12 @@ class Problem(ABC):
     def lineage(self, config: Chosen) -> dict[str, Any]:
         """Plain values that the model's folder tells of the data."""
         return {}
+
+
+def opened(kind: type[Problem], config: Config, place: Place) -> Problem:
+    """The problem of a run, with all that the run asks of it. Raises DataError, and UsageError for what it lacks."""
+    problem = checked(kind.open(config, place), Problem, f"{kind.__name__}.open")
+    for name in ("tokenizer", "identity"):
+        if not hasattr(problem, name):
+            raise UsageError(f"{kind.__name__} has no {name} once it is open: see gptworks/training/problem.py")
+    return problem

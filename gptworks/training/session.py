@@ -33,7 +33,7 @@ from gptworks.training.hooks import Checkpointer, Evaluations, Logger, Sampler, 
 from gptworks.training.metrics import Metrics, check_wandb
 from gptworks.training.optim import OPTIMIZERS
 from gptworks.training.outcome import finish, parameters, result_of, step_flops
-from gptworks.training.problem import Place, Problem, Work
+from gptworks.training.problem import Place, Problem, Work, opened
 from gptworks.training.range_test import RangeTest, range_test
 from gptworks.training.schedule import SCHEDULES, RunSchedule
 from gptworks.training.state import State, listing, newest_good, restore, using
@@ -45,6 +45,9 @@ def check(config: Config) -> None:
     if config.model.path == "???":
         raise UsageError("this recipe starts from a model of yours: add model=FOLDER")
     check_values(config)
+
+
+CHOICES = "choices.json"  # what the run was decided from; written before config.yaml, which makes the folder a run
 
 
 def check_values(config: Config) -> None:
@@ -88,7 +91,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
     verifying = kind.prepare(known, place)
-    problem = kind.open(known, place)
+    problem = opened(kind, known, place)
     newest = newest_good(out / "checkpoints")
     decided: Decided | None
     if file is None:
@@ -126,7 +129,7 @@ def run_worker(config: Config, out: Path) -> None:
     place, kind = Place(out / "data", base, begun=bool(plan["restore"])), _problem(chosen)
     first = os.environ.get("LOCAL_RANK") == "0"  # of another machine, which may read another disk
     verifying = kind.verify(chosen, place) if first else None
-    run = reopened(chosen, kind.open(chosen, place), base)
+    run = reopened(chosen, opened(kind, chosen, place), base)
     changes = [Change.model_validate(change) for change in plan["changes"]]
     file = RunFile(out / "config.yaml", chosen, asked=config, reasons={}, changes=changes)
     if plan["restore"]:
@@ -142,11 +145,20 @@ def _asked(config: Config) -> dict[str, Any]:
 
 def _check_nothing_is_replaced(out: Path) -> None:
     """Raises UsageError where a folder without a run has files under the names that a run writes."""
-    for name in ("metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html", "choices.json"):
-        if (out / name).exists():
+    for name in ("metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html", CHOICES):
+        if (out / name).exists() and not (name == CHOICES and _is_ours(out / name)):
             raise UsageError(
                 f"{out / name}: is of no run (there is no config.yaml) and would be replaced; choose another --out"
             )
+
+
+def _is_ours(choices: Path) -> bool:
+    """True for the choices of a run that was stopped before its config.yaml was there."""
+    try:
+        kept = folder.read_json(choices)
+    except DataError:
+        return False
+    return isinstance(kept, dict) and kept.keys() == {"facts", "machine"}
 
 
 def _base(config: Config) -> Loaded | None:
@@ -166,7 +178,7 @@ def _written_down(decided: Decided, config: Config, out: Path) -> RunFile:
     begun = configuration.with_values(chosen, {"train.changes": []})
     file = RunFile(out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes))
     kept = {"facts": decided.facts.as_dict(), "machine": decided.machine.as_dict()}
-    folder.write_json(out / "choices.json", kept)
+    folder.write_json(out / CHOICES, kept)
     file.write()
     return file
 
@@ -360,7 +372,7 @@ def find_lr(config: Config, out: Path) -> RangeTest:
     base, kind = _base(config), _problem(config)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     verifying = kind.prepare(config, place)
-    problem = kind.open(config, place)
+    problem = opened(kind, config, place)
     test = range_test(provisional(config, problem, base))
     if verifying:
         verifying.finish()
@@ -381,7 +393,7 @@ def replay(out: Path) -> Verified:
     place = Place(out / "data", base, begun=True)
     if verifying := kind.verify(config, place):
         verifying.finish()
-    problem = kind.open(config, place)
+    problem = opened(kind, config, place)
     run = reopened(config, problem, base)
     _check_agreement(run, restore(run.state, older))
     target = assemble(config, problem, base).state

@@ -203,6 +203,21 @@ def test_what_a_problem_computes_wrong_ends_the_run_in_a_line(change, kind, says
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("        return cls()", "        return 3"), "Reverse.open gives int and not Problem"),
+        (("watched, lower_is_better, identity, tokenizer =", "watched, lower_is_better, name, other ="), "has no tok"),
+        (("return Work(strings, ", "return dict(batches=strings, "), "Reverse.start gives dict and not Work"),
+        (("return Loss(", "return (0, "), "Backwards.loss gives tuple and not Loss"),
+        (("return Evaluation(", "return (0, "), "Backwards gives tuple and not Evaluation"),
+    ],
+)  # fmt: skip
+def test_what_a_problem_gives_of_another_kind_is_named(change, says, tmp_path):
+    with pytest.raises(UsageError, match=says):
+        lifecycle.train(asked(spoiled(tmp_path, change)), tmp_path / "run")
+
+
 def test_rows_that_belong_together_are_not_divided(tmp_path):
     with pytest.raises(UsageError, match="train.micro_batch=3: 2 rows belong together"):
         lifecycle.train(asked("pairs", **{"train.micro_batch": 3}), tmp_path / "run")

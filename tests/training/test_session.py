@@ -7,7 +7,8 @@ import pytest
 
 from gptworks import lifecycle
 from gptworks.core import folder
-from gptworks.core.errors import DataError
+from gptworks.core.config import RunFile
+from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.training.state import listing
 
 
@@ -62,3 +63,20 @@ def test_large_shards_that_are_damaged_end_the_run_and_are_made_anew_by_the_next
     again = lifecycle.train(tiny_config(**config), out)
     assert again["eval"] == alone["eval"] and json.loads((out / "result.json").read_text())["steps"] == alone["steps"]
     assert lifecycle.verify(out)["identical"]
+
+
+def test_a_start_that_stopped_before_config_yaml_was_there_is_begun_again(tiny_config, tmp_path, monkeypatch):
+    out, write = tmp_path / "run", RunFile.write
+
+    def full(self):
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr(RunFile, "write", full)
+        lifecycle.train(tiny_config(), out)
+    assert (out / "choices.json").is_file() and not (out / "config.yaml").exists() and RunFile.write is write
+    assert lifecycle.train(tiny_config(), out)["steps"] == 12
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "choices.json").write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match=r"choices\.json: is of no run"):
+        lifecycle.train(tiny_config(), tmp_path / "other")
