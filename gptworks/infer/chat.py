@@ -163,7 +163,7 @@ def _template(path: Path, tokenizer: Tokenizer) -> tuple[str | None, str]:
 
 
 def _clean(text: str) -> str:
-    """Without the broken bytes that a terminal may send."""
+    """The text without the broken bytes that a terminal may send."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

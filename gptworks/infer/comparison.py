@@ -1,4 +1,4 @@
-"""Whether one model predicts a text better than another: the paired difference in bits per byte, with its interval.
+"""Compares how well two models predict a text: the paired difference in bits per byte, with its interval.
 
 The models' tokens may differ, so the text is cut into pairs where no token of either spans. What each model needs for a
 pair comes from the losses of one and the same evaluation of the whole text.

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: exact loss, perplexity, bits per byte; and what simple means need for the same."""
+"""Scores how well a model predicts a text: exact loss, perplexity, bits per byte; and what simpler methods reach."""
 
 import lzma
 import math
@@ -38,7 +38,7 @@ class Score:
 
 
 def token_losses(model: Transformer, batch: Batch) -> Tensor:
-    """-log p(target) for every place of the batch, [B, T] in float32."""
+    """The loss -log p(target) for every place of the batch, [B, T] in float32."""
     hidden = model(batch.tokens, segments=batch.segments).hidden.flatten(0, 1)
     return -model.head.log_probabilities(hidden, batch.targets.flatten()).view_as(batch.targets)
 
@@ -73,7 +73,7 @@ def stream_losses(
     group: Group = ALONE,
     workers: int = 1,
 ) -> Iterator[np.ndarray]:
-    """-log p of every token of a stream after the first, in order, float32, an array for each batch.
+    """Yields the loss -log p of every token of a stream after the first, in order: a float32 array for each batch.
 
     A batch is `rows` blocks of `context` (or windows of it, `stride` apart). Of the processes of a group, each gives
     the batches that are its own; `workers` threads compute batches side by side.

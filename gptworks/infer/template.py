@@ -83,7 +83,7 @@ def _environment() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Names(Namespace):
-        """A namespace that takes no name of Python's own, which Jinja might call."""
+        """A namespace that refuses names with a leading underscore: Python's own, which Jinja might call."""
 
         def __init__(*args: Any, **values: Any) -> None:  # noqa: N805  `self` may be a name too
             Namespace.__init__(args[0])
@@ -117,7 +117,7 @@ def _environment() -> Any:
 
 
 def _serve() -> None:
-    """The other side of `render_foreign`: one request on standard input, one answer on standard output."""
+    """Runs the process that `render_foreign` starts: one request on standard input, one answer on standard output."""
     import jinja2.debug
 
     source, conversations, variables = json.load(sys.stdin)

@@ -38,7 +38,7 @@ class Terminal:
             sys.stdin.reconfigure(errors="replace")
 
     def run(self) -> None:
-        """Until the lines end, or /exit. A mistake ends a pipe with its exit code, and is told a person."""
+        """Answers lines until they end, or /exit. A mistake ends a pipe with its exit code; a person is told of it."""
         if self.person:
             console.say("/help lists the commands, Ctrl-D leaves")
         while (line := self._read()) is not None and line.strip() != "/exit":

@@ -1,4 +1,4 @@
-"""When a run with a time budget should end, and how many steps fit until then.
+"""Plans when a run with a time budget should end, and how many steps fit until then.
 
 A budget of B seconds is kept where the model folder is written between 0.9 B and 1.1 B, even if the machine becomes
 five times slower or faster at any moment. Once that is noticed, a step, an evaluation and saving still have to happen,

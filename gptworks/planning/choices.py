@@ -1,4 +1,4 @@
-"""What a run is decided from, and the decisions: each value with its reason, in one place."""
+"""The facts that a run is decided from, and the decisions: each value with its reason, in one place."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -90,7 +90,7 @@ class Choices:
         return value
 
     def leave(self, key: str, why: str) -> None:
-        """Says of a key that it stays open."""
+        """Notes that a key stays open, and why."""
         self.open[key] = why
 
     @property

@@ -1,4 +1,4 @@
-"""What a model and a step cost: floating-point operations and memory, from the shape alone. Loads no torch."""
+"""The cost of a model and of a step: floating-point operations and memory, from the shape alone. Loads no torch."""
 
 import fnmatch
 import math

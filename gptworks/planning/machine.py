@@ -1,4 +1,4 @@
-"""What a run is decided for: a machine as a value, measured here or read from a file."""
+"""The machine that a run is decided for, as a value: measured here or read from a file."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +21,7 @@ class Machine:
     threads: int  # that torch would take by itself
     memory: int  # bytes that may still be taken on the device
     matmul: dict[str, float]  # FLOP/s of a large product, by precision
-    bf16: bool  # whether matrices are multiplied in it by hardware; so the next two
+    bf16: bool  # true where hardware multiplies matrices in this format; so the next two
     fp16: bool
     fp8: bool
     compiles: bool  # whether torch.compile has the compilers it needs

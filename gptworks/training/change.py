@@ -1,4 +1,4 @@
-"""What a continued run does otherwise from its present step on: longer, decaying now, at another rate, other values."""
+"""Changes that a continued run makes from its present step on: longer, decaying now, at another rate, other values."""
 
 from typing import Any
 

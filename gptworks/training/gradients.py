@@ -123,7 +123,7 @@ class _Passes:
         return loss
 
     def backward(self, rows: Batch) -> None:
-        """Adds to `.grad`."""
+        """Computes the gradient of a micro-batch and adds it to `.grad`."""
         # Random draws are a function of the step and the rows, wherever they are computed.
         seed_everything(self.seed, self.step, rows.first)
         loss = self.forward(rows)
@@ -158,7 +158,7 @@ class _Passes:
 
 
 def _detached(loss: Loss) -> Loss:
-    """Without the graph, which holds the activations."""
+    """The loss without its graph, which holds the activations."""
     figures = {name: (_plain(total), _plain(weight)) for name, (total, weight) in loss.figures.items()}
     return Loss(loss.sum.detach(), figures)
 

@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl always, and the same values where a person looks at them."""
+"""The log of a run: metrics.jsonl always, and the same values where a person looks at them."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a batch costs: objectives give sums of losses and the weight to divide by; the loop normalises once."""
+"""The cost of a batch: objectives give sums of losses and the weight to divide by; the loop normalises once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

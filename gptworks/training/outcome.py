@@ -1,4 +1,4 @@
-"""What a training leaves: the model folder with its lineage, and result.json."""
+"""The results of a training: the model folder with its lineage, and result.json."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run solves, as a value: where its rows come from, what they cost, and how it is measured.
+"""The task of a run, as a value: where its rows come from, what they cost, and how it is measured.
 
 A problem is a class, named by `problem=pretraining` or `problem=mine.py:Name`. It lives in four moments: `check`,
 before anything is read; `prepare`, in the main process, into the run's data folder; `open`, in every process, and when

@@ -1,4 +1,4 @@
-"""How fast a run learns at each step and how long it is, as it was planned and as it was changed on the way.
+"""The rate of a run at each step and its length, as planned and as changed on the way.
 
 A schedule maps the share of the run that is done to a factor of the peak rate, so it holds no state; nor does a
 RunSchedule, which is a function of the configuration with the changes written into it.

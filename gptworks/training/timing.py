@@ -1,4 +1,4 @@
-"""What only the text and a clock can tell before step one: rows in the epochs asked for, seconds of a step."""
+"""Measurements that need the text and a clock, before step one: rows in the epochs asked for, seconds of a step."""
 
 import statistics
 import time
