@@ -102,9 +102,10 @@ def evaluate(model: Named, data: str | PathLike[str], against: Named | None = No
     return lifecycle.evaluate(_of(model), fspath(data), against=None if against is None else _of(against), **options)
 
 
-def generate(model: Named, prompts: Sequence[str], max_new_tokens: int = 200, **sampling: Any) -> list[Generated]:
-    """`gptworks generate --prompts`: the continuation of each; `sampling` takes Sampling's fields."""
-    return lifecycle.generate(_of(model), list(prompts), Sampling(**sampling), max_new_tokens=max_new_tokens)
+def generate(model: Named, prompts: str | Sequence[str], max_new_tokens: int = 200, **sampling: Any) -> list[Generated]:
+    """`gptworks generate`: the continuation of each prompt, or of the one; `sampling` takes Sampling's fields."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return lifecycle.generate(_of(model), texts, Sampling(**sampling), max_new_tokens=max_new_tokens)
 
 
 def merge(adapter: Named, out: str | PathLike[str], **options: Any) -> Merged:

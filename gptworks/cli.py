@@ -196,7 +196,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Text to score: file, folder, glob or built-in name.")],
     context: Annotated[int | None, typer.Option(help="Block length in tokens; default the model's.", min=1)] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: the context.")] = None,
-    batch: Annotated[int, typer.Option(help="Blocks at a time; does not change the result.", min=1, max=65536)] = 16,
+    batch: Annotated[int, typer.Option(help="Blocks at a time; moves the result by rounding.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,

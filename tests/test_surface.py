@@ -89,3 +89,9 @@ def test_a_result_is_its_values_and_what_json_prints(whole_run):
 def test_every_result_has_a_sentence_and_no_field_hides_a_mapping_s_method():
     for kind in Result.__subclasses__():
         assert kind.__doc__ and not {item.name for item in fields(kind)} & {"keys", "items", "values", "get"}
+
+
+def test_one_prompt_is_one_continuation(finished_run):
+    one = gptworks.generate(finished_run / "model", "the king", max_new_tokens=3, temperature=0.0)
+    two = gptworks.generate(finished_run / "model", ["the king", "the"], max_new_tokens=3, temperature=0.0)
+    assert len(one) == 1 and one[0].text == two[0].text and len(two) == 2

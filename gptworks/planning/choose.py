@@ -396,12 +396,13 @@ def _compile(choices: Choices, architecture: ModelConfig, machine: Machine, expe
     train, kind = choices.config.train, machine.device
     takes, gain = COMPILE_SECONDS.get(kind, math.inf), COMPILE_GAIN.get(kind, 0.0)
     wanted = {
-        "a step of one worker": train.workers == 1 and train.batch_tokens != "full",
-        "experts only in bf16 on a GPU": not architecture.num_experts
+        "several workers compute side by side": train.workers == 1,
+        "a step of the whole text has rows left over": train.batch_tokens != "full",
+        "experts get batches of other sizes at each step": not architecture.num_experts
         or (kind == "cuda" and train.precision in ("bf16", "fp8")),  # elsewhere each batch has other sizes
     }
     lacking = next((what for what, there in wanted.items() if not there), None)
     pays = expected * gain > takes and not lacking and machine.compiles
     cost = f"compiling takes {takes:.0f} s and saves some {gain:.0%}"
-    why = f"for {lacking}" if lacking else f"about {duration(expected)} of training; {cost}"
+    why = lacking or f"about {duration(expected)} of training; {cost}"
     choices.set("train.compile", bool(pays), why)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from gptworks.core import runtime
 from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
+from gptworks.core.registry import nearest
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
@@ -55,6 +56,9 @@ class Machine:
         if not isinstance(tree, dict):
             raise UsageError(f"{where}: no machine is described there; `gptworks env --json` writes one")
         values: dict[str, Any] = {}
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(tree.keys() - set(names)):
+            raise UsageError(f"{where}: machine has {unknown[0]!r}: {nearest(unknown[0], names)}")
         for field in fields(cls):
             value = tree.get(field.name)
             if value is None and field.name in ("processes", "per_machine"):
@@ -64,7 +68,12 @@ class Machine:
             if kind is int:
                 fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if not fits:
-                raise UsageError(f"{where}: machine.{field.name} is missing or wrong; `gptworks env --json` writes it")
+                words = {int: "a whole number above 0", str: "a text", bool: "true or false"}
+                wanted = words.get(kind, "a table") if isinstance(kind, type) else "a table"
+                was = f"is {value!r}" if field.name in tree else "is missing"
+                raise UsageError(
+                    f"{where}: machine.{field.name} {was}; it has to be {wanted}, as `gptworks env --json` writes it"
+                )
             values[field.name] = value
         rates = values["matmul"]
         known = get_args(Precision)

@@ -384,7 +384,10 @@ def replay(out: Path) -> Verified:
     file = RunFile.read(out / "config.yaml")
     checkpoints = listing(out / "checkpoints")
     if len(checkpoints) < 2:
-        raise DataError(f"{out}: a replay needs two checkpoints, there are {len(checkpoints)}")
+        raise DataError(
+            f"{out}: a replay needs two checkpoints, there are {len(checkpoints)}; "
+            "a smaller train.checkpoint_every makes more"
+        )
     older, newer = checkpoints[-2:]
     folder.verify(older)
     folder.verify(newer)

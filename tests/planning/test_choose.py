@@ -249,3 +249,18 @@ def test_a_dry_run_decides_for_the_machine_of_a_file(tmp_path):
     choices = lifecycle.choices(configuration.load("gpt2_124m"), path)
     assert choices.config.train.precision == "bf16" and choices.config.train.micro_batch > 8
     assert "train.max_steps" in choices.open
+
+
+def test_a_machine_file_names_what_is_wrong_and_what_is_known():
+    good = tiny.MACHINE.as_dict()
+    assert Machine.of(good, "m.json") == tiny.MACHINE
+    for change, says in (
+        ({"threads": -2}, r"machine.threads is -2; it has to be a whole number above 0"),
+        ({"device": 3}, r"machine.device is 3; it has to be a text"),
+        ({"bf16": "yes"}, r"machine.bf16 is 'yes'; it has to be true or false"),
+        ({"thread": 4}, r"machine has 'thread': .*threads"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            Machine.of(good | change, "m.json")
+    with pytest.raises(UsageError, match=r"machine.memory is missing"):
+        Machine.of({name: value for name, value in good.items() if name != "memory"}, "m.json")

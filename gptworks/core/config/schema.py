@@ -248,7 +248,7 @@ class Train(Section):
     max_tokens: Count | None = flexible(None, "stop after so many tokens")
     max_epochs: Positive | None = flexible(None, "stop after so many passes over the training text")
     target_loss: Positive | None = flexible(None, "stop once the evaluation loss (nats a token) is at or below this")
-    time_budget_s: Positive | None = fixed(None, "seconds from process start to result; becomes a step count")
+    time_budget_s: Positive | None = fixed(None, "seconds from process start to the model folder; becomes a step count")
     patience: Count | None = flexible(
         None, "stop after so many evaluations without improvement, and keep the best weights"
     )
