@@ -24,8 +24,8 @@ def layers() -> dict[str, BlockLinear]:
     forms: dict[str, BlockLinear] = {"plain": matrix, "low-bit": low}
     for name, dora in (("lora", False), ("dora", True)):
         forms[name] = adapters.LoRALinear(low, 2, scale=0.5, dropout=0.0, dora=dora)
-        for parameter in forms[name].trained():
-            parameter.data += 0.1
+        forms[name].lora_A.data.normal_(generator=torch.Generator().manual_seed(2))  # unset until now
+        forms[name].lora_B.data.fill_(0.1)
     return forms
 
 
