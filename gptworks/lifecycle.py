@@ -333,7 +333,11 @@ def _beginning(data: str, characters: int) -> str:
 def verify(path: Path) -> Verified:
     """Proves a run or a folder: a run is replayed from its older checkpoint to its newer and compared bit for bit;
     a model or data folder is checked against its manifest."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
     if not (path / "config.yaml").is_file():
+        if not (path / folder.MANIFEST).exists():
+            raise DataError(f"{path}: no run, model or data: it has no config.yaml and no {folder.MANIFEST}")
         manifest = folder.verify(path)
         return Verified("every file matches its SHA-256", identical=True, files=len(manifest["files"]))
     with runtime.hold(path, reading=True):

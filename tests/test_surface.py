@@ -95,3 +95,10 @@ def test_one_prompt_is_one_continuation(finished_run):
     one = gptworks.generate(finished_run / "model", "the king", max_new_tokens=3, temperature=0.0)
     two = gptworks.generate(finished_run / "model", ["the king", "the"], max_new_tokens=3, temperature=0.0)
     assert len(one) == 1 and one[0].text == two[0].text and len(two) == 2
+
+
+def test_verify_says_of_a_folder_that_is_none_what_it_lacks(tmp_path):
+    with pytest.raises(errors.DataError, match="nowhere: no such folder"):
+        gptworks.verify(tmp_path / "nowhere")
+    with pytest.raises(errors.DataError, match=r"no config\.yaml and no manifest\.json"):
+        gptworks.verify(tmp_path)
