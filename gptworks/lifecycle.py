@@ -76,6 +76,10 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> T
                 result = None
             ranks.say_goodbye()
             return result
+        except BaseException:
+            if ranks.main:
+                session.call_off()
+            raise
         finally:
             ranks.end()
 

@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny text and a tiny finished run, made once for the whole session."""
 
 import functools
+import gc
 import os
 import random
 import shutil
@@ -42,6 +43,12 @@ def make_text(words: int, seed: int = 0) -> str:
     return "".join(draw.choice(WORDS) + draw.choice("     \n") for _ in range(words)) + "end\n"
 
 
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays to the end: a collection need not look at it again, hundreds of times."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def machine_timed_once() -> Iterator[None]:
     """Each run times a matmul, half a second in all; here once for each number of threads."""
@@ -65,13 +72,11 @@ def small_numbers_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Any]:
+def zygote() -> Any:
     """A process that has imported everything and forks: a command, or Python, with a process of its own."""
-    from zygote import Zygote
+    from zygote import shared
 
-    started = Zygote()
-    yield started
-    started.close()
+    return shared()
 
 
 @pytest.fixture(scope="session")

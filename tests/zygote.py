@@ -6,6 +6,9 @@ it still runs; {"store": path} starts the meeting place of several; with "code",
 child may be told to misbehave, by names in the request: see `system/sabotage.py`.
 """
 
+import atexit
+import functools
+import gc
 import json
 import os
 import signal
@@ -51,10 +54,16 @@ class Zygote:
 
     def python(self, code: str, *arguments: str, seconds: float = 120) -> str:
         """Runs Python in a child, with `arguments` in sys.argv; gives what it printed. Fails unless it ends well."""
+        return self._printed(seconds, argv=list(arguments), code=code, env={})
+
+    def printed(self, argv: list[str], seconds: float = 120, cwd: Path | str = ".", **env: str) -> str:
+        """What `gptworks ARGV` prints. Fails unless it ends well."""
+        return self._printed(seconds, argv=argv, cwd=str(cwd), env=env)
+
+    def _printed(self, seconds: float, **request: Any) -> str:
         with tempfile.TemporaryDirectory() as folder:
             out, log = Path(folder) / "out", Path(folder) / "log"
-            request = {"argv": list(arguments), "log": str(log), "env": {}, "sabotage": [], "code": code}
-            ended = Child(self, self._ask(**request, out=str(out))).wait(seconds)
+            ended = Child(self, self._ask(**request, sabotage=[], log=str(log), out=str(out))).wait(seconds)
             assert ended == 0, f"exit code {ended}: {log.read_text()[-3000:]}"
             return out.read_text()
 
@@ -87,6 +96,14 @@ class Zygote:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
+
+
+@functools.cache
+def shared() -> Zygote:
+    """The one of this process, which ends with it."""
+    started = Zygote()
+    atexit.register(started.close)
+    return started
 
 
 class Child:
@@ -177,8 +194,11 @@ def serve() -> None:
     import torch
 
     import gptworks.lifecycle  # noqa: F401
+    from gptworks.core import runtime
 
     torch.set_num_threads(1)
+    runtime.matmul_rate = lambda *arguments: 1e10  # half a second a command, which decides nothing here
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

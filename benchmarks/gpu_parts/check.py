@@ -55,19 +55,21 @@ def trouble() -> str | None:
 
 
 def machine(tiny: bool) -> str:
-    """The machine and the versions, in a line."""
-    import torch
+    """The machine and the versions, in a line. A rehearsal begins sooner where torch is not loaded for it."""
+    from importlib.metadata import version
 
     from gptworks.core.runtime import cores, cpu_name
 
     card = "REHEARSAL on the CPU: the shapes are tiny whatever the rows call them, and no figure says anything of a GPU"
     if not tiny:
+        import torch
+
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
         ).stdout.strip() if shutil.which("nvidia-smi") else "?"  # fmt: skip
         memory = torch.cuda.mem_get_info()[1] / 2**30
         card = f"{torch.cuda.get_device_name()}, {memory:.0f} GiB, driver {driver}, CUDA {torch.version.cuda}"
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {version('torch')}, Python {platform.python_version()}"
     return f"{card}; {versions}; {cores()} cores of {cpu_name()}"
 
 

@@ -4,6 +4,7 @@ On several processes the main one prepares and writes (`run_main`); the others w
 (`run_worker`).
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core import ranks as processes
 from gptworks.core.config import Change, Chosen, Config, RunFile
-from gptworks.core.errors import DataError, RunMismatch, UsageError
+from gptworks.core.errors import DataError, PeerLost, RunMismatch, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count
 from gptworks.core.ranks import ranks
@@ -122,6 +123,8 @@ def run_worker(config: Config, out: Path) -> None:
     plan = json.loads(ranks.hear("plan"))
     if plan.get("finished"):
         return
+    if plan.get("called_off"):
+        raise PeerLost("the main process could not go on; its own message is above")
     if plan["asked"] != _asked(config):
         raise RunMismatch("started with another configuration than rank 0; start all with one")
     chosen = configuration.build(plan["config"], "the main process's configuration", Chosen)
@@ -137,6 +140,12 @@ def run_worker(config: Config, out: Path) -> None:
         _restore(run, Path(plan["restore"]), file)
     ranks.start(run.layout.device, chosen.train.timeout_s)
     _train(run, file, out=out, recipe="", verifying=verifying)
+
+
+def call_off() -> None:
+    """Ends the wait of the other processes, where the main one fails before it has told them its plan."""
+    with contextlib.suppress(PeerLost, RuntimeError):
+        ranks.tell("plan", json.dumps({"called_off": True}))
 
 
 def _asked(config: Config) -> dict[str, Any]:
@@ -199,11 +208,10 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
             f"{out} was started with {key}={old}, now {key}={new}{more}; "
             "use the old value, another --out, or --fresh to set the old run aside"
         )
-    section = type(config)
     today = {
         key: configuration.get(config, key)
-        for key in sorted(configuration.keys(section))
-        if configuration.on_resume(key, section) == "free" and configuration.get(config, key) is not None
+        for key in sorted(configuration.keys_of_kind("free", type(config)))
+        if configuration.get(config, key) is not None
     }
     file.chosen = configuration.with_values(file.chosen, today)
     return file, configuration.differences(file.asked, config, "flexible")

@@ -377,10 +377,10 @@ def another_value(key: str) -> object:
 def test_every_key_is_seen_to_change_under_its_own_kind_alone(key: str) -> None:
     before = config.load(None, beside(key))
     changed = config.load(None, beside(key) | {key: another_value(key)})
-    for kind in ("fixed", "flexible", "free"):
-        assert [found for found, _, _ in config.differences(before, changed, kind)] == [key] * (
-            config.on_resume(key) == kind
-        )
+    kinds = ("fixed", "flexible", "free")
+    seen = [kind for kind in kinds if [found for found, _, _ in config.differences(before, changed, kind)] == [key]]
+    assert seen == [kind for kind in kinds if key in config.keys_of_kind(kind)] and len(seen) == 1
+    assert sum(len(config.differences(before, changed, kind)) for kind in kinds) == 1
 
 
 def test_changes_of_a_run_have_one_place_and_are_read_back(tmp_path: Path) -> None:

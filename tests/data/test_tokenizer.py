@@ -352,11 +352,17 @@ def test_begin_and_end_tokens_of_a_llama_kind_frame_a_document() -> None:
 # -- the training sample -----------------------------------------------------------------------------------------
 
 
+@cache
+def numbered_lines(count: int) -> str:
+    """Lines of eight characters, each of which says where it is."""
+    return "".join(f"{i:07d}\n" for i in range(count))
+
+
 @pytest.mark.parametrize("document", [1000, 300_000, 10_000_000])
 @pytest.mark.parametrize("limit", [5000, 100_000, 2_000_000])
 def test_sample_stays_within_its_limit_and_is_spread_evenly(document: int, limit: int) -> None:
     total = 10_000_000
-    text = "".join(f"{i:07d}\n" for i in range(total // 8))  # each line says where it is
+    text = numbered_lines(total // 8)
     kept = sample((text[i : i + document] for i in range(0, total, document)), limit)
     size = sum(map(len, kept))
     assert 0.9 * limit <= size <= limit

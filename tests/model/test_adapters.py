@@ -19,7 +19,6 @@ from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import adapters, build, kernels, lowbit, peft
 from gptworks.model.transformer import Transformer
 
-theirs_lib = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 # One of each way in which names and matrices map: as they are, one after the other, by head, gate and up joined.
@@ -31,6 +30,12 @@ KINDS = {
     "queries-and-values": {"target_modules": ["q_proj", "v_proj"]},
     "dora-values": {"use_dora": True, "target_modules": ["v_proj", "down_proj"]},
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def their_peft() -> Any:
+    """PEFT, imported where a test wants it: that takes two seconds, and the collecting process does without."""
+    return pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,12 @@ def base_of(name: str, tokenizer: Tokenizer, folder: Path) -> tuple[Any, build.L
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gpt2", *FAMILIES])
-def test_peft_opens_what_we_write_with_the_same_logits(name, kind, tokenizer, tmp_path):
+def test_peft_opens_what_we_write_with_the_same_logits(name, kind, tokenizer, tmp_path, their_peft):
     theirs, base = base_of(name, tokenizer, tmp_path / "base")
     adapter, ids = settings(**KINDS[kind]), tiny.tokens(2, 20, VOCAB)
     model = moved(adapters.attach(base.model, adapter, seed=1))
     build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
-    read = theirs_lib.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    read = their_peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     with torch.no_grad():
         want = read(ids).logits
     ours = logits(model, ids)
@@ -90,12 +95,12 @@ def test_peft_opens_what_we_write_with_the_same_logits(name, kind, tokenizer, tm
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", *FAMILIES])
-def test_what_peft_writes_opens_with_the_same_logits(name, dora, tokenizer, tmp_path):
+def test_what_peft_writes_opens_with_the_same_logits(name, dora, tokenizer, tmp_path, their_peft):
     theirs, base = base_of(name, tokenizer, tmp_path / "base")
-    config = theirs_lib.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_dora=dora,
+    config = their_peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_dora=dora,
                                    init_lora_weights=False, alpha_pattern={"v_proj": 2.0})  # fmt: skip
     torch.manual_seed(3)
-    adapted = theirs_lib.get_peft_model(theirs, config).eval()
+    adapted = their_peft.get_peft_model(theirs, config).eval()
     for parameter_name, parameter in adapted.named_parameters():
         if "magnitude" in parameter_name:
             parameter.data.mul_(1.3)
@@ -117,13 +122,13 @@ def test_what_peft_writes_opens_with_the_same_logits(name, dora, tokenizer, tmp_
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dora", [False, True])
-def test_gradients_are_those_of_peft(dora, fused, tokenizer, tmp_path, monkeypatch):
+def test_gradients_are_those_of_peft(dora, fused, tokenizer, tmp_path, monkeypatch, their_peft):
     monkeypatch.setattr(kernels, "FUSED", fused)
     theirs, base = opened("llama-llama3", tokenizer, tmp_path / "base")
     adapter, ids = settings(use_dora=dora), tiny.tokens(2, 20, VOCAB)
     model = moved(adapters.attach(base.model, adapter, seed=1))
     build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
-    read = theirs_lib.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
+    read = their_peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
     read(ids).logits.square().sum().backward()
     model.scores(ids).square().sum().backward()
     wanted = {name: p.grad for name, p in read.named_parameters() if p.grad is not None}

@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -68,15 +66,13 @@ def test_a_name_of_the_hub_is_the_folder_in_its_cache(cache, tmp_path):
     assert not torch.equal(model(ids).hidden, older(ids).hidden)
 
 
-def test_commands_take_such_names_and_leave_offline_mode_to_the_library(cache, tmp_path):
+def test_commands_take_such_names_and_leave_offline_mode_to_the_library(cache, tmp_path, zygote):
     saved(tmp_path / "made")
     put(cache, "one/model", tmp_path / "made")
     (tmp_path / "text.txt").write_text(tiny.text(300))
-    command = [sys.executable, "-m", "gptworks", "evaluate", "one/model", "--data", "text.txt", "--json"]
-    set_to = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=set_to, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"] == f"one/model@{COMMIT}"
+    command = ["evaluate", "one/model", "--data", "text.txt", "--json"]
+    said = zygote.printed(command, cwd=tmp_path, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
+    assert json.loads(said)["model"] == f"one/model@{COMMIT}"
 
 
 def test_a_folder_here_goes_before_a_model_of_that_name(cache, tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 
 from campaign import Bench, Trial, campaign
 from sabotage import MUTANTS, REPLACED, at
-from zygote import Child, Zygote
+from zygote import Child, shared
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
@@ -63,7 +63,7 @@ class Site:
     """A folder with the text, the run left in peace, and the means to start more."""
 
     def __init__(self, path: Path, steps: int = STEPS) -> None:
-        self.path, self.steps, self.zygote = path, steps, Zygote()
+        self.path, self.steps, self.zygote = path, steps, shared()
         draw = random.Random(1)
         rows = [" ".join(draw.choice(WORDS) for _ in range(draw.randint(3, 30))) for _ in range(40)]
         # The held-out text is spelled backwards: learning helps it at first, so that the best weights are not the last.
@@ -99,9 +99,6 @@ class Site:
         shutil.rmtree(out, ignore_errors=True)
         for file in out.parent.glob(f"{out.name}.*"):
             file.unlink()
-
-    def close(self) -> None:
-        self.zygote.close()
 
 
 def end_state(out: Path, steps: int) -> dict[str, str]:

@@ -235,10 +235,12 @@ def test_nobody_stays_where_the_launcher_is_killed(torchrun):
     assert seconds_until_gone(list(pids.values())) < 10
 
 
-def test_a_bad_corpus_ends_all_with_one_reason(torchrun, tmp_path):
-    two = torchrun(STEADY | {"data.train": str(tmp_path / "nowhere.txt")})
-    assert two.end() != 0
-    assert "no such file" in two.said and not two.workers()
+def test_a_bad_corpus_ends_all_with_one_reason(forked, tmp_path):
+    """Each by itself: no launcher ends what the other leaves behind."""
+    settings = STEADY | {"data.train": str(tmp_path / "nowhere.txt")}
+    two = forked(settings, settings)
+    assert two.codes(30) == [65, 79] and two.said.count("no such file") == 1, two.said[-3000:]
+    assert "error: rank 1: the main process could not go on; its own message is above" in two.said
 
 
 def test_other_settings_on_another_process_are_refused(forked, tmp_path):

@@ -22,12 +22,12 @@ from gptworks.core.config.schema import (
     free,
     get,
     keys,
-    on_resume,
+    keys_of_kind,
 )
 
 __all__ = [
     "ELSEWHERE", "Adapter", "Change", "Chosen", "ChosenTrain", "Config", "Data", "Generate", "Model",
     "ProblemSettings", "RunFile", "Section", "Tokenizer", "Train", "Weighted", "build", "differences", "fixed",
-    "flexible", "free", "get", "keys", "load", "on_resume", "problem_of", "recipe_lines", "recipe_names",
+    "flexible", "free", "get", "keys", "keys_of_kind", "load", "problem_of", "recipe_lines", "recipe_names",
     "recipe_text", "with_values",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import yaml
 
 from gptworks.core import folder
 from gptworks.core.config.recipe import BY_PROBLEM, build, problem_of, with_values
-from gptworks.core.config.schema import Change, Chosen, Config, get, keys, on_resume
+from gptworks.core.config.schema import Change, Chosen, Config, get, keys, keys_of_kind
 from gptworks.core.errors import DataError
 
 HEAD = "# Resolved by gptworks. 'asked' is what the recipe and the command line said; a comment is our reason."
@@ -92,9 +92,9 @@ def recipe_lines(config: Config, reasons: dict[str, str]) -> str:
 
 def differences(before: Config, now: Config, kind: str) -> list[tuple[str, Any, Any]]:
     """The keys of a kind in which what is asked now differs from what was asked before: (key, old, new)."""
-    section = type(now)
-    shared = [key for key in keys(section) if key in keys(type(before))]  # another problem has other keys
-    pairs = [(key, get(before, key), get(now, key)) for key in shared if on_resume(key, section) == kind]
+    known = keys(type(before))  # another problem has other keys
+    shared = [key for key in keys_of_kind(kind, type(now)) if key in known]
+    pairs = [(key, get(before, key), get(now, key)) for key in shared]
     return [(key, was, is_now) for key, was, is_now in pairs if was != is_now]
 
 

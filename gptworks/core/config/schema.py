@@ -408,11 +408,9 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def on_resume(key: str, section: type[BaseModel] = Config) -> str:
-    """Says if a continued run may change a key: fixed, flexible or free."""
-    extra = keys(section)[key].json_schema_extra
-    assert isinstance(extra, dict) and extra.get("resume") in ("fixed", "flexible", "free"), f"undeclared key {key}"
-    return str(extra["resume"])
+def keys_of_kind(kind: str, section: type[BaseModel] = Config) -> list[str]:
+    """The dotted keys that are "fixed", "flexible" or "free": whether a continued run may change them."""
+    return [key for key, field in keys(section).items() if field.json_schema_extra["resume"] == kind]
 
 
 def get(config: Config, key: str) -> Any:
