@@ -140,10 +140,12 @@ def opened(name: str, tokenizer: Tokenizer, folder: Path) -> tuple[Any, build.Lo
     return theirs, build.load(folder)
 
 
-@pytest.fixture(params=CASES)
-def pair(request, tmp_path, tokenizer):
-    theirs, loaded = opened(request.param, tokenizer, tmp_path / "theirs")
-    return theirs, tmp_path / "theirs", loaded
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory, tokenizer):
+    """Read only: the tests of one case share it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs, loaded = opened(request.param, tokenizer, folder)
+    return theirs, folder, loaded
 
 
 def test_logits_loss_gradients_and_greedy_text_are_those_of_transformers(pair):
@@ -242,10 +244,9 @@ PARTS = (
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CASES)
-def test_what_a_configuration_says_moves_the_logits(name, tokenizer, tmp_path):
+def test_what_a_configuration_says_moves_the_logits(pair):
     """Were a part left out, here and there, the comparisons above would not see it."""
-    model, ids = opened(name, tokenizer, tmp_path)[1].model, tiny.tokens(2, 41, VOCAB)
+    model, ids = pair[2].model, tiny.tokens(2, 41, VOCAB)
     config, known = model.config, {part.name: part for part in fields(ModelConfig)}
     for name in PARTS:
         part = known[name]
