@@ -57,6 +57,13 @@ def _load(path: str, changed: int) -> ModuleType:
 _users_files: set[str] = set()
 
 
+def class_of(thing: object) -> str:
+    """The class of an object, or a class itself, as a person knows it: `mine.py:Task` where a user's file has it."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    own = [Path(path).name for path in _users_files if Path(path).stem == kind.__module__]
+    return f"{own[0]}:{kind.__name__}" if own else kind.__name__
+
+
 def users_place(error: BaseException) -> str | None:
     """The place in a user's own file where an error arose, as `mine.py, line 12, in take`; None for an error
     elsewhere."""

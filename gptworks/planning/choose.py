@@ -377,13 +377,15 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
         times = 10
         if train.time_budget_s:
             times = evaluations(train.time_budget_s, needed(measured).eval_seconds)
-        why = f"{times} evaluations" if times > 1 else "one evaluation, at the end"
-        choices.set("train.eval_every", max(1, math.ceil(total / times)), why)
+        apart = max(1, math.ceil(total / times))
+        count = math.ceil(total / apart)
+        choices.set("train.eval_every", apart, f"{count} evaluations" if count > 1 else "one evaluation, at the end")
     if train.checkpoint_every is None:
-        apart, why = total / 10, "ten checkpoints, two kept"
+        between, why = total / 10, "at most ten, of which two are kept"
         if not train.time_budget_s and not full:
-            apart, why = max(apart, total * CHECKPOINT_SECONDS / expected), "at most ten, not too often; two are kept"
-        choices.set("train.checkpoint_every", min(math.ceil(apart), total), why)
+            between = max(between, total * CHECKPOINT_SECONDS / expected)
+            why = "at most ten, not too often; two are kept"
+        choices.set("train.checkpoint_every", min(math.ceil(between), total), why)
     if train.compile == "auto":
         _compile(choices, architecture, machine=machine, expected=expected)
     elif train.compile and not machine.compiles:

@@ -7,6 +7,7 @@ import torch
 from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
+from gptworks.core.registry import class_of
 from gptworks.core.runtime import device, dtype_of
 from gptworks.data.batch import Batches
 from gptworks.model import build
@@ -38,7 +39,7 @@ class Run:
     def start(self, state: State | None = None) -> Work:
         """The problem's batches, objective and evaluation for the run's model, or for that of another state."""
         state = state or self.state
-        who = f"{type(self.problem).__name__}.start"
+        who = f"{class_of(self.problem)}.start"
         work = checked(self.problem.start(state.model, self.config, ranks.data, state.values), Work, who)
         checked(work.batches, Batches, f"{who} as batches")
         checked(work.evaluate, Evaluator, f"{who} as evaluation")

@@ -18,6 +18,7 @@ from gptworks.core.config import Train
 from gptworks.core.errors import UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
+from gptworks.core.registry import class_of
 from gptworks.core.runtime import seed_everything
 from gptworks.data.batch import Batch
 from gptworks.model.transformer import Transformer
@@ -111,12 +112,12 @@ class _Passes:
 
     def forward(self, rows: Batch) -> Loss:
         self.model.compiles = self.compiles and len(rows.tokens) in self.usual
-        who = f"{type(self.objective).__name__}.loss"
+        who = f"{class_of(self.objective)}.loss"
         loss = checked(self.objective.loss(self.model, rows.to(self.device)), Loss, who)
         failpoint("step.loss", loss.sum)
         if tuple(loss.figures) != self.objective.figures:
             raise UsageError(
-                f"{type(self.objective).__name__} names the figures {self.objective.figures} and its loss has "
+                f"{class_of(self.objective)} names the figures {self.objective.figures} and its loss has "
                 f"{tuple(loss.figures)}: they have to be the same"
             )
         ranks.beat()

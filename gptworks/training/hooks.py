@@ -20,6 +20,7 @@ from gptworks.core.failpoint import failpoint
 from gptworks.core.folder import Verifying
 from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
+from gptworks.core.registry import class_of
 from gptworks.core.runtime import interrupts, peak_memory, side_by_side
 from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
@@ -147,10 +148,10 @@ class Evaluations:
     def _checked(self, state: State) -> Evaluation:
         """Raises UsageError where the watched figure is missing, NotFinite where a figure is not finite."""
         watched = self.problem.watched
-        evaluation = checked(self.evaluate(state.model), Evaluation, f"{type(self.evaluate).__name__}")
+        evaluation = checked(self.evaluate(state.model), Evaluation, class_of(self.evaluate))
         if watched not in evaluation.figures:
             raise UsageError(
-                f"{type(self.problem).__name__} watches {watched!r}, and its evaluation has "
+                f"{class_of(self.problem)} watches {watched!r}, and its evaluation has "
                 f"{', '.join(evaluation.figures) or 'no figure'}"
             )
         for name, value in evaluation.figures.items():

@@ -12,6 +12,7 @@ from gptworks.core.config import Train
 from gptworks.core.errors import DataError, NotFinite, OutOfMemory
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
+from gptworks.core.registry import class_of
 from gptworks.core.runtime import side_by_side
 from gptworks.data.batch import Batch, Batches, Cursor
 from gptworks.training.gradients import StepLoss, accumulate
@@ -78,7 +79,7 @@ def run(
         while state.step < (until or schedule.length) and not state.stopped:
             start = time.perf_counter()
             taken = upcoming.result() if upcoming else batches.take(state.cursor)
-            batch, cursor = checked(taken, tuple, f"{type(batches).__name__}.take")
+            batch, cursor = checked(taken, tuple, f"{class_of(batches)}.take")
             more = batches.ahead and state.step + 1 < (until or schedule.length)
             upcoming = aside.submit(batches.take, cursor) if more else None
             data_seconds = time.perf_counter() - start

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from gptworks.core.config import Chosen, Config, ProblemSettings
 from gptworks.core.errors import UsageError
+from gptworks.core.registry import class_of
 
 if TYPE_CHECKING:
     from gptworks.core.folder import Verifying
@@ -154,8 +155,8 @@ class Problem(ABC):
 
 def opened(kind: type[Problem], config: Config, place: Place) -> Problem:
     """The problem of a run, with all that the run asks of it. Raises DataError, and UsageError for what it lacks."""
-    problem = checked(kind.open(config, place), Problem, f"{kind.__name__}.open")
+    problem = checked(kind.open(config, place), Problem, f"{class_of(kind)}.open")
     for name in ("tokenizer", "identity"):
         if not hasattr(problem, name):
-            raise UsageError(f"{kind.__name__} has no {name} once it is open: see gptworks/training/problem.py")
+            raise UsageError(f"{class_of(kind)} has no {name} once it is open: see gptworks/training/problem.py")
     return problem

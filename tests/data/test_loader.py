@@ -213,6 +213,7 @@ def test_micro_batches_are_the_batch() -> None:
 
 def test_report_says_what_was_cut() -> None:
     assert "2 documents longer than a row were cut, no token dropped" in loader([5, 40, 9, 3, 70]).report()
+    assert "1 document longer than a row was cut, no token dropped" in loader([5, 40, 9, 3]).report()
 
 
 def test_the_order_of_unweighted_text_is_what_it_has_always_been() -> None:

@@ -264,3 +264,11 @@ def test_a_machine_file_names_what_is_wrong_and_what_is_known():
             Machine.of(good | change, "m.json")
     with pytest.raises(UsageError, match=r"machine.memory is missing"):
         Machine.of({name: value for name, value in good.items() if name != "memory"}, "m.json")
+
+
+@pytest.mark.parametrize(("steps", "every", "said"), [(3, 1, "3 eval"), (12, 2, "6 eval"), (1000, 100, "10 eval")])
+def test_the_reason_tells_how_many_evaluations_there_will_be(steps, every, said):
+    config = Config.model_validate({"train": {"max_steps": steps}})
+    choices = choose(config, replace(FACTS, measured=Measured(rows=31250)), tiny.MACHINE)
+    assert choices.config.train.eval_every == every
+    assert choices.reasons["train.eval_every"].startswith(said)

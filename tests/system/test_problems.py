@@ -184,7 +184,11 @@ def spoiled(tmp_path: Path, *changes: tuple[str, str]) -> str:
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [
-        (('= "accuracy", False', '= "f1", False'), UsageError, "Reverse watches 'f1', and its evaluation has accuracy"),
+        (
+            ('= "accuracy", False', '= "f1", False'),
+            UsageError,
+            "py:Reverse watches 'f1', and its evaluation has accuracy",
+        ),
         (('figures = ("accuracy",', 'figures = ("precision",'), UsageError, "names the figures .*'precision'"),
         (("(right.sum(), batch", "(float('inf'), batch"), NotFinite, "step 0: the figure 'accuracy' is inf"),
         (
