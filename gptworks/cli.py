@@ -1,5 +1,6 @@
 """The command line: parse, call one stage, print. Standard output carries results, standard error all else."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import typer
 
 from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
 from gptworks.core.log import PRINTABLE, console
-from gptworks.core.registry import users_place
+from gptworks.core.registry import text_of, users_files, users_place
 from gptworks.core.results import Compared, Evaluated, Exported, Merged, Result
 
 app = typer.Typer(
@@ -73,20 +74,29 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
         _fail(str(error), error.code, debug)
     except KeyboardInterrupt:
         _fail("stopped by Ctrl-C; run the same command to continue", 75, debug)
-    except MemoryError:
-        _fail("out of memory; use a smaller model, context or micro-batch", 77, debug)
-    except OSError as error:
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 74, debug)
-    except Exception as error:
-        if isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error)):  # torch's words
-            _fail("out of memory; use a smaller model, context or micro-batch", 77, debug)
-        if place := users_place(error):  # a mistake in a file that was named by file.py:Name
-            _fail(f"{place}: {type(error).__name__}: {error} (--debug shows more)", 64, debug)
-        _fail(
-            f"a bug in gptworks: {type(error).__name__}: {error} (--debug shows where; please report it)",
-            70,
-            debug,
-        )
+    except BaseException as error:
+        if (explained := _explained(error)) is None:
+            raise
+        _fail(*explained, debug)
+
+
+def _explained(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of an error that nobody expected; None for one that is how Python ends a process."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", text_of(error))  # torch's words
+    ):
+        return "out of memory; use a smaller model, context or micro-batch", 77
+    said = f"{type(error).__name__}: {text_of(error)}"
+    if place := users_place(error):  # a mistake in a file that was named by file.py:Name
+        return f"{place}: {said} (--debug shows more)", 64
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input/output'}: {error.strerror or error}", 74
+    if not isinstance(error, Exception):
+        return None
+    if files := users_files():
+        asked = "what it gives has to be as gptworks/training/problem.py says; if it is, please report a bug"
+        return f"{', '.join(files)}: {said}: {asked} (--debug shows where)", 64
+    return f"a bug in gptworks: {said} (--debug shows where; please report it)", 70
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -96,7 +106,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     who = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-    print(f"error: {who}{_one_line(message)}", file=sys.stderr, flush=True)
+    console.fail(f"{who}{_one_line(message)}")
     if ranks.world > 1:  # a broken group must not hold up the end of the process
         sys.stdout.flush()
         os._exit(code)
@@ -123,10 +133,15 @@ def _put(text: str) -> None:
     try:
         print(text.translate(PRINTABLE) if sys.stdout and sys.stdout.isatty() else text, end="", flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries it again as it ends
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(0) from None
-        raise StorageError(f"standard output: {error.strerror or error}; free space or write it elsewhere") from None
+        raise _unwritable(error) from None
+
+
+def _unwritable(error: OSError) -> StorageError:
+    """The error of a standard output that takes no more. A reader who has seen enough ends the process without one."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries it again as it ends
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(0) from None
+    return StorageError(f"standard output: {error.strerror or error}; free space or write it elsewhere")
 
 
 def _stage(
@@ -482,8 +497,20 @@ def env(json: Json = False) -> None:
     _do(work, False)
 
 
+def _open_streams() -> None:
+    """Opens the standard streams that were closed, on nothing: a file opened later would get their number, and what is
+    meant for a person would be written into it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue  # another file has the number by now
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
 def main() -> None:
     """The console script. A wrong option is exit code 64, as every usage error."""
+    _open_streams()
     if hasattr(sys.stdout, "reconfigure"):  # a name or a text may have what its encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -491,11 +518,16 @@ def main() -> None:
     except Exception as error:  # typer's own: unknown command or option, missing argument
         if type(error).__name__ in ("Abort", "Exit"):
             raise SystemExit(getattr(error, "exit_code", 75)) from None
+        if isinstance(error, OSError):  # of the help, which typer prints
+            unwritable = _unwritable(error)
+            _fail(str(unwritable), unwritable.code, debug=False)
         if not hasattr(error, "format_message"):
             raise
         said = error.format_message() or type(error).__name__
         help_alone = type(error).__name__ == "NoArgsIsHelpError"
-        print(said if help_alone else f"error: {_one_line(said)} (gptworks --help)", file=sys.stderr)
+        if not help_alone:
+            _fail(f"{said} (gptworks --help)", 64, debug=False)
+        print(said, file=sys.stderr)
         raise SystemExit(64) from None
     if code:  # typer gives it back: of Ctrl-C outside of `_do`
         raise SystemExit(code)

@@ -407,6 +407,23 @@ def test_a_result_that_cannot_be_written_is_74(command: str) -> None:
     assert done.returncode == 74 and done.stderr.startswith("error: standard output: ") and done.stderr.count("\n") == 1
 
 
+def test_help_that_cannot_be_written_is_74() -> None:
+    with open("/dev/full", "w") as full:
+        asked = [sys.executable, "-m", "gptworks", "--help"]
+        done = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 74 and done.stderr.startswith("error: standard output: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("messages", ["2>/dev/full", "2>&-", "<&- 2>&-", "2> >(true)"])
+def test_a_command_works_on_where_nobody_reads_its_messages(messages: str, finished_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished_run, tmp_path / "run")
+    command = f"{sys.executable} -m gptworks report {copy} --json {messages}"
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and (copy / "report.html").stat().st_size and json.loads(done.stdout)
+    command = f"{sys.executable} -m gptworks report {tmp_path}/nowhere {messages}"
+    assert subprocess.run(["bash", "-c", command]).returncode == 65
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_standard_output_cannot_encode_is_escaped(encoding: str) -> None:
     shown, found = (

@@ -40,6 +40,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -96,10 +97,17 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_regular(path: Path) -> None:
+    """Raises DataError for a pipe or a device in the place of a file: to open one may wait without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: not a regular file")
 
 
 def read_json(path: Path) -> Any:
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,5 +1,7 @@
 """What a person sees while we work: lines on standard error, and one live line on a terminal."""
 
+import contextlib
+import os
 import sys
 import time
 
@@ -23,25 +25,39 @@ class Console:
         """A line that stays."""
         if not self.quiet and not self.muted:
             self.clear()
-            print(text.translate(PRINTABLE), file=sys.stderr, flush=True)
+            self._write(text.translate(PRINTABLE) + "\n")
 
     def warn(self, text: str) -> None:
         """A line that stays, even when quiet."""
         if self.muted:
             return
         self.clear()
-        print(f"warning: {text.translate(PRINTABLE)}", file=sys.stderr, flush=True)
+        self._write(f"warning: {text.translate(PRINTABLE)}\n")
+
+    def fail(self, text: str) -> None:
+        """The last line of a command that fails."""
+        self.clear()
+        self._write(f"error: {text}\n")
 
     def live(self, text: str) -> None:
         """A line that the next one overwrites; shown on a terminal only."""
         if self.terminal:
-            print(f"\r\x1b[K{text.translate(PRINTABLE)}", end="", file=sys.stderr, flush=True)
+            self._write(f"\r\x1b[K{text.translate(PRINTABLE)}")
             self._live = True
 
     def clear(self) -> None:
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._live = False
+            self._write("\r\x1b[K")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        """Writes to standard error. A terminal that was closed, or a full disk, is no reason to end what runs."""
+        try:
+            print(text, end="", file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # full, gone, closed
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or Python tries it again as it ends
 
 
 console = Console()

@@ -35,8 +35,8 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
         module_object = _load(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
     except GptworksError:  # a signal to stop, for one
         raise
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        problem = f"{type(error).__name__}: {text_of(error)}"
         raise UsageError(f"{kind} {name!r}: {path} cannot be loaded: {problem} (--debug shows where)") from error
     if not hasattr(module_object, attribute):
         raise UsageError(f"{kind} {name!r}: {path} defines no {attribute!r}")
@@ -62,6 +62,19 @@ def class_of(thing: object) -> str:
     kind = thing if isinstance(thing, type) else type(thing)
     own = [Path(path).name for path in _users_files if Path(path).stem == kind.__module__]
     return f"{own[0]}:{kind.__name__}" if own else kind.__name__
+
+
+def users_files() -> list[str]:
+    """The files of the user's own that were loaded."""
+    return sorted(_users_files)
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an error, even of one whose class is a user's own and fails at telling it."""
+    try:
+        return str(error)
+    except Exception:
+        return "(it cannot be printed)"
 
 
 def users_place(error: BaseException) -> str | None:

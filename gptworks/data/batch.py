@@ -1,5 +1,6 @@
 """Batches: rows of tokens with their targets, and the cursor that says which rows come next."""
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +76,10 @@ class Cursor:
 
     epoch: int = 0
     row: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epoch", "row"):  # numpy's integers too, which no checkpoint could keep
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
 
 
 class Batches:

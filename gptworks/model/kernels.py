@@ -20,6 +20,10 @@ from gptworks.model.config import logits_rows
 
 FUSED = True
 
+# MKL finds out at the first call of a vector function which ones this processor has. Two threads that come at the same
+# time, as they do for the first table of angles, may be given others, whose last bits differ: one comes before.
+torch.ones(1).cos()
+
 
 def fused() -> bool:
     """True where hand-written passes are to be taken."""

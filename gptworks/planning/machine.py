@@ -10,6 +10,7 @@ from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 
+MOST = 2**63  # beyond any number of a machine
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
@@ -45,7 +46,7 @@ class Machine:
         """The machine that `gptworks env --json` wrote down. Raises UsageError for a file that lacks a value."""
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path}: cannot read the machine: {error}") from None
         return cls.of(tree.get("machine", tree) if isinstance(tree, dict) else {}, str(path))
 
@@ -66,10 +67,13 @@ class Machine:
             kind = {"device": str, "name": str, "matmul": dict}.get(field.name, field.type)
             fits = isinstance(value, kind) if isinstance(kind, type) else False
             if kind is int:
-                fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+                fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST
+            if field.name == "device":
+                fits = value in ("cpu", "cuda", "mps")
             if not fits:
                 words = {int: "a whole number above 0", str: "a text", bool: "true or false"}
                 wanted = words.get(kind, "a table") if isinstance(kind, type) else "a table"
+                wanted = "cpu, cuda or mps" if field.name == "device" else wanted
                 was = f"is {value!r}" if field.name in tree else "is missing"
                 raise UsageError(
                     f"{where}: machine.{field.name} {was}; it has to be {wanted}, as `gptworks env --json` writes it"
@@ -77,8 +81,14 @@ class Machine:
             values[field.name] = value
         rates = values["matmul"]
         known = get_args(Precision)
-        if not rates or not all(name in known and isinstance(v, (int, float)) and v > 0 for name, v in rates.items()):
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < MOST for v in rates.values())
+        if not rates or not numbers or not rates.keys() <= set(known):
             raise UsageError(f"{where}: machine.matmul has FLOP/s by precision ({', '.join(known)}), each above 0")
+        if values["processes"] % values["per_machine"]:
+            raise UsageError(
+                f"{where}: machine.processes is {values['processes']}, which machines of {values['per_machine']} "
+                "(machine.per_machine) do not make"
+            )
         return cls(**values)
 
 

@@ -107,12 +107,13 @@ def read_run(run: Path) -> Run:
 
     def load(path: Path, parse: Callable[[str], Any] = json.loads, errors: str = "strict") -> dict[str, Any]:
         try:
+            folder.check_regular(path)
             tree = parse(path.read_text(encoding="utf-8", errors=errors))
             if not isinstance(tree, dict):
                 raise ValueError("not a mapping")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except (DataError, OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}")
             return {}
         return tree

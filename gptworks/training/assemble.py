@@ -40,10 +40,24 @@ class Run:
         """The problem's batches, objective and evaluation for the run's model, or for that of another state."""
         state = state or self.state
         who = f"{class_of(self.problem)}.start"
+        before = _parameters(state.model)
         work = checked(self.problem.start(state.model, self.config, ranks.data, state.values), Work, who)
+        if changed := sorted(dict(before.items() ^ _parameters(state.model).items())):
+            raise UsageError(
+                f"{who} changes what is trained ({changed[0]}): no checkpoint would fit; leave the parameters of the "
+                "model as they are (adapter=lora trains a part)"
+            )
+        for name in ("figures", "weight", "loss"):
+            if not hasattr(work.objective, name):
+                raise UsageError(f"{class_of(work.objective)} has no {name}: see gptworks/training/objectives.py")
         checked(work.batches, Batches, f"{who} as batches")
         checked(work.evaluate, Evaluator, f"{who} as evaluation")
         return work
+
+
+def _parameters(model: Transformer) -> dict[str, tuple[bool, torch.Size, torch.dtype]]:
+    """The facts of each parameter that a checkpoint depends on."""
+    return {name: (p.requires_grad, p.shape, p.dtype) for name, p in model.named_parameters()}
 
 
 def assemble(config: Chosen, problem: Problem, base: Loaded | None) -> Run:

@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,20 @@ class Evaluations:
                 f"{class_of(self.problem)} watches {watched!r}, and its evaluation has "
                 f"{', '.join(evaluation.figures) or 'no figure'}"
             )
-        for name, value in evaluation.figures.items():
-            if not math.isfinite(value):
-                raise NotFinite(f"step {state.step}: the evaluation's {name} is {value}; nothing of it was written")
-        return evaluation
+        figures = self._numbers(evaluation.figures, state.step)
+        logged = None if evaluation.logged is None else self._numbers(evaluation.logged, state.step)
+        return replace(evaluation, figures=figures, logged=logged)
+
+    def _numbers(self, figures: dict[str, float], step: int) -> dict[str, float]:
+        """Figures as plain floats, whatever kind of number they were."""
+        numbers: dict[str, float] = {}
+        for name, value in figures.items():
+            if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+                raise UsageError(f"{class_of(self.evaluate)}: the figure {name!r} is {value!r} and not a number")
+            numbers[name] = float(value)
+            if not math.isfinite(numbers[name]):
+                raise NotFinite(f"step {step}: the evaluation's {name} is {value}; nothing of it was written")
+        return numbers
 
     def __call__(self, state: State, m: StepMetrics) -> str | None:
         if not self.schedule.evaluates(state.step, self.train.eval_every):

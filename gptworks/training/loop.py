@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gptworks.core.config import Train
-from gptworks.core.errors import DataError, NotFinite, OutOfMemory
+from gptworks.core.errors import DataError, NotFinite, OutOfMemory, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import class_of
@@ -86,6 +86,8 @@ def run(
             weight, tokens = ranks.total(objective.weight(batch), batch.tokens_seen)
             if weight == 0:
                 raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
+            if not 0 < weight < math.inf:
+                raise UsageError(f"{class_of(objective)}.weight gives {weight}: it has to be finite and above 0")
             try:
                 loss = accumulate(
                     model, batch, objective, weight=weight, train=train, micro_batch=layout.micro_batch,

@@ -3,13 +3,14 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from gptworks.core import folder
 from gptworks.core.config import Config
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.core.failpoint import failpoint
 
 
@@ -33,20 +34,23 @@ class Metrics:
         self.wandb: Any = _wandb(wandb, run) if wandb else None
 
     def _trim(self, from_step: int) -> None:
-        if not self.path.is_file():
-            return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):  # a sample may have other ends of lines in it
+        for line in logged_lines(self.path):
             try:
                 row = json.loads(line)
                 if row["step"] <= from_step:
                     kept.append(line + "\n")
                     self.last_loss = row.get("train/loss", self.last_loss)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a line that a power cut left half-written
-        folder.write_text(self.path, "".join(kept))
+        if kept or self.path.is_file():
+            folder.write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Raises NotFinite; nothing is written then."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NotFinite(f"step {step}: {name} is {value}; nothing of it was written")
         self.last_loss = values.get("train/loss", self.last_loss)
         failpoint("metrics.write")
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -89,6 +93,19 @@ class Metrics:
             self.board.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def logged_lines(path: Path) -> list[str]:
+    """The lines of a metrics.jsonl; none where there is no file. Raises DataError where it is no text."""
+    folder.check_regular(path)
+    if not path.exists() and not path.is_symlink():
+        return []
+    with folder.storage_errors(path):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8").split("\n")  # a sample may have other ends of lines in it
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}); move it away to go on without what was logged") from None
 
 
 def check_wandb(project: str | None) -> None:

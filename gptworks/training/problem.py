@@ -7,6 +7,7 @@ a run is replayed; `start`, with the model on its device. `examples/own_problem.
 This file and a problem's own import torch where they use it: a recipe is checked before torch is loaded.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -159,4 +160,8 @@ def opened(kind: type[Problem], config: Config, place: Place) -> Problem:
     for name in ("tokenizer", "identity"):
         if not hasattr(problem, name):
             raise UsageError(f"{class_of(kind)} has no {name} once it is open: see gptworks/training/problem.py")
+    for name, least in (("unit", 1), ("epoch_tokens", 1), ("bytes_per_token", 0)):
+        value = getattr(problem, name)
+        if value is not None and not (type(value) in (int, float) and least <= value < math.inf and value):
+            raise UsageError(f"{class_of(kind)}.{name} is {value!r}: it has to be a number above 0")
     return problem

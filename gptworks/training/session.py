@@ -31,7 +31,7 @@ from gptworks.training.assemble import Run, assemble
 from gptworks.training.change import asked_change
 from gptworks.training.decide import Decided, decide, provisional, reopened
 from gptworks.training.hooks import Checkpointer, Evaluations, Logger, Sampler, TimeBudget
-from gptworks.training.metrics import Metrics, check_wandb
+from gptworks.training.metrics import Metrics, check_wandb, logged_lines
 from gptworks.training.optim import OPTIMIZERS
 from gptworks.training.outcome import finish, parameters, result_of, step_flops
 from gptworks.training.problem import Place, Problem, Work, opened
@@ -86,7 +86,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     if finished and not different:
         console.say(f"run      {out} is finished; --fresh starts it over")
         ranks.tell("plan", json.dumps({"finished": True}))
-        return Trained.read(folder.read_json(out / "result.json"))
+        return _finished(out)
     known: Config = config if file is None else file.chosen
     base = _base(known)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
@@ -115,6 +115,13 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
     return _train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
+
+
+def _finished(out: Path) -> Trained:
+    values = folder.read_json(out / "result.json")
+    if not isinstance(values, dict) or not isinstance(values.get("steps"), int):
+        raise DataError(f"{out / 'result.json'}: not the result of a training; move it away and train again")
+    return Trained.read(values)
 
 
 def run_worker(config: Config, out: Path) -> None:
@@ -237,6 +244,15 @@ def _check_agreement(run: Run, facts: dict[str, Any]) -> None:
             paths = [parent.path for parent in run.problem.parents if parent.role == role]
             name = hub.name_of(run.base.home) if role == "base" and run.base else "".join(paths) or role
             raise RunMismatch(f"{name} has other weights than when this run began; put the old ones back")
+    kind = run.config.problem.kind
+    if facts.get("problem", _own_file(kind)) != _own_file(kind):  # a checkpoint of before has none
+        raise RunMismatch(f"{kind}: the file has changed since this run began; put the old one back, or use --fresh")
+
+
+def _own_file(kind: str) -> str | None:
+    """SHA-256 of the file that a problem of the user's own is in."""
+    path, _, _ = kind.rpartition(":")
+    return folder.sha256(Path(path)) if path.endswith(".py") else None
 
 
 def _frozen_parents(run: Run) -> dict[str, str]:
@@ -253,6 +269,7 @@ def _frozen_parents(run: Run) -> dict[str, str]:
 def _change(run: Run, file: RunFile, asked: Config, different: list[tuple[str, Any, Any]], out: Path) -> None:
     """Writes down what the run does otherwise from now on."""
     change = asked_change(run, file, asked=asked, different=different)
+    logged_lines(out / "metrics.jsonl")  # what cannot be read is said before anything of the finished run is gone
     (out / "result.json").unlink(missing_ok=True)  # no longer finished
     file.asked = asked
     if change is None:
@@ -294,7 +311,7 @@ def _train(
     schedule = RunSchedule(train, file.changes)
     facts = {
         "data": problem.identity, "threads": train.threads, "versions": runtime.versions(),
-        "parents": _frozen_parents(run),
+        "parents": _frozen_parents(run), "problem": _own_file(config.problem.kind),
     }  # fmt: skip
     rate = ranks.total(runtime.matmul_rate(run.layout.device, run.layout.dtype))[0]
     _say_what_is_trained(run, work, rate)

@@ -266,8 +266,6 @@ def restore(state: State, path: Path) -> dict[str, Any]:
         if not all(isinstance(norm, float) for norm in facts["norms"]):
             raise TypeError("norms")
         cursor = Cursor(**facts["cursor"])
-        if not isinstance(cursor.epoch, int) or not isinstance(cursor.row, int):
-            raise TypeError("cursor")
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: not a checkpoint of this version: {type(error).__name__}: {error}") from None
     weights = _weights(path / "model.safetensors", parameters)

@@ -256,7 +256,13 @@ def test_a_machine_file_names_what_is_wrong_and_what_is_known():
     assert Machine.of(good, "m.json") == tiny.MACHINE
     for change, says in (
         ({"threads": -2}, r"machine.threads is -2; it has to be a whole number above 0"),
-        ({"device": 3}, r"machine.device is 3; it has to be a text"),
+        ({"device": 3}, r"machine.device is 3; it has to be cpu, cuda or mps"),
+        ({"memory": 10**400}, r"machine.memory is 1000"),
+        ({"device": "tpu"}, r"machine.device is 'tpu'; it has to be cpu, cuda or mps"),
+        ({"matmul": {"bf16": float("inf")}}, r"machine.matmul has FLOP/s by precision"),
+        ({"matmul": {"bf16": 10**400}}, r"machine.matmul has FLOP/s by precision"),
+        ({"matmul": {"bf16": True}}, r"machine.matmul has FLOP/s by precision"),
+        ({"processes": 2, "per_machine": 4}, r"machine.processes is 2, which machines of 4 .* do not make"),
         ({"bf16": "yes"}, r"machine.bf16 is 'yes'; it has to be true or false"),
         ({"thread": 4}, r"machine has 'thread': .*threads"),
     ):
@@ -264,6 +270,12 @@ def test_a_machine_file_names_what_is_wrong_and_what_is_known():
             Machine.of(good | change, "m.json")
     with pytest.raises(UsageError, match=r"machine.memory is missing"):
         Machine.of({name: value for name, value in good.items() if name != "memory"}, "m.json")
+
+
+def test_a_machine_file_that_never_ends_is_refused(tmp_path):
+    (tmp_path / "m.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"m\.json: cannot read the machine"):
+        Machine.read(tmp_path / "m.json")
 
 
 @pytest.mark.parametrize(("steps", "every", "said"), [(3, 1, "3 eval"), (12, 2, "6 eval"), (1000, 100, "10 eval")])

@@ -197,6 +197,18 @@ def spoiled(tmp_path: Path, *changes: tuple[str, str]) -> str:
             "evaluation's accuracy is nan",
         ),
         (("return Loss(loss,", "return Loss(loss * float('nan'),"), NotFinite, "step 0: the loss is nan"),
+        (
+            ('f"accuracy {float(right / letters):.4f}",)', '"",), {"accuracy": float("nan")}'),
+            NotFinite,
+            "evaluation's accuracy is nan",
+        ),
+        (('{"accuracy": float(right / letters)}', '{"accuracy": True}'), UsageError, "'accuracy' is True and not a"),
+        (
+            ("return float(batch.weights.sum())", "return -5.0"),
+            UsageError,
+            "py:Backwards.weight gives -5.0: it has to be",
+        ),
+        (("return float(batch.weights.sum())", "return float('inf')"), UsageError, "weight gives inf"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -215,6 +227,9 @@ def test_what_a_problem_computes_wrong_ends_the_run_in_a_line(change, kind, says
         (("return Work(strings, ", "return dict(batches=strings, "), "Reverse.start gives dict and not Work"),
         (("return Loss(", "return (0, "), "Backwards.loss gives tuple and not Loss"),
         (("return Evaluation(", "return (0, "), "Backwards gives tuple and not Evaluation"),
+        (("objective=work", "objective=3"), "int has no figures: see gptworks/training/objectives.py"),
+        (("    watched, lower", "    unit = -1\n    watched, lower"), "py:Reverse.unit is -1: it has to be"),
+        (("    watched, lower", "    bytes_per_token = float('nan')\n    watched, lower"), "bytes_per_token is nan"),
     ],
 )  # fmt: skip
 def test_what_a_problem_gives_of_another_kind_is_named(change, says, tmp_path):
@@ -262,6 +277,69 @@ def test_an_error_in_a_problem_names_its_file_and_line(method, tmp_path, monkeyp
     assert end.value.code == 64 and "Traceback" not in errors
     said = errors.splitlines()[-1]
     assert said.startswith("error: ") and f"mine.py, line {at + 2}, in {method}: ValueError: as you wrote it" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["next(model.parameters()).requires_grad_(False)", "model.extra = torch.nn.Parameter(torch.ones(3))",
+     "model.double()", "del model.model.norm.weight"],
+)  # fmt: skip
+def test_a_start_that_changes_what_is_trained_is_refused(line, tmp_path):
+    """Its checkpoints would fit no run that continues from them."""
+    place = "        rows = config.train.batch_tokens"
+    problem = spoiled(tmp_path, (place, f"        {line}\n{place}"))
+    with pytest.raises(UsageError, match=r"Reverse\.start changes what is trained \("):
+        lifecycle.train(asked(problem), tmp_path / "run")
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
+    changes = (
+        ('{"accuracy": float(right / letters)}', '{"accuracy": right / letters}'),
+        ("Cursor(0, cursor.row + self.rows)", "Cursor(np.int64(0), np.int64(cursor.row + self.rows))"),
+    )
+    lifecycle.train(asked(spoiled(tmp_path, *changes)), tmp_path / "run")
+    assert lifecycle.verify(tmp_path / "run")["identical"]
+
+
+def test_a_problem_file_that_was_changed_does_not_go_on(tmp_path):
+    problem = spoiled(tmp_path)
+    lifecycle.train(asked(problem), tmp_path / "run")
+    spoiled(tmp_path, ("= 0  # what stands", "= 0.5  # what stands"))
+    for again in (lambda: lifecycle.train(asked(problem, **{"train.max_steps": 12}), tmp_path / "run"),
+                  lambda: lifecycle.verify(tmp_path / "run")):  # fmt: skip
+        with pytest.raises(RunMismatch, match=r"mine\.py:Reverse: the file has changed since this run began"):
+            again()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("return Loss(loss,", "raise SystemExit(0)\n        return Loss(loss,"), ", in loss: SystemExit: 0"),
+        (
+            ("return Loss(loss,", "raise OSError(28, 'full')\n        return Loss(loss,"),
+            ", in loss: OSError: [Errno 28]",
+        ),
+        (("return Loss(loss,", "raise Silent\n        return Loss(loss,"), ", in loss: Silent: (it cannot be printed)"),
+        (("class Backwards(", "raise SystemExit\nclass Backwards("), "mine.py cannot be loaded: SystemExit"),
+        (
+            ("return Loss(loss,", "return Loss(1.0,"),
+            "mine.py: AttributeError: 'float' object has no attribute 'backward'",
+        ),
+        (("    watched, lower", "    beside = None\n    watched, lower"), "mine.py: AttributeError: 'NoneType' object"),
+        (
+            ("        return Work(", "        values['x'] = object()\n        return Work("),
+            "mine.py: TypeError: Object of",
+        ),
+    ],
+)
+def test_whatever_else_a_problem_does_wrong_is_a_line_with_its_file(change, says, tmp_path, zygote):
+    silent = "\n\n\nclass Silent(BaseException):\n    def __str__(self):\n        raise ValueError\n\n\n"
+    problem = spoiled(tmp_path, change, ("\n\n\nclass Strings(", f"{silent}class Strings("))
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    line = ["train", str(tmp_path / "empty.yaml"), f"problem={problem}", *spelled(SHORT)]
+    assert zygote.run([*line, "--out", str(tmp_path / "run")], tmp_path / "log") == 64
+    errors = (tmp_path / "log").read_text()
+    assert "Traceback" not in errors and errors.count("error: ") == 1 and says in errors.splitlines()[-1], errors
 
 
 def test_nothing_of_the_package_knows_of_the_example():

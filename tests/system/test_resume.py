@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ import torch
 
 from gptworks import lifecycle
 from gptworks.core import folder, runtime
-from gptworks.core.errors import DataError, Preempted, RunMismatch
+from gptworks.core.errors import DataError, Preempted, RunMismatch, StorageError
 from gptworks.model import build
 from gptworks.training.hooks import Checkpointer
 from gptworks.training.metrics import Metrics
@@ -372,3 +373,60 @@ def test_sigterm_exits_75_and_the_same_command_finishes_with_equal_bits(tiny_con
     lifecycle.train(tiny_config(**settings), tmp_path / "straight", "tiny")
     assert end_state(out, steps) == end_state(tmp_path / "straight", steps)
     assert losses(out) == losses(tmp_path / "straight")
+
+
+# -- a finished run with something else in the place of its files --------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "5", '"x"', "{}"])
+def test_a_result_that_is_none_is_named(content, straight, tiny_config, tmp_path):
+    out = shutil.copytree(straight(), tmp_path / "run")
+    (out / "result.json").write_text(content)
+    with pytest.raises(DataError, match=r"result\.json: not the result of a training"):
+        lifecycle.train(tiny_config(**STEADY), out, "tiny")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "folder", "pipe"])
+def test_a_log_that_cannot_be_read_is_named_before_anything_is_gone(damage, straight, tiny_config, tmp_path):
+    out = shutil.copytree(straight(), tmp_path / "run")
+    log = out / "metrics.jsonl"
+    if damage == "bytes":
+        log.write_bytes(b"\xff\xfe" + log.read_bytes())
+    else:
+        log.unlink()
+        log.mkdir() if damage == "folder" else os.mkfifo(log)
+    with pytest.raises((DataError, StorageError), match=r"metrics\.jsonl: "):
+        lifecycle.train(tiny_config(**STEADY, **{"train.max_steps": 16}), out, "tiny")
+    assert folder.read_json(out / "result.json")["steps"] == STEPS
+
+
+def test_a_log_of_nonsense_loses_its_nonsense_alone(straight, tiny_config, tmp_path):
+    out = shutil.copytree(straight(), tmp_path / "run")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write("[" * 100_000 + "\n" + "[1]\n" + "null\n")
+    result = lifecycle.train(tiny_config(**STEADY, **{"train.max_steps": 14}), out, "tiny")
+    assert result["steps"] == 14 and [step for step, _, _ in losses(out)] == list(range(1, 15))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "model/config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, straight, tmp_path):
+    from gptworks.reporting.page import read_run
+
+    out = shutil.copytree(straight(), tmp_path / "run")
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    if name == "config.yaml":
+        with pytest.raises(DataError, match=r"it has no config\.yaml"):
+            lifecycle.verify(out)
+    if name.startswith("model"):
+        with pytest.raises(DataError, match="not a regular file"):
+            build.load(out / "model")
+    else:
+        assert any(name in problem and "not a regular file" in problem for problem in read_run(out).problems)
+
+
+def test_a_configuration_that_never_ends_is_damaged(straight, tmp_path):
+    out = shutil.copytree(straight(), tmp_path / "run")
+    (out / "config.yaml").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"config\.yaml: not a run's configuration"):
+        lifecycle.verify(out)

@@ -34,6 +34,7 @@ class RunFile:
     @classmethod
     def read(cls, path: Path) -> "RunFile":
         """Raises DataError for a file that is no run's."""
+        folder.check_regular(path)
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
             asked, reasons = tree.pop("asked") or {}, tree.pop("reasons", None) or {}
@@ -41,7 +42,7 @@ class RunFile:
                 tree["train"]["changes"] = tree.pop("changes")
             if not isinstance(reasons, dict) or not isinstance(asked, dict):
                 raise TypeError("reasons and asked are mappings")
-        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a run's configuration ({error}); start over with --fresh") from error
         chosen = build(tree, str(path), Chosen)
         changes = list(chosen.train.changes)
