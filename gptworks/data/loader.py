@@ -240,12 +240,9 @@ class Loader(Batches):
         plan = self.plan(0)
         used = int(plan.lengths.sum())
         padding = 1 - used / max(len(plan) * self.context, 1)
-        cut = (
-            "1 document longer than a row was"
-            if plan.cut_documents == 1
-            else (f"{plan.cut_documents:,} documents longer than a row were")
-        )
-        return f"{len(plan):,} rows of {self.context}, {padding:.2%} padding, {cut} cut, no token dropped"
+        cut = plan.cut_documents
+        what = "1 document longer than a row was" if cut == 1 else f"{cut:,} documents longer than a row were"
+        return f"{len(plan):,} rows of {self.context}, {padding:.2%} padding, {what} cut, no token dropped"
 
     def sources(self, cursor: Cursor) -> list[dict[str, Any]]:
         """Counts exactly what each source gave to the rows before `cursor`: path, asked and achieved share of the

@@ -160,8 +160,8 @@ def opened(kind: type[Problem], config: Config, place: Place) -> Problem:
     for name in ("tokenizer", "identity"):
         if not hasattr(problem, name):
             raise UsageError(f"{class_of(kind)} has no {name} once it is open: see gptworks/training/problem.py")
-    for name, least in (("unit", 1), ("epoch_tokens", 1), ("bytes_per_token", 0)):
+    for name in ("unit", "epoch_tokens", "bytes_per_token"):
         value = getattr(problem, name)
-        if value is not None and not (type(value) in (int, float) and least <= value < math.inf and value):
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UsageError(f"{class_of(kind)}.{name} is {value!r}: it has to be a number above 0")
     return problem

@@ -1,5 +1,7 @@
 """Each hand-written pass against its plain form: values, every gradient, other precisions, chunks, the compiler."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -237,3 +239,22 @@ def test_the_gradient_of_the_head_stays_in_the_range_of_fp16():
         found.append(weight.grad)
     assert found[0].abs().max() > 2 * torch.finfo(torch.float16).max
     assert (found[0] - found[1]).norm() < 2e-3 * found[0].norm()
+
+
+FIRST_AND_SECOND = """
+import torch
+from gptworks.model.rope import rotary_table
+from gptworks.model import kernels
+torch.set_num_threads(2)
+first, second = (rotary_table(torch.arange(128)[None], 48, 10_000.0) for _ in range(2))
+print(all(map(torch.equal, first, second)))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_table_of_a_busy_process_is_the_one_that_follows():
+    """Without the cosine that `kernels` begins with, one process in thirty has another first one."""
+    for _ in range(10):
+        command = [sys.executable, "-c", FIRST_AND_SECOND]
+        together = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+        assert [process.communicate()[0] for process in together] == ["True\n"] * 6
