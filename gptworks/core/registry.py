@@ -4,7 +4,9 @@ import difflib
 import importlib
 import importlib.util
 import traceback
+from collections.abc import Mapping
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,10 +45,17 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
     return getattr(module_object, attribute)
 
 
+class _Uncached(SourceFileLoader):
+    """Reads the source each time and leaves no __pycache__, which tells an edit by its second and its size alone."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        raise OSError("not to be cached")  # which is how a loader says so
+
+
 @cache
 def _load(path: str, changed: int) -> ModuleType:
     """The module of a user's file as it is since it was `changed`; loaded once, so that its classes stay the same."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path, loader=_Uncached(Path(path).stem, path))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     _users_files.add(path)

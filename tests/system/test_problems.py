@@ -1,6 +1,7 @@
 """Problems of one's own are trained, continued, replayed and shown as the built-in one; a mistake in them is named."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -277,6 +278,17 @@ def test_an_error_in_a_problem_names_its_file_and_line(method, tmp_path, monkeyp
     assert end.value.code == 64 and "Traceback" not in errors
     said = errors.splitlines()[-1]
     assert said.startswith("error: ") and f"mine.py, line {at + 2}, in {method}: ValueError: as you wrote it" in said
+
+
+def test_a_file_edited_within_a_second_is_the_one_that_counts(tmp_path, monkeypatch):
+    """Python's cache of compiled files would give the old one again: it goes by seconds and size."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    own = tmp_path / "mine.py"
+    for number in (1, 2):
+        own.write_text(f"class Mine:\n    number = {number}\n")
+        os.utime(own, ns=(10**18 + number, 10**18 + number))
+        assert registry.resolve("problem", {}, f"{own}:Mine").number == number
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
 @pytest.mark.parametrize(
