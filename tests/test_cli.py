@@ -415,13 +415,22 @@ def test_help_that_cannot_be_written_is_74() -> None:
 
 
 @pytest.mark.parametrize("messages", ["2>/dev/full", "2>&-", "<&- 2>&-", "2> >(true)"])
-def test_a_command_works_on_where_nobody_reads_its_messages(messages: str, finished_run: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(finished_run, tmp_path / "run")
-    command = f"{sys.executable} -m gptworks report {copy} --json {messages}"
+def test_messages_that_nobody_reads_change_no_result_and_no_exit_code(messages: str) -> None:
+    command = f"{sys.executable} -m gptworks recipes --json {messages}"
     done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
-    assert done.returncode == 0 and (copy / "report.html").stat().st_size and json.loads(done.stdout)
-    command = f"{sys.executable} -m gptworks report {tmp_path}/nowhere {messages}"
-    assert subprocess.run(["bash", "-c", command]).returncode == 65
+    assert done.returncode == 0 and "laptop" in json.loads(done.stdout)
+    assert (
+        subprocess.run(["bash", "-c", f"{sys.executable} -m gptworks train nowhere.yaml {messages}"]).returncode == 64
+    )
+
+
+def test_a_console_whose_reader_is_gone_says_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        console.say("a line")
+        console.warn("another")
+        console.fail("the last")
+        full.flush()  # as Python does when it ends
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
