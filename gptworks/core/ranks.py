@@ -72,6 +72,11 @@ class Ranks:
                 ) from None
         return self._store
 
+    @property
+    def reachable(self) -> bool:
+        """True where the meeting place is sure to be there: a launcher hosts it, or this process was there before."""
+        return self._store is not None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
     def tell(self, name: str, text: str) -> None:
         """The main process leaves a text for the others."""
         if self.world > 1:

@@ -151,8 +151,9 @@ def run_worker(config: Config, out: Path) -> None:
 
 def call_off() -> None:
     """Ends the wait of the other processes, where the main one fails before it has told them its plan."""
-    with contextlib.suppress(PeerLost, RuntimeError):
-        ranks.tell("plan", json.dumps({"called_off": True}))
+    if ranks.reachable:
+        with contextlib.suppress(PeerLost, RuntimeError):
+            ranks.tell("plan", json.dumps({"called_off": True}))
 
 
 def _asked(config: Config) -> dict[str, Any]:
