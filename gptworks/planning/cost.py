@@ -97,8 +97,9 @@ def step_memory(
     kept = weights + trained * 4 * (1 + slots + copies)
     if device == "cpu":
         # An update makes copies: Muon turns all matrices of one shape at once, in about four copies of, at most, two
-        # thirds of the weights. The head has its gradient once more, and a chunk of logits with their exponentials.
-        update = trained * 4 * (3 if optimizer == "muon" else 1)
+        # thirds of the weights, and where bf16 has units its products are packed besides. The head has its gradient
+        # once more, and a chunk of logits with their exponentials.
+        update = trained * (14 if optimizer == "muon" else 4)
         head = 2 * config.vocab_size * config.hidden_size * 4 + 12 * scores
         row = context * ((config.num_hidden_layers + 1) * _block_on_cpu(config, context, element=element, masked=masked)
                          + 4 * config.hidden_size * 4)  # fmt: skip
