@@ -1,6 +1,5 @@
 """The command line: parse, call one stage, print. Standard output carries results, standard error all else."""
 
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import typer
 
 from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
 from gptworks.core.log import PRINTABLE, console
-from gptworks.core.registry import text_of, users_files, users_place
+from gptworks.core.registry import text_of, users_place, users_problems
 from gptworks.core.results import Compared, Evaluated, Exported, Merged, Result
 
 app = typer.Typer(
@@ -93,7 +92,7 @@ def _explained(error: BaseException) -> tuple[str, int] | None:
         return f"{error.filename or 'input/output'}: {error.strerror or error}", 74
     if not isinstance(error, Exception):
         return None
-    if files := users_files():
+    if files := users_problems():
         asked = "what it gives has to be as gptworks/training/problem.py says; if it is, please report a bug"
         return f"{', '.join(files)}: {said}: {asked} (--debug shows where)", 64
     return f"a bug in gptworks: {said} (--debug shows where; please report it)", 70
@@ -500,11 +499,8 @@ def env(json: Json = False) -> None:
 def _open_streams() -> None:
     """Opens the standard streams that were closed, on nothing: a file opened later would get their number, and what is
     meant for a person would be written into it."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: the lowest free one is taken
         if getattr(sys, name) is None:
-            with contextlib.suppress(OSError):
-                os.fstat(number)
-                continue  # another file has the number by now
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 

@@ -385,7 +385,7 @@ def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> Fin
         if not (out / "model").is_dir():
             raise DataError(f"{out}: no model here yet; the stages {', '.join(config.stages)} come after train")
         if file.is_file():
-            running.add(training=Trained.read(folder.read_json(file)))
+            running.add(training=Trained.read(file))
     for stage in config.stages:
         after = STAGES[stage](running)
         if not isinstance(after, _Running):

@@ -419,9 +419,8 @@ def test_messages_that_nobody_reads_change_no_result_and_no_exit_code(messages: 
     command = f"{sys.executable} -m gptworks recipes --json {messages}"
     done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0 and "laptop" in json.loads(done.stdout)
-    assert (
-        subprocess.run(["bash", "-c", f"{sys.executable} -m gptworks train nowhere.yaml {messages}"]).returncode == 64
-    )
+    command = f"{sys.executable} -m gptworks train nowhere.yaml {messages}"
+    assert subprocess.run(["bash", "-c", command]).returncode == 64
 
 
 def test_a_console_whose_reader_is_gone_says_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +429,8 @@ def test_a_console_whose_reader_is_gone_says_nothing_more(monkeypatch: pytest.Mo
         console.say("a line")
         console.warn("another")
         console.fail("the last")
-        full.flush()  # as Python does when it ends
+        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == os.devnull
+        full.flush()  # as Python does when it ends; it raised where the lines were still for the full disk
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

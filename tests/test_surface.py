@@ -77,7 +77,7 @@ def test_the_stages_of_a_recipe_are_the_rows_of_one_table():
 
 def test_a_result_is_its_values_and_what_json_prints(whole_run):
     values = json.loads((whole_run / "result.json").read_text())
-    training = results.Trained.read(values)
+    training = results.Trained.read(whole_run / "result.json")
     assert training == values and training.steps == training["steps"] == values["steps"]
     assert training["evaluation"]["loss"] == values["evaluation"]["loss"]  # of a later stage: kept as it is
     finished = results.Finished(training, evaluation=None, report="other.html")

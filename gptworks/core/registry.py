@@ -20,6 +20,12 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
+def file_of(name: str) -> Path | None:
+    """The file of the user's own that `path/to/mine.py:Thing` names; None for a name of a table."""
+    path, _, _ = name.rpartition(":")
+    return Path(path) if path.endswith(".py") else None
+
+
 def resolve(kind: str, table: dict[str, str], name: str) -> Any:
     """The object `name` stands for: a row of `table`, or `path/to/mine.py:Thing` of the user's own.
 
@@ -28,13 +34,13 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
     if name in table:
         module, _, attribute = table[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
-    path, _, attribute = name.rpartition(":")
-    if not path.endswith(".py"):
+    path, attribute = file_of(name), name.rpartition(":")[2]
+    if path is None:
         raise UsageError(f"unknown {kind} {name!r}: {nearest(name, list(table))} (or your own: file.py:Name)")
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UsageError(f"{kind} {name!r}: no such file: {path}")
     try:
-        module_object = _load(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
+        module_object = _load(str(path.resolve()), path.stat().st_mtime_ns, kind)
     except GptworksError:  # a signal to stop, for one
         raise
     except (Exception, SystemExit) as error:
@@ -53,17 +59,17 @@ class _Uncached(SourceFileLoader):
 
 
 @cache
-def _load(path: str, changed: int) -> ModuleType:
+def _load(path: str, changed: int, kind: str) -> ModuleType:
     """The module of a user's file as it is since it was `changed`; loaded once, so that its classes stay the same."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path, loader=_Uncached(Path(path).stem, path))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    _users_files.add(path)
+    _users_files[path] = kind
     spec.loader.exec_module(module)
     return module
 
 
-_users_files: set[str] = set()
+_users_files: dict[str, str] = {}  # path -> what it was named as: problem, data source, ...
 
 
 def class_of(thing: object) -> str:
@@ -73,9 +79,9 @@ def class_of(thing: object) -> str:
     return f"{own[0]}:{kind.__name__}" if own else kind.__name__
 
 
-def users_files() -> list[str]:
-    """The files of the user's own that were loaded."""
-    return sorted(_users_files)
+def users_problems() -> list[str]:
+    """The files in which problems of the user's own are."""
+    return [path for path, kind in _users_files.items() if kind == "problem"]
 
 
 def text_of(error: BaseException) -> str:

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from gptworks.core import folder
+from gptworks.core.errors import DataError
 
 
 class Result(Mapping[str, Any]):
@@ -64,8 +68,11 @@ class Trained(Result):
     others: dict[str, Any] = field(default_factory=dict)  # what result.json has besides: of later stages
 
     @classmethod
-    def read(cls, values: dict[str, Any]) -> "Trained":
-        """Reads the content of a result.json; what an earlier version did not write is None."""
+    def read(cls, path: Path) -> "Trained":
+        """Reads a result.json; what an earlier version did not write is None. Raises DataError."""
+        values = folder.read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("steps"), int):
+            raise DataError(f"{path}: not the result of a training; move it away and train again")
         names = [item.name for item in fields(cls) if item.name != "others"]
         others = {name: value for name, value in values.items() if name not in names}
         return cls(**{name: values.get(name) for name in names}, others=others)  # type: ignore[arg-type]

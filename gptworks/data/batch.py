@@ -1,6 +1,7 @@
 """Batches: rows of tokens with their targets, and the cursor that says which rows come next."""
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -82,7 +83,7 @@ class Cursor:
             object.__setattr__(self, name, operator.index(getattr(self, name)))
 
 
-class Batches:
+class Batches(ABC):
     """A source of batches that keeps no state: the cursor alone decides which batch comes next.
 
     `ahead` says whether a batch may be prepared while the step before it still computes. Batches that depend on the
@@ -91,9 +92,9 @@ class Batches:
 
     ahead = True
 
+    @abstractmethod
     def take(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """This process's share of the batch at `cursor`, and the cursor after the whole batch."""
-        raise NotImplementedError
 
     @property
     def epoch_rows(self) -> int | None:

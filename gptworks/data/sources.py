@@ -11,7 +11,7 @@ from typing import Any
 
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, GptworksError, UsageError
-from gptworks.core.registry import nearest, resolve
+from gptworks.core.registry import file_of, nearest, resolve
 from gptworks.core.runtime import interrupts
 from gptworks.data import formats, text
 from gptworks.data.findings import DocumentSample, Findings, Piece
@@ -42,7 +42,8 @@ class Source:
             self.function = resolve("data source", TABLE, place)
             if not callable(self.function):
                 raise UsageError(f"{place}: not a function; name one that yields documents (str)")
-            self.code = [] if place in TABLE else [Path(place.rpartition(":")[0])]
+            own = None if place in TABLE else file_of(place)
+            self.code = [own] if own else []
         else:
             self.files = _found(place)
         for file in self.files + self.code:

@@ -1,6 +1,7 @@
 """The machine that a run is decided for, as a value: measured here or read from a file."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,7 +11,6 @@ from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 
-MOST = 2**63  # beyond any number of a machine
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
@@ -64,32 +64,42 @@ class Machine:
             value = tree.get(field.name)
             if value is None and field.name in ("processes", "per_machine"):
                 value = 1
-            kind = {"device": str, "name": str, "matmul": dict}.get(field.name, field.type)
-            fits = isinstance(value, kind) if isinstance(kind, type) else False
-            if kind is int:
-                fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST
-            if field.name == "device":
-                fits = value in ("cpu", "cuda", "mps")
-            if not fits:
-                words = {int: "a whole number above 0", str: "a text", bool: "true or false"}
-                wanted = words.get(kind, "a table") if isinstance(kind, type) else "a table"
-                wanted = "cpu, cuda or mps" if field.name == "device" else wanted
+            wanted, fits = _WANTED[field.name if field.name in _WANTED else field.type]
+            if not fits(value):
                 was = f"is {value!r}" if field.name in tree else "is missing"
                 raise UsageError(
                     f"{where}: machine.{field.name} {was}; it has to be {wanted}, as `gptworks env --json` writes it"
                 )
             values[field.name] = value
-        rates = values["matmul"]
-        known = get_args(Precision)
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < MOST for v in rates.values())
-        if not rates or not numbers or not rates.keys() <= set(known):
-            raise UsageError(f"{where}: machine.matmul has FLOP/s by precision ({', '.join(known)}), each above 0")
         if values["processes"] % values["per_machine"]:
             raise UsageError(
                 f"{where}: machine.processes is {values['processes']}, which machines of {values['per_machine']} "
                 "(machine.per_machine) do not make"
             )
         return cls(**values)
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**63  # beyond any of a machine
+
+
+def _are_rates(value: Any) -> bool:
+    known = get_args(Precision)
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(name in known and _is_number(rate, int | float) for name, rate in value.items())
+    )
+
+
+# What a value of a machine has to be, in words and as a check: by its name, or else by its type.
+_WANTED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    "device": ("cpu, cuda or mps", lambda value: value in ("cpu", "cuda", "mps")),
+    "matmul": (f"FLOP/s by precision ({', '.join(get_args(Precision))}), each above 0", _are_rates),
+    int: ("a whole number above 0", lambda value: _is_number(value, int)),
+    str: ("a text", lambda value: isinstance(value, str)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+}
 
 
 def usual_precision(bf16: bool, fp16: bool) -> Precision:

@@ -42,7 +42,8 @@ class Run:
         who = f"{class_of(self.problem)}.start"
         before = _parameters(state.model)
         work = checked(self.problem.start(state.model, self.config, ranks.data, state.values), Work, who)
-        if changed := sorted(dict(before.items() ^ _parameters(state.model).items())):
+        after = _parameters(state.model)
+        if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
             raise UsageError(
                 f"{who} changes what is trained ({changed[0]}): no checkpoint would fit; leave the parameters of the "
                 "model as they are (adapter=lora trains a part)"

@@ -43,7 +43,7 @@ class Metrics:
                     self.last_loss = row.get("train/loss", self.last_loss)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a line that a power cut left half-written
-        if kept or self.path.is_file():
+        if self.path.is_file():
             folder.write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -98,11 +98,9 @@ class Metrics:
 def logged_lines(path: Path) -> list[str]:
     """The lines of a metrics.jsonl; none where there is no file. Raises DataError where it is no text."""
     folder.check_regular(path)
-    if not path.exists() and not path.is_symlink():
-        return []
-    with folder.storage_errors(path):
-        content = path.read_bytes()
     try:
+        with folder.storage_errors(path):
+            content = path.read_bytes() if path.is_symlink() or path.exists() else b""
         return content.decode("utf-8").split("\n")  # a sample may have other ends of lines in it
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}); move it away to go on without what was logged") from None

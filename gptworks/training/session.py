@@ -18,7 +18,7 @@ from gptworks.core.errors import DataError, PeerLost, RunMismatch, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count
 from gptworks.core.ranks import ranks
-from gptworks.core.registry import resolve
+from gptworks.core.registry import file_of, resolve
 from gptworks.core.results import Trained, Verified
 from gptworks.model import build, hub
 from gptworks.model.build import Loaded
@@ -86,7 +86,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     if finished and not different:
         console.say(f"run      {out} is finished; --fresh starts it over")
         ranks.tell("plan", json.dumps({"finished": True}))
-        return _finished(out)
+        return Trained.read(out / "result.json")
     known: Config = config if file is None else file.chosen
     base = _base(known)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
@@ -115,13 +115,6 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
     return _train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
-
-
-def _finished(out: Path) -> Trained:
-    values = folder.read_json(out / "result.json")
-    if not isinstance(values, dict) or not isinstance(values.get("steps"), int):
-        raise DataError(f"{out / 'result.json'}: not the result of a training; move it away and train again")
-    return Trained.read(values)
 
 
 def run_worker(config: Config, out: Path) -> None:
@@ -252,8 +245,8 @@ def _check_agreement(run: Run, facts: dict[str, Any]) -> None:
 
 def _own_file(kind: str) -> str | None:
     """SHA-256 of the file that a problem of the user's own is in."""
-    path, _, _ = kind.rpartition(":")
-    return folder.sha256(Path(path)) if path.endswith(".py") else None
+    file = file_of(kind)
+    return folder.sha256(file) if file else None
 
 
 def _frozen_parents(run: Run) -> dict[str, str]:

@@ -382,8 +382,9 @@ def test_sigterm_exits_75_and_the_same_command_finishes_with_equal_bits(tiny_con
 def test_a_result_that_is_none_is_named(content, straight, tiny_config, tmp_path):
     out = shutil.copytree(straight(), tmp_path / "run")
     (out / "result.json").write_text(content)
-    with pytest.raises(DataError, match=r"result\.json: not the result of a training"):
-        lifecycle.train(tiny_config(**STEADY), out, "tiny")
+    for stages in (["train"], ["report"]):
+        with pytest.raises(DataError, match=r"result\.json: not the result of a training"):
+            lifecycle.run(tiny_config(**STEADY, stages=stages), out, "tiny")
 
 
 @pytest.mark.parametrize("damage", ["bytes", "folder", "pipe"])
