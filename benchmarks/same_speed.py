@@ -15,7 +15,7 @@ from pathlib import Path
 
 from same_bits import tree_of
 
-RECIPES = {"shakespeare_char": 40, "laptop": 60}  # steps
+RECIPES = {"shakespeare_char": 200, "laptop": 60}  # steps, of a quarter of a minute
 SIZES = {"1M": 8, "10M": 3}
 
 
