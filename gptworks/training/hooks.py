@@ -260,10 +260,7 @@ class TimeBudget:
         self.evaluating = seconds
 
     def _step_seconds(self) -> float:
-        """The mean of the last steps; of many, the longest is left out, which a sample or a checkpoint may have made
-        so."""
-        if len(self.recent) < 5:
-            return sum(self.recent) / len(self.recent)
+        """The mean of the last steps but the longest, which a sample, a checkpoint or the system may have made so."""
         return (sum(self.recent) - max(self.recent)) / (len(self.recent) - 1)
 
     def __call__(self, state: State, m: StepMetrics) -> None:
@@ -280,8 +277,10 @@ class TimeBudget:
             return  # it has what is compiled and allocated once
         self.recent.append(max(spent, 1e-9))
         self.recent_sum += self.recent[-1]
-        while len(self.recent) > 1 and self.recent_sum > STEP_WINDOW * self.budget:
+        while len(self.recent) > 2 and self.recent_sum > STEP_WINDOW * self.budget:
             self.recent_sum -= self.recent.popleft()
+        if len(self.recent) < 2:
+            return
         if ranks.world > 1 and state.step % max(self.schedule.planned // 200, 1):
             return  # agreeing takes the processes a moment
         if change := ranks.agree(self._plan(state.step, now)):

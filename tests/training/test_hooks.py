@@ -27,8 +27,9 @@ class Lived:
     evaluated: list[int]
 
 
-def live(schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None) -> Lived:
-    """A run of which a step takes `step` seconds, `factor` times as many from `moment` of the budget on."""
+def live(schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None, pauses=()) -> Lived:
+    """A run of which a step takes `step` seconds, `factor` times as many from `moment` of the budget on; `pauses` are
+    seconds that some steps take besides."""
     now = BEGIN
 
     def slowness() -> float:
@@ -47,8 +48,8 @@ def live(schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, w
     )  # fmt: skip
     state = SimpleNamespace(step=0)
     while state.step < course.length:
-        now += step * slowness()
         state.step += 1
+        now += step * slowness() + dict(pauses).get(state.step, 0.0)
         budget(state, None)
         if course.evaluates(state.step, train.eval_every) and state.step < course.length:
             seconds = evaluation * slowness()
@@ -78,6 +79,16 @@ def test_a_budget_holds_whatever_the_machine_does_from_any_moment_on(schedule, m
 def test_a_pace_that_is_never_steady_uses_up_no_plans(wave):
     run = live(wave=wave)
     assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET and len(run.schedule.changes) <= MOST_PLANS
+
+
+@pytest.mark.parametrize("pause", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("step", [2, 3, 150])
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 10.0])
+def test_one_step_that_the_system_held_up_does_not_end_a_run(seconds, step, pause):
+    """A fault that was seen: a step of 0.3 s of 6 s, the second, left room for 2 steps instead of 365."""
+    run = live(step=seconds, pauses=[(step, pause * BUDGET)])
+    assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET and len(run.schedule.changes) <= 3
+    assert run.schedule.length * seconds >= (0.85 - pause) * BUDGET  # the rest is evaluations, and the pause
 
 
 @pytest.mark.parametrize("factor", [5.0, 0.2])
