@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from baselines import nanogpt_gpu, transformers_loop
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gptworks.core.workers import ONE
 from gptworks.model.kernels import cross_entropy_sum
 from gptworks.planning.cost import flops_per_token
 from gptworks.training import loop
@@ -166,8 +167,8 @@ class Fast:
             for parameter in run.state.model.parameters():
                 parameter.grad = torch.randn_like(parameter)
             train, state = run.config.train, run.state
-            seconds = shapes.timed(lambda s=state, t=train: loop._update(s, t), 5)  # type: ignore[misc]
-            clip = shapes.timed(lambda s=state, t=train: loop._clipped(s, StepLoss(1.0), t), 5)  # type: ignore[misc]
+            seconds = shapes.timed(lambda s=state, t=train: loop._update(s, t, ONE), 5)  # type: ignore[misc]
+            clip = shapes.timed(lambda s=state, t=train: loop._clipped(s, StepLoss(1.0), train=t, workers=ONE), 5)  # type: ignore[misc]
             self.sheet.row(
                 f"update, {name}", f"{1000 * seconds:.2f} ms, clipping {1000 * clip:.2f} ms", seconds=seconds
             )

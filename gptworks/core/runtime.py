@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -134,27 +133,6 @@ def can_compile(device: "torch.device") -> bool:
         compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
         return find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-
-
-@contextmanager
-def side_by_side(workers: int) -> Iterator[Executor | None]:
-    """Threads that compute batches of their own at the same time and share the processors; None for one worker.
-
-    Threads that share each operation wait for the slowest after each, which beside other work is most of the time.
-    """
-    import torch
-
-    each = max(torch.get_num_threads() // workers, 1)
-
-    def begin() -> None:  # both hold for a thread
-        torch.set_num_threads(each)
-        torch.set_flush_denormal(True)
-
-    if workers == 1:
-        yield None
-        return
-    with ThreadPoolExecutor(workers, "worker", begin) as threads:
-        yield threads
 
 
 def dtype_of(precision: str) -> "torch.dtype":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ALONE, Group
-from gptworks.core.runtime import side_by_side
+from gptworks.core.workers import side_by_side
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
@@ -88,10 +88,10 @@ def stream_losses(
     own = islice(batches, group.rank, None, group.size)
     model.eval()
     try:
-        with side_by_side(workers) as threads:
-            while some := list(islice(own, workers)):  # rounds, so that not all batches wait in memory
+        with side_by_side(workers) as pool:
+            while some := list(islice(own, pool.count)):  # rounds, so that not all batches wait in memory
                 group.beat()
-                yield from threads.map(losses_of, some) if threads else map(losses_of, some)
+                yield from pool.map(losses_of, some)
     finally:
         model.train(was_training)
 

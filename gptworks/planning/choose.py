@@ -250,7 +250,7 @@ def useful_rows(device: str, rows: int, context: int, threads: int, workers: int
 
 
 def _workers(config: Config, architecture: ModelConfig, machine: Machine, rows: int) -> tuple[int, str]:
-    """Threads that compute micro-batches side by side (`gradients.side_by_side`), as asked or as many as there are.
+    """Threads that compute micro-batches side by side (`core.workers`), as asked or as many as there are.
     Raises UsageError for what keeps a step whole."""
     train, threads = config.train, needed(config.train.threads)
     dropped = architecture.embed_dropout or architecture.attention_dropout or architecture.residual_dropout

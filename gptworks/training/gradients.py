@@ -8,7 +8,6 @@ the whole step depends on is left without a gradient, and no update moves it.
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +19,7 @@ from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import class_of
 from gptworks.core.runtime import seed_everything
+from gptworks.core.workers import ONE, Workers
 from gptworks.data.batch import Batch
 from gptworks.model.transformer import Transformer
 from gptworks.training.objectives import Loss, Objective
@@ -45,15 +45,14 @@ def accumulate(
     train: Train,
     micro_batch: int,
     step: int,
-    threads: Executor | None = None,
+    workers: Workers = ONE,
     compiles: bool = False,
     scale: float = 1.0,
 ) -> StepLoss:
     """Leaves the gradient of `scale * loss / weight`, summed over all processes, in `.grad`; returns `loss / weight`.
 
-    `batch` is this process's share of the step's rows; `weight` is of all of them. `threads` are as many as
-    `train.workers` says (see `side_by_side`); they must not draw random numbers, whose generator they share. Raises
-    UsageError where rows that belong together would be divided.
+    `batch` is this process's share of the step's rows; `weight` is of all of them. `workers` must not
+    draw random numbers, whose generator they share. Raises UsageError where rows that belong together would be divided.
     """
     if micro_batch % batch.unit or batch.share % batch.unit or len(batch.tokens) % batch.unit:
         raise UsageError(
@@ -80,11 +79,11 @@ def accumulate(
         rows = [row for _, terms in everyone for row in terms]
         sums = [math.fsum(column) for column in zip(*rows, strict=True)]
     else:
-        if threads is None:
+        if workers.count == 1:
             for rows_of_one in batch.rows(micro_batch):
                 passes.backward(rows_of_one)
         else:
-            _by_threads(passes, list(batch.rows(micro_batch)), threads=threads, workers=train.workers or 1)
+            _side_by_side(passes, list(batch.rows(micro_batch)), workers)
         sums = passes.sums()
         if ranks.started:
             here = [float(p.grad is not None) for p in passes.parameters]
@@ -172,15 +171,22 @@ def _stacked(values: Sequence[Tensor | float]) -> Tensor:
     return torch.stack([v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in values])
 
 
-def _by_threads(passes: _Passes, micro_batches: list[Batch], threads: Executor, workers: int) -> None:
+def _side_by_side(passes: _Passes, micro_batches: list[Batch], workers: Workers) -> None:
     """Workers compute the gradients; they are added to `.grad` in the order of the micro-batches."""
-    for begin in range(0, len(micro_batches), workers):  # rounds: behind a slow thread gradients would pile up
-        for loss, gradient in threads.map(passes.apart, micro_batches[begin : begin + workers]):
+    for begin in range(0, len(micro_batches), workers.count):  # rounds: behind a slow thread gradients would pile up
+        for loss, gradient in workers.map(passes.apart, micro_batches[begin : begin + workers.count]):
             passes.losses.append(loss)
+            sums: list[Tensor] = []
+            terms: list[Tensor] = []
             for parameter, value in zip(passes.parameters, gradient, strict=True):
-                if value is not None:
-                    parameter.grad = value if parameter.grad is None else parameter.grad.add_(value)
-            del gradient, value  # or they would be there through the next round
+                if value is not None and parameter.grad is not None:
+                    sums.append(parameter.grad)
+                    terms.append(value)
+                elif value is not None:
+                    parameter.grad = value
+            if sums:
+                workers.share(torch._foreach_add_, sums, terms)
+            del gradient, value, terms  # or they would be there through the next round
 
 
 def _tree(passes: _Passes, batch: Batch, low: int, high: int) -> Gradient:

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from gptworks.core.folder import Verifying
 from gptworks.core.log import console, count, duration
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import class_of
-from gptworks.core.runtime import interrupts, peak_memory, side_by_side
+from gptworks.core.runtime import interrupts, peak_memory
+from gptworks.core.workers import side_by_side
 from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
@@ -38,6 +38,7 @@ from gptworks.training.state import Saving, State, using
 
 # Of a time budget: over which the pace of steps is measured; between two plans; at whose end any moment may have one.
 STEP_WINDOW, PLAN_APART, LATE = 0.03, 0.015, 0.08
+LEAST_WINDOW, LEAST_APART = 0.4, 0.2  # seconds: over less, what else the system does is taken for the pace
 # A plan may miss the end by this much of a time budget, and more for each plan before; or by this much of what is left.
 TOLERANCE, TOLERANCE_MORE, TOLERANCE_LEFT = 0.02, 0.002, 0.1
 
@@ -210,10 +211,9 @@ class Sampler:
             return
         engine = Engine(state.model, self.tokenizer, self.stop_ids)
         prompt, how = self.options.prompts[0], sampling(self.options, self.train.seed)
-        with using(state.model, state.average), side_by_side(self.train.workers) as threads:
-            # By one of them: where all share each small product, beside other work 60 tokens took 20 s.
-            make = partial(engine.generate, prompt, how, min(60, self.options.max_new_tokens))
-            result = threads.submit(make).result() if threads else make()
+        with using(state.model, state.average), side_by_side(self.train.workers):
+            # Where all threads share each small product, beside other work 60 tokens took 20 s.
+            result = engine.generate(prompt, how, min(60, self.options.max_new_tokens))
         self.metrics.text(state.step, "sample", prompt + result.text)
 
 
@@ -248,11 +248,13 @@ class TimeBudget:
         self.budget, self.record, self.clock = train.time_budget_s or 0.0, record, clock
         self.measured, self.most = measured, most
         self.active = bool(self.budget) and measured is not None and most is not None and not from_step
-        self.recent: deque[float] = deque()  # seconds of the last steps, about STEP_WINDOW of the budget
+        self.recent: deque[float] = deque()  # seconds of the last steps
         self.recent_sum = 0.0
         self.evaluating = 0.0  # seconds of an evaluation since the last step
         # Steps that an evaluation takes the time of: on a slower machine both take longer.
         self.evaluation_steps = measured.eval_seconds / max(measured.step_seconds, 1e-9) if measured else 0.0
+        self.window = max(STEP_WINDOW * self.budget, LEAST_WINDOW)
+        self.apart = max(PLAN_APART * self.budget, LEAST_APART)
         self.last = self.planned_at = clock()
 
     def time_evaluation(self, seconds: float) -> None:
@@ -277,7 +279,7 @@ class TimeBudget:
             return  # it has what is compiled and allocated once
         self.recent.append(max(spent, 1e-9))
         self.recent_sum += self.recent[-1]
-        while len(self.recent) > 2 and self.recent_sum > STEP_WINDOW * self.budget:
+        while len(self.recent) > 2 and self.recent_sum > self.window:
             self.recent_sum -= self.recent.popleft()
         if len(self.recent) < 2:
             return
@@ -292,7 +294,7 @@ class TimeBudget:
         plans = [change for change in self.schedule.changes if change.pace]
         if len(plans) >= MOST_PLANS or any(not change.pace for change in self.schedule.changes):
             return None
-        if now - self.planned_at < PLAN_APART * self.budget and now < (1 - LATE) * self.budget:
+        if now - self.planned_at < self.apart and now < (1 - LATE) * self.budget:
             return None  # the pace that it was made by is not yet known any better
         seconds = self._step_seconds()
         evaluation = self.evaluation_steps * seconds

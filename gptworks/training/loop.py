@@ -13,11 +13,11 @@ from gptworks.core.errors import DataError, NotFinite, OutOfMemory, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import class_of
-from gptworks.core.runtime import side_by_side
+from gptworks.core.workers import Workers, side_by_side
 from gptworks.data.batch import Batch, Batches, Cursor
 from gptworks.training.gradients import StepLoss, accumulate
 from gptworks.training.objectives import Objective
-from gptworks.training.optim import add_penalties, set_rates
+from gptworks.training.optim import Optimizer, add_penalties, set_rates
 from gptworks.training.problem import checked
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import WINDOW, State, spike_limit
@@ -75,7 +75,7 @@ def run(
     if layout.compile:
         torch.compiler.reset()  # it compiles a function for eight shapes, and those of earlier runs would count
     upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
-    with side_by_side(train.workers or 1) as threads, ThreadPoolExecutor(1, "loader") as aside:
+    with side_by_side(train.workers or 1) as workers, ThreadPoolExecutor(1, "loader") as aside:
         while state.step < (until or schedule.length) and not state.stopped:
             start = time.perf_counter()
             taken = upcoming.result() if upcoming else batches.take(state.cursor)
@@ -91,18 +91,18 @@ def run(
             try:
                 loss = accumulate(
                     model, batch, objective, weight=weight, train=train, micro_batch=layout.micro_batch,
-                    step=state.step, threads=threads, compiles=layout.compile, scale=state.scale if scaled else 1.0,
+                    step=state.step, workers=workers, compiles=layout.compile, scale=state.scale if scaled else 1.0,
                 )  # fmt: skip
                 if scaled:
                     _unscale(state)
-                norm = _clipped(state, loss, train=train, may_overflow=scaled and state.scale > 1)
+                norm = _clipped(state, loss, train=train, workers=workers, may_overflow=scaled and state.scale > 1)
                 limit = spike_limit(state.norms, train.skip_spikes) if train.skip_spikes is not None else math.inf
                 skipped = norm > limit or math.isinf(norm)
                 lr = set_rates(state.optimizers, schedule.factor(state.step), schedule.peaks(state.step))
                 state.settle()
                 failpoint("step.update")
                 if not skipped:
-                    _update(state, train)
+                    _update(state, train, workers)
                 if scaled:
                     _rescale(state, beyond=math.isinf(norm))
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -142,18 +142,20 @@ def _rescale(state: State, beyond: bool) -> None:
         state.steps_since_scaled = 0
 
 
-def _clipped(state: State, loss: StepLoss, train: Train, may_overflow: bool = False) -> float:
+def _clipped(state: State, loss: StepLoss, *, train: Train, workers: Workers, may_overflow: bool = False) -> float:
     """Adds the penalties and clips; gives the gradient's norm before that, infinite where it is not finite and may be
     so. Raises NotFinite, for a figure of the objective too, and DataError where nothing has a gradient."""
     add_penalties(state.model, train.l1, train.l2)
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    if not parameters:
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    if not gradients:
         raise DataError(f"step {state.step}: the loss depends on no parameter that is trained; look at the objective")
-    failpoint("step.gradient", parameters[0].grad)
+    failpoint("step.gradient", gradients[0])
+    each = [norm for part in workers.share(torch._foreach_norm, gradients) for norm in part]
+    whole = torch.linalg.vector_norm(torch.stack(each))
     if train.clip:
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip))
-    else:
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        factor = (train.clip / (whole + 1e-6)).clamp(max=1.0)
+        workers.share(lambda part: torch._foreach_mul_(part, factor), gradients)
+    norm = float(whole)
     if math.isfinite(loss.mean) and may_overflow and not math.isfinite(norm):
         return math.inf
     figures = [(f"figure {name!r}", value) for name, pair in loss.figures.items() for value in pair]
@@ -167,9 +169,9 @@ def _clipped(state: State, loss: StepLoss, train: Train, may_overflow: bool = Fa
 
 
 @torch.no_grad()
-def _update(state: State, train: Train) -> None:
+def _update(state: State, train: Train, workers: Workers) -> None:
     for optimizer in state.optimizers:
-        optimizer.step()
+        optimizer.step(workers) if isinstance(optimizer, Optimizer) else optimizer.step()  # torch's knows no workers
     parameters = state.trained()
     failpoint("step.weight", next(iter(parameters.values())))
     if train.ema:
@@ -177,7 +179,8 @@ def _update(state: State, train: Train) -> None:
             state.average = {name: p.detach().clone() for name, p in parameters.items()}
         # A short memory at first, so that the initial weights are soon forgotten.
         keep = min(train.ema, (1 + state.step) / (10 + state.step))
-        torch._foreach_lerp_(list(state.average.values()), [parameters[name] for name in state.average], 1 - keep)
+        averages, weights = list(state.average.values()), [parameters[name] for name in state.average]
+        workers.share(lambda means, values: torch._foreach_lerp_(means, values, 1 - keep), averages, weights)
 
 
 def _explained(error: Exception, micro_batch: int) -> Exception:

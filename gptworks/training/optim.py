@@ -7,6 +7,7 @@ for all matrices of one shape at once, and by several processes each for its sha
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from gptworks.core.config import Train
 from gptworks.core.errors import UsageError
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import resolve
+from gptworks.core.workers import ONE, Workers
 
 OPTIMIZERS = {
     "muon": "gptworks.training.optim:make_muon",
@@ -70,13 +72,19 @@ class Optimizer:
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Moves every parameter that has a gradient."""
+    def step(self, workers: Workers = ONE) -> None:
+        """Moves every parameter that has a gradient; the workers share the parameters out among them."""
         for group in self.param_groups:
             if moved := [p for p in group["params"] if p.grad is not None]:
-                self.update(moved, [p.grad for p in moved], group)
+                for w in moved:
+                    self.state[w]  # made here, or their order would be that of threads
+                self.move(moved, [p.grad for p in moved], group=group, workers=workers)
+
+    def move(self, weights: list[Tensor], gradients: list[Tensor], group: Group, workers: Workers) -> None:
+        workers.share(partial(self.update, group=group), weights, gradients)
 
     def update(self, weights: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+        """Moves some of a group's weights, each by its own gradient and state alone."""
         raise NotImplementedError
 
     def velocities(self, weights: list[Tensor]) -> list[Tensor]:
@@ -133,20 +141,36 @@ class Muon(Optimizer):
     def __init__(self, groups: list[Group], momentum: float, nesterov: bool) -> None:
         super().__init__(groups, momentum=momentum, nesterov=nesterov)
 
-    def update(self, weights: list[Tensor], gradients: list[Tensor], group: Group) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        velocities = self.velocities(weights)
-        torch._foreach_lerp_(velocities, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, velocities, momentum) if group["nesterov"] else velocities
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+    def move(self, weights: list[Tensor], gradients: list[Tensor], group: Group, workers: Workers) -> None:
+        updates = [u for part in workers.share(partial(self._updates, group=group), weights, gradients) for u in part]
         shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for w, update in _matrices(weights, updates):
             shapes.setdefault((max(w.shape), min(w.shape)), []).append((w, update))
         for pairs in shapes.values():
-            wide = torch.stack([u if u.shape[0] <= u.shape[1] else u.T for _, u in pairs])  # [N, rows <= columns]
-            for (w, _), turned in zip(pairs, ranks.map_split(orthogonalise, wide), strict=True):
-                rows, columns = w.shape
-                w.add_(turned if rows <= columns else turned.T, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+            wide = [u if u.shape[0] <= u.shape[1] else u.T for _, u in pairs]
+            turned = ranks.map_split(partial(_turned, workers=workers), torch.stack(wide))  # [N, rows <= columns]
+            workers.share(partial(_add, lr=group["lr"]), [w for w, _ in pairs], list(turned))
+
+    def _updates(self, weights: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+        """Lets the weights decay; gives their momentum, which is to be turned."""
+        momentum, velocities = group["momentum"], self.velocities(weights)
+        torch._foreach_lerp_(velocities, gradients, 1 - momentum)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        return list(torch._foreach_lerp(gradients, velocities, momentum)) if group["nesterov"] else velocities
+
+
+def _turned(wide: Tensor, workers: Workers) -> Tensor:
+    """The polar factor of each matrix of a stack, of which each worker computes a part."""
+    if workers.count == 1:
+        return orthogonalise(wide)
+    return torch.cat(list(workers.map(orthogonalise, wide.tensor_split(min(workers.count, len(wide))))))
+
+
+def _add(weights: list[Tensor], turned: list[Tensor], lr: float) -> None:
+    """Moves matrices by their turned momentum, wide as it is."""
+    for w, t in zip(weights, turned, strict=True):
+        rows, columns = w.shape
+        w.add_(t if rows <= columns else t.T, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 def _matrices(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -165,6 +189,7 @@ QUINTICS = (
 )
 
 
+@torch.no_grad()  # holds for a thread
 def orthogonalise(x: Tensor) -> Tensor:
     """About the polar factor of each matrix of x [N, rows, columns], rows <= columns: singular values near 1.
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 from torch import nn
 
-from gptworks.core import runtime
 from gptworks.core.errors import UsageError
+from gptworks.core.workers import side_by_side
 from gptworks.data.batch import Batch
 from gptworks.training import loop
 from gptworks.training.gradients import accumulate
@@ -44,10 +44,10 @@ def step(micro_batch, workers=1, reduce="sum", objective=WithFigures, rows=None)
     train = tiny.settings(workers=workers, reduce=reduce)
     state, rows = tiny.state(train), rows or batch()
     made = objective(train)
-    with runtime.side_by_side(workers) as threads:
+    with side_by_side(workers) as pool:
         loss = accumulate(
             state.model, rows, made, weight=made.weight(rows), train=train, micro_batch=micro_batch, step=0,
-            threads=threads,
+            workers=pool,
         )  # fmt: skip
     return loss, {name: p.grad for name, p in state.model.named_parameters()}
 

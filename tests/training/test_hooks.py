@@ -27,7 +27,9 @@ class Lived:
     evaluated: list[int]
 
 
-def live(schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None, pauses=()) -> Lived:
+def live(
+    schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None, pauses=()
+) -> Lived:
     """A run of which a step takes `step` seconds, `factor` times as many from `moment` of the budget on; `pauses` are
     seconds that some steps take besides."""
     now = BEGIN

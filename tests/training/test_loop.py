@@ -12,6 +12,7 @@ from gptworks import lifecycle
 from gptworks.core import runtime
 from gptworks.core.config import RunFile
 from gptworks.core.errors import DataError, NotFinite, UsageError
+from gptworks.core.workers import ONE, side_by_side
 from gptworks.data.batch import Batch, Batches, Cursor
 from gptworks.data.loader import Loader
 from gptworks.data.shards import open_shards
@@ -29,16 +30,16 @@ def ragged(rows=8):
     return Batch(tiny.tokens(rows, tiny.CONTEXT), tiny.tokens(rows, tiny.CONTEXT, seed=1), weights)
 
 
-def gradients(batch, micro_batch=8, dtype=torch.float32, threads=None, **settings):
+def gradients(batch, micro_batch=8, dtype=torch.float32, pool=ONE, **settings):
     train = tiny.settings(clip=0, **settings)
     state = tiny.state(train)
     state.model.dtype = dtype
     objective = NextToken(train)
     weight = objective.weight(batch)
     loss = accumulate(
-        state.model, batch, objective, weight=weight, train=train, micro_batch=micro_batch, step=0, threads=threads
+        state.model, batch, objective, weight=weight, train=train, micro_batch=micro_batch, step=0, workers=pool
     )
-    norm = loop._clipped(state, loss, train)
+    norm = loop._clipped(state, loss, train=train, workers=pool)
     return loss.mean, norm, {name: p.grad for name, p in state.model.named_parameters()}
 
 
@@ -90,12 +91,12 @@ def test_a_run_is_compiled_however_many_others_there_were_in_the_process(monkeyp
 
 @pytest.mark.parametrize(("workers", "micro_batch"), [(2, 4), (2, 2), (3, 2), (4, 4)])
 def test_workers_change_neither_loss_nor_gradient_and_repeat_to_the_bit(workers, micro_batch):
-    def side_by_side():
-        with runtime.side_by_side(workers) as threads:
-            return gradients(ragged(), micro_batch, threads=threads, workers=workers)
+    def computed():
+        with side_by_side(workers) as pool:
+            return gradients(ragged(), micro_batch, pool=pool, workers=workers)
 
     loss, norm, whole = gradients(ragged())
-    shared, again = side_by_side(), side_by_side()
+    shared, again = computed(), computed()
     assert shared[:2] == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-5))
     assert shared[:2] == again[:2]
     for name, gradient in whole.items():
@@ -142,11 +143,11 @@ def test_an_error_of_a_worker_ends_the_step():
         def loss(self, model, batch):
             raise RuntimeError("broken" if batch.first else "the first rows")
 
-    with runtime.side_by_side(2) as threads, pytest.raises(RuntimeError, match="the first rows"):
+    with side_by_side(2) as pool, pytest.raises(RuntimeError, match="the first rows"):
         train = tiny.settings(workers=2)
         accumulate(
             tiny.state(train).model, ragged(), Broken(train), weight=1.0, train=train, micro_batch=4, step=0,
-            threads=threads,
+            workers=pool,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from gptworks.core import workers
 from gptworks.core.errors import UsageError
 from gptworks.training import optim
 from gptworks.training.optim import Muon, make_optimizers, orthogonalise, set_rates
@@ -108,6 +109,30 @@ def test_sgd_equals_torch_sgd(momentum, nesterov):
         reference.step()
     for w, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_workers_move_weights_as_one_does_and_the_same_way_each_time(name, monkeypatch):
+    """Muon's products of fewer matrices at a time may round otherwise."""
+    monkeypatch.setattr(workers, "WORTH_SHARING", 1)  # or this model would stay with the caller
+    train = tiny.settings(lr=0.1, adam_lr=0.1, weight_decay=0.5, momentum=0.9, optimizer=name)
+
+    def moved(count):
+        model = tiny.model()
+        optimizers = make_optimizers(model, train)
+        with workers.side_by_side(count) as pool:
+            for step in range(3):
+                set_gradients(list(model.parameters()), step)
+                for optimizer in optimizers:
+                    optimizer.step(pool)
+        state = [value for optimizer in optimizers for held in optimizer.state.values() for value in held.values()]
+        return [*model.parameters(), *state]
+
+    one, two, again, three = moved(1), moved(2), moved(2), moved(3)
+    for a, b, c, d in zip(one, two, again, three, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(d, a, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
