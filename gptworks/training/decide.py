@@ -56,6 +56,8 @@ def decide(
     measured = measure(run, run.start(), clock)
     facts = replace(facts, measured=measured)
     choices = choose(config, facts, machine)
+    for warning in choices.warnings[len(first.warnings) :]:
+        console.warn(warning)
     run.config = choices.chosen
     run.layout = layout_of(run.config)
     _apply(run.config)

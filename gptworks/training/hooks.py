@@ -7,7 +7,7 @@ may end the run, and what is logged, sampled and saved after it knows that.
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,14 @@ from gptworks.training.problem import Evaluation, Evaluator, Problem, checked
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import Saving, State, using
 
-# Of a time budget: over which the pace of steps is measured; between two plans; at whose end any moment may have one.
-STEP_WINDOW, PLAN_APART, LATE = 0.03, 0.015, 0.08
-LEAST_WINDOW, LEAST_APART = 0.4, 0.2  # seconds: over less, what else the system does is taken for the pace
+# Of a time budget: over which the pace of steps is measured, and over which another pace is noticed; between two plans;
+# at whose end any moment may have one.
+LONG, SHORT, PLAN_APART, LATE = 0.12, 0.03, 0.015, 0.08
+LEAST_SHORT, LEAST_APART = 0.4, 0.2  # seconds: over less, what else the system does is taken for the pace
+PACE_SECONDS = 10  # over which the time that is left is reckoned
+ANOTHER_PACE = 1.6  # times: between it and the same pace lies what a busy machine does from second to second
+EVALUATION_DOUBTED = 0.1  # of the time that is left: an evaluation that seems to take more is timed again
+EARLY_PLANS = 0.25  # of all plans, that may be made at the beginning; the others as the budget passes
 # A plan may miss the end by this much of a time budget, and more for each plan before; or by this much of what is left.
 TOLERANCE, TOLERANCE_MORE, TOLERANCE_LEFT = 0.02, 0.002, 0.1
 
@@ -49,8 +54,11 @@ class Logger:
     def __init__(
         self, metrics: Metrics, every: int, schedule: RunSchedule, *,
         batches: Batches, bytes_per_token: float | None, flops: float, rate: float,
+        to_come: Callable[[State], float] = lambda state: 0.0,
     ) -> None:  # fmt: skip
-        """`flops` is what a token costs, `rate` the FLOP/s of the machine; bytes per token turn nats into bits."""
+        """`flops` is what a token costs, `rate` the FLOP/s of the machine; bytes per token turn nats into bits.
+        `to_come` gives the seconds that evaluations will still take."""
+        self.to_come, self._pace = to_come, 0.0
         self.metrics, self.every, self.schedule, self.batches = metrics, every, schedule, batches
         self.to_bits = None if bytes_per_token is None else 1 / math.log(2) / bytes_per_token
         self.flops, self.rate = flops, rate
@@ -64,6 +72,9 @@ class Logger:
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         self._seconds += m.seconds
+        # The pace of about the last PACE_SECONDS, since a machine may be faster or slower than it was.
+        weight = 1 - math.exp(-m.seconds / PACE_SECONDS)
+        self._pace = m.seconds if not self._pace else self._pace + weight * (m.seconds - self._pace)
         self._data += m.data_seconds
         self._weight += m.weight
         self._tokens += m.tokens
@@ -105,7 +116,7 @@ class Logger:
 
     def _line(self, state: State, loss: float, speed: float) -> str:
         total = self.schedule.length
-        left = (total - state.step) * state.seconds / state.step
+        left = (total - state.step) * self._pace + self.to_come(state)
         bits = "" if self.to_bits is None else f"{loss * self.to_bits:.3f} bits/byte  "
         figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in self._figures.items() if w)
         return (
@@ -127,6 +138,7 @@ class Evaluations:
         hears how many seconds of `clock` an evaluation took."""
         self.evaluate, self.problem, self.train, self.schedule = evaluate, problem, train, schedule
         self.metrics, self.clock, self.told = metrics, clock, told
+        self.seconds = 0.0  # of the last evaluation
         self.last: tuple[int, Evaluation] | None = None
 
     def measure(self, state: State) -> Evaluation:
@@ -136,8 +148,16 @@ class Evaluations:
             begun = self.clock()
             with using(state.model, state.average):
                 self.last = (state.step, self._checked(state))
-            self.told(self.clock() - begun)
+            self.seconds = self.clock() - begun
+            self.told(self.seconds)
         return self.last[1]
+
+    def seconds_to_come(self, state: State) -> float:
+        """Seconds that the evaluations after this step will take, each as long as the last."""
+        if state.step == self.schedule.length:
+            return 0.0
+        before = self.schedule.evaluations_before_the_last(state.step, self.train.eval_every)
+        return self.seconds * (1 if self.schedule.evaluations_left_out() else before + 1)
 
     def final(self, state: State) -> Evaluation:
         """The evaluation of the weights that the run gives: the best where they are kept, else those that `measure`
@@ -240,10 +260,12 @@ class TimeBudget:
     def __init__(
         self, train: ChosenTrain, schedule: RunSchedule, *, measured: Measured | None, most: int | None,
         may_leave_out: bool, from_step: int, record: Callable[[Change], None], clock: Callable[[], float],
+        evaluation_now: Callable[[], float],
     ) -> None:  # fmt: skip
         """`measured` and `most`, the steps that all other limits allow, are None where the plan is an earlier
         process's; `may_leave_out` says that nobody asked for evaluations on the way; `clock` gives the seconds since
-        the command began."""
+        the command began; `evaluation_now` the seconds that an evaluation would take, by computing a part of one."""
+        self.evaluation_now = evaluation_now
         self.train, self.schedule, self.may_leave_out = train, schedule, may_leave_out
         self.budget, self.record, self.clock = train.time_budget_s or 0.0, record, clock
         self.measured, self.most = measured, most
@@ -253,7 +275,7 @@ class TimeBudget:
         self.evaluating = 0.0  # seconds of an evaluation since the last step
         # Steps that an evaluation takes the time of: on a slower machine both take longer.
         self.evaluation_steps = measured.eval_seconds / max(measured.step_seconds, 1e-9) if measured else 0.0
-        self.window = max(STEP_WINDOW * self.budget, LEAST_WINDOW)
+        self.short, self.long = max(SHORT * self.budget, LEAST_SHORT), LONG * self.budget
         self.apart = max(PLAN_APART * self.budget, LEAST_APART)
         self.last = self.planned_at = clock()
 
@@ -262,8 +284,14 @@ class TimeBudget:
         self.evaluating = seconds
 
     def _step_seconds(self) -> float:
-        """The mean of the last steps but the longest, which a sample, a checkpoint or the system may have made so."""
-        return (sum(self.recent) - max(self.recent)) / (len(self.recent) - 1)
+        """The mean of the last steps but the longest, which a sample, a checkpoint or the system may have made so; of
+        the very last ones, where they have another pace than those before."""
+        last = _last_of(self.recent, self.short)
+        pace, pace_now = _mean_but_longest(self.recent), _mean_but_longest(last)
+        if 1 / ANOTHER_PACE < pace_now / pace < ANOTHER_PACE:
+            return pace
+        self.recent, self.recent_sum = deque(last), sum(last)
+        return pace_now
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         if not self.active:
@@ -279,7 +307,7 @@ class TimeBudget:
             return  # it has what is compiled and allocated once
         self.recent.append(max(spent, 1e-9))
         self.recent_sum += self.recent[-1]
-        while len(self.recent) > 2 and self.recent_sum > self.window:
+        while len(self.recent) > 2 and self.recent_sum > self.long:
             self.recent_sum -= self.recent.popleft()
         if len(self.recent) < 2:
             return
@@ -291,22 +319,34 @@ class TimeBudget:
     def _plan(self, step: int, now: float) -> Change | None:
         """Another plan where this one misses the budget by more than is worth one, more with each plan before."""
         assert self.measured and self.most
+        planned_seconds = self.measured.step_seconds
         plans = [change for change in self.schedule.changes if change.pace]
-        if len(plans) >= MOST_PLANS or any(not change.pace for change in self.schedule.changes):
+        may_be_made = MOST_PLANS * min(EARLY_PLANS + (1 - EARLY_PLANS) * now / self.budget, 1.0)
+        if len(plans) >= may_be_made or any(not change.pace for change in self.schedule.changes):
             return None
         if now - self.planned_at < self.apart and now < (1 - LATE) * self.budget:
             return None  # the pace that it was made by is not yet known any better
-        seconds = self._step_seconds()
-        evaluation = self.evaluation_steps * seconds
-        slower = seconds / max(self.measured.step_seconds, 1e-9)
-        pace = Pace(seconds, evaluation, SAVING_SECONDS * max(slower, 1.0))
-        end, length = planned_end(self.budget, pace, max(SLOWER / max(slower, 1.0), 1.0)), self.schedule.length
-        evaluated, to_come = not plans or plans[-1].evaluations, self._evaluations_after(step)
-        miss = now + (length - step) * seconds + evaluated * to_come * evaluation + pace.finish - end
+        seconds, length = self._step_seconds(), self.schedule.length
+        evaluated = not self.schedule.evaluations_left_out()
+        to_come = self.schedule.evaluations_before_the_last(step, self.train.eval_every)
+
+        def missed() -> tuple[float, float, Pace]:
+            """How far the plan's end is from the one to be planned for, that one, and the pace of now."""
+            slower = max(seconds / max(planned_seconds, 1e-9), 1.0)
+            pace = Pace(seconds, self.evaluation_steps * seconds, SAVING_SECONDS * slower)
+            end = planned_end(self.budget, pace, max(SLOWER / slower, 1.0))
+            left = (length - step) * seconds + evaluated * to_come * pace.evaluation + pace.finish
+            return now + left - end, end, pace
+
+        miss, end, pace = missed()
+        if miss > 0 and pace.evaluation > EVALUATION_DOUBTED * (end - now) and now < (1 - LATE) * self.budget:
+            # So much of what is left is not given up for an estimate that a busy moment may have made.
+            self.evaluation_steps = min(self.evaluation_steps, self.evaluation_now() / seconds)
+            miss, end, pace = missed()
         if abs(miss) <= max(self.budget * (TOLERANCE + TOLERANCE_MORE * len(plans)), TOLERANCE_LEFT * (end - now)):
             return None
         # Those that nobody asked for go before steps do, and come back where there is time for them again.
-        share = to_come * evaluation / max(end - now, 1e-9)
+        share = to_come * pace.evaluation / max(end - now, 1e-9)
         makes = not self.may_leave_out or share <= 2 * EVALUATION_SHARE * (1.0 if evaluated else 0.5)
         steps = min(step + steps_until(end, now, pace=pace, evaluations=makes * to_come), self.most)
         if steps == length and makes == evaluated:
@@ -318,9 +358,19 @@ class TimeBudget:
         console.say(f"step {step}: {why}")
         return Change(step=step, length=steps, pace=True, evaluations=makes, why=why)
 
-    def _evaluations_after(self, step: int) -> int:
-        """Evaluations before the last that are still to come by the plan."""
-        return max(math.ceil(self.schedule.planned_left(step) / self.train.eval_every) - 1, 0)
+
+def _last_of(steps: Sequence[float], seconds: float) -> list[float]:
+    """The last steps that took about so many seconds together, two at least."""
+    last, together = 0, 0.0
+    for step in reversed(steps):
+        if last >= 2 and together + step > seconds:
+            break
+        last, together = last + 1, together + step
+    return list(steps)[len(steps) - last :]
+
+
+def _mean_but_longest(steps: Sequence[float]) -> float:
+    return (sum(steps) - max(steps)) / (len(steps) - 1)
 
 
 class Checkpointer:

@@ -102,6 +102,15 @@ class RunSchedule:
         latest = next((c for c in reversed(self.changes) if c.pace and c.step < step), None)
         return self.due(step, every) and (step == self.length or latest is None or latest.evaluations)
 
+    def evaluations_before_the_last(self, step: int, every: int) -> int:
+        """Evaluations that are still to come by the plan, whether or not a pace leaves them out."""
+        return max(math.ceil(self.planned_left(step) / every) - 1, 0)
+
+    def evaluations_left_out(self) -> bool:
+        """True where the latest pace leaves out all evaluations but the last."""
+        latest = next((change for change in reversed(self.changes) if change.pace), None)
+        return latest is not None and not latest.evaluations
+
     def reaches(self, step: int, share: float) -> bool:
         """True at the first step at which so large a share of the run is done."""
         wanted = max(round(share * self.planned), 1) - 1e-9

@@ -7,6 +7,7 @@ On several processes the main one prepares and writes (`run_main`); the others w
 import contextlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from gptworks.training.problem import Place, Problem, Work, opened
 from gptworks.training.range_test import RangeTest, range_test
 from gptworks.training.schedule import SCHEDULES, RunSchedule
 from gptworks.training.state import State, listing, newest_good, restore, using
+from gptworks.training.timing import evaluation_seconds
 
 
 def check(config: Config) -> None:
@@ -315,6 +317,7 @@ def _train(
         train, schedule, measured=decided.measured if decided else None, most=decided.most_steps if decided else None,
         may_leave_out=file.asked.train.eval_every is None, from_step=state.step,
         record=file.append if ranks.main else file.changes.append, clock=clock,
+        evaluation_now=partial(evaluation_seconds, work.evaluate, state.model),
     )  # fmt: skip
     evaluations = Evaluations(
         work.evaluate,
@@ -328,11 +331,14 @@ def _train(
     checkpointer = Checkpointer(
         out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying
     )
+    if decided:
+        evaluations.seconds = decided.measured.eval_seconds
     hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
     if metrics:
         hooks.append(
             Logger(metrics, train.log_every, schedule, batches=work.batches,
-                   bytes_per_token=problem.bytes_per_token, flops=step_flops(run), rate=rate)
+                   bytes_per_token=problem.bytes_per_token, flops=step_flops(run), rate=rate,
+                   to_come=evaluations.seconds_to_come)
         )  # fmt: skip
         if "generate" in problem.sections:
             hooks.append(

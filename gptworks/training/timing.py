@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from gptworks.core.log import console
 from gptworks.core.runtime import interrupts
+from gptworks.model.transformer import Transformer
 from gptworks.planning.choices import Measured
 from gptworks.training.assemble import Run, trial_of
 from gptworks.training.loop import StepMetrics
 from gptworks.training.loop import run as train
-from gptworks.training.problem import Work
+from gptworks.training.problem import Evaluator, Work
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import State
 
@@ -31,11 +32,15 @@ def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
     trial = trial_of(run)
     trial_work = run.start(trial)
     times: list[float] = []
+    evaluations: list[float] = []
     began = time.perf_counter()
 
-    def timer(_: State, m: StepMetrics) -> str | None:
+    def timer(state: State, m: StepMetrics) -> str | None:
+        """Times a part of an evaluation after each step, so that a busy moment makes both slow."""
         interrupts.check()
         times.append(m.seconds)
+        if len(evaluations) < 2 or time.perf_counter() - began < ENOUGH_SECONDS:
+            evaluations.append(evaluation_seconds(trial_work.evaluate, state.model))
         return "timed" if len(times) >= 2 and time.perf_counter() - began > ENOUGH_SECONDS else None
 
     endless = RunSchedule(options.model_copy(update={"max_steps": 10**9}), [])
@@ -43,9 +48,16 @@ def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
     train(
         trial, trial_work.batches, trial_work.objective, train=options, layout=layout, schedule=endless, hooks=[timer]
     )
-    began = time.perf_counter()
-    share = trial_work.evaluate.part(trial.model)
-    eval_seconds = (time.perf_counter() - began) / share
     return Measured(
-        rows, statistics.median(times[1:]), eval_seconds=eval_seconds, left_seconds=options.time_budget_s - clock()
+        rows,
+        statistics.median(times[1:]),
+        eval_seconds=statistics.median(evaluations[1:]),  # the first has what is allocated once
+        left_seconds=options.time_budget_s - clock(),
     )
+
+
+def evaluation_seconds(evaluate: Evaluator, model: Transformer) -> float:
+    """The seconds that an evaluation takes, by a part of one."""
+    began = time.perf_counter()
+    share = evaluate.part(model)
+    return (time.perf_counter() - began) / share

@@ -1,5 +1,7 @@
 """A time budget holds on a machine that becomes five times slower or faster, shown with a clock that is passed in."""
 
+import math
+import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -28,17 +30,19 @@ class Lived:
 
 
 def live(
-    schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None, pauses=()
-) -> Lived:
-    """A run of which a step takes `step` seconds, `factor` times as many from `moment` of the budget on; `pauses` are
-    seconds that some steps take besides."""
+    schedule="wsd", *, step=2.0, evaluation=12.0, moment=2.0, factor=1.0, wave=0.0, asked=None, pauses=(), pace=None,
+    timed=1.0,
+) -> Lived:  # fmt: skip
+    """A run of which a step takes `step` seconds, `factor` times as many from `moment` of the budget on, and `pace` as
+    many at each second; `pauses` are seconds that some steps take besides. An evaluation was timed as so many times
+    what it takes."""
     now = BEGIN
 
     def slowness() -> float:
         late = factor if now >= moment * BUDGET else 1.0
-        return late * (1 + wave * (int(now) % 7 - 3) / 3)
+        return late * (1 + wave * (int(now) % 7 - 3) / 3) * (pace[int(now)] if pace else 1.0)
 
-    measured = Measured(None, step, evaluation, BUDGET - BEGIN)
+    measured = Measured(None, step, evaluation * timed, BUDGET - BEGIN)
     keys = {"context": 32, "batch_tokens": 1024, "time_budget_s": BUDGET, "schedule": schedule, "eval_every": asked}
     config = tiny.chosen_config(train=keys)
     train = choose(config, Facts(vocab_size=300, epoch_tokens=10**6, measured=measured), tiny.MACHINE).chosen.train
@@ -46,7 +50,7 @@ def live(
     course, evaluated = RunSchedule(train, changes), []
     budget = TimeBudget(
         train, course, measured=measured, most=10**9, may_leave_out=asked is None, from_step=0,
-        record=changes.append, clock=lambda: now,
+        record=changes.append, clock=lambda: now, evaluation_now=lambda: evaluation * slowness(),
     )  # fmt: skip
     state = SimpleNamespace(step=0)
     while state.step < course.length:
@@ -91,6 +95,25 @@ def test_one_step_that_the_system_held_up_does_not_end_a_run(seconds, step, paus
     run = live(step=seconds, pauses=[(step, pause * BUDGET)])
     assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET and len(run.schedule.changes) <= 3
     assert run.schedule.length * seconds >= (0.85 - pause) * BUDGET  # the rest is evaluations, and the pause
+
+
+@pytest.mark.parametrize("lasting", [30, 200])  # seconds, of a budget of 1,000
+def test_a_machine_that_others_use_too_ends_in_time_with_plans_to_spare(lasting):
+    """Each second is as fast as the ones before and by chance otherwise: a third slower or faster, mostly."""
+    for seed in range(10):
+        draw, level, pace = random.Random(seed), 0.0, []
+        for _ in range(20 * int(BUDGET)):
+            level = level * math.exp(-1 / lasting) + math.sqrt(1 - math.exp(-2 / lasting)) * draw.gauss(0, 1)
+            pace.append(math.exp(0.3 * level))
+        run = live(step=5.0, pace=pace)
+        assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET and len(run.schedule.changes) < MOST_PLANS, seed
+
+
+@pytest.mark.parametrize("seconds", [2.0, 10.0])
+def test_an_evaluation_that_was_timed_at_a_busy_moment_costs_no_run(seconds):
+    """A fault that was seen: one of 4 s counted as 31 steps, and a run of 60 s ended after 6 steps, at 19 s."""
+    run = live(step=seconds, timed=10.0, moment=0.1, factor=3.0)
+    assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET
 
 
 @pytest.mark.parametrize("factor", [5.0, 0.2])
