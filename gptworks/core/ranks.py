@@ -255,7 +255,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = re.sub(r"\[/.*?\]", "", " ".join(str(error).split())).strip()[:80]
+        cause = re.sub(r"\[/.*?\]", "", " ".join(str(error).split())).strip().split(". ")[0][:120]
         raise PeerLost(
             f"another process of this run ended ({cause}); its own message, if it could leave one, is above. "
             "Run the same command to continue"

@@ -1,5 +1,6 @@
 """Names to things. Each kind has one table `name -> "module:attribute"`; `mine.py:Thing` works wherever a name does."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -38,7 +39,8 @@ def resolve(kind: str, table: dict[str, str], name: str) -> Any:
     if path is None:
         raise UsageError(f"unknown {kind} {name!r}: {nearest(name, list(table))} (or your own: file.py:Name)")
     if not path.is_file():
-        raise UsageError(f"{kind} {name!r}: no such file: {path}")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UsageError(f"{kind} {name!r}: no such file: {path}{place}")
     try:
         module_object = _load(str(path.resolve()), path.stat().st_mtime_ns, kind)
     except GptworksError:  # a signal to stop, for one
@@ -65,7 +67,8 @@ def _load(path: str, changed: int, kind: str) -> ModuleType:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     _users_files[path] = kind
-    spec.loader.exec_module(module)
+    with contextlib.chdir(Path.cwd()):  # wherever the file goes: other names of the configuration are relative too
+        spec.loader.exec_module(module)
     return module
 
 

@@ -386,7 +386,9 @@ def save(
         tokenizer.save(aside)
         if base and (template := base.template_home / TEMPLATE).is_file():
             shutil.copyfile(template, aside / TEMPLATE)
-        (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / LINEAGE).write_text(
+            json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (aside / "README.md").write_text(card.text(path, lineage), encoding="utf-8")
 
 
@@ -414,5 +416,7 @@ def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, l
     with folder.commit(path) as aside:
         (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
         weight_files.write(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
-        (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / LINEAGE).write_text(
+            json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (aside / "README.md").write_text(card.text(path, lineage, name), encoding="utf-8")

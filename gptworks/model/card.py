@@ -24,6 +24,7 @@ def license_of(folder: Path) -> dict[str, str]:
 def text(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     """README.md with the YAML header the hub reads; of an adapter for `base`."""
     name = path.parent.name if path.name == "model" else path.name
+    data = lineage.get("data", "")
     metrics = {key: value for key, value in lineage.get("metrics", {}).items() if isinstance(value, (int, float))}
     rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
     header: dict[str, Any] = {"library_name": "transformers" if base is None else "peft"}
@@ -39,7 +40,7 @@ def text(path: Path, lineage: dict[str, Any], base: str | None = None) -> str:
     }
     if scores:
         header["metrics"] = list(scores)
-        dataset = {"name": f"validation split of {lineage.get('data', '')}", "type": "text"}
+        dataset = {"name": f"validation split of {data}" if data else "evaluation of its problem", "type": "text"}
         values = [{"type": kind, "value": value} for kind, value in scores.items()]
         result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": values}
         header["model-index"] = [{"name": name, "results": [result]}]
@@ -55,8 +56,8 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")"""
 
 # {name}
 
-Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`,
-on `{lineage.get("data", "")}`.
+Trained with gptworks {lineage.get("gptworks", "")}, recipe `{lineage.get("recipe", "")}`{", on" if data else ", for"}
+`{data or lineage.get("problem", "")}`.
 
 | | |
 |---|---|

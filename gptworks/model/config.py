@@ -170,7 +170,8 @@ def choose_family(asked: Model, grouped: bool, free_head_dim: bool) -> str:
 def build_config(asked: Model, vocab_size: int, context: int) -> ModelConfig:
     """The architecture of a model whose sizes are all set (see `planning.dial`). Raises UsageError."""
     width, layers, heads = asked.hidden_size, asked.num_hidden_layers, asked.num_attention_heads
-    assert width and layers and heads, "the dial sets these"
+    if not (width and layers and heads):
+        raise UsageError("model.hidden_size, model.num_hidden_layers or model.num_attention_heads is missing")
     if asked.head_dim is None and width % heads:
         raise UsageError(f"model.hidden_size={width} is not divisible by model.num_attention_heads={heads}")
     head_dim = asked.head_dim or width // heads

@@ -107,7 +107,7 @@ def _set_up_process(choices: Choices, machine: Machine) -> None:
     """Threads, precision and determinism."""
     train, device = choices.config.train, machine.device
     if train.threads is None:
-        shared = f", shared by {machine.per_machine} processes" if machine.processes > 1 else ""
+        shared = f", shared by {machine.per_machine} processes" if machine.per_machine > 1 else ""
         choices.set("train.threads", machine.threads, f"this machine's cores{shared}; part of a bitwise resume")
     precision: str = train.precision
     if precision == "auto":
@@ -385,6 +385,8 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
         if not train.time_budget_s and not full:
             between = max(between, total * CHECKPOINT_SECONDS / expected)
             why = "at most ten, not too often; two are kept"
+        if between > total / 2:
+            between, why = total / 2, "at least one on the way, of which two are kept"
         choices.set("train.checkpoint_every", min(math.ceil(between), total), why)
     if train.compile == "auto":
         _compile(choices, architecture, machine=machine, expected=expected)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from gptworks.core import runtime
-from gptworks.core.errors import UsageError
+from gptworks.core import folder, runtime
+from gptworks.core.errors import GptworksError, UsageError
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 
@@ -35,7 +35,10 @@ class Machine:
         UsageError for one that was not measured."""
         wanted = "bf16" if precision == "fp8" else precision
         if wanted not in self.matmul:
-            raise UsageError(f"machine.matmul has no {wanted}, in which this run would compute")
+            raise UsageError(
+                f"machine.matmul has no {wanted}, in which this run would compute: add its FLOP/s as "
+                f"matmul.{wanted}, or choose another train.precision"
+            )
         return self.matmul[wanted]
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,8 +48,9 @@ class Machine:
     def read(cls, path: Path) -> "Machine":
         """The machine that `gptworks env --json` wrote down. Raises UsageError for a file that lacks a value."""
         try:
+            folder.check_regular(path)
             tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except (GptworksError, OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path}: cannot read the machine: {error}") from None
         return cls.of(tree.get("machine", tree) if isinstance(tree, dict) else {}, str(path))
 
@@ -96,7 +100,7 @@ def _are_rates(value: Any) -> bool:
 _WANTED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu, cuda or mps", lambda value: value in ("cpu", "cuda", "mps")),
     "matmul": (f"FLOP/s by precision ({', '.join(get_args(Precision))}), each above 0", _are_rates),
-    int: ("a whole number above 0", lambda value: _is_number(value, int)),
+    int: ("a whole number above 0, without a decimal point", lambda value: _is_number(value, int)),
     str: ("a text", lambda value: isinstance(value, str)),
     bool: ("true or false", lambda value: isinstance(value, bool)),
 }

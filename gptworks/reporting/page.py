@@ -259,13 +259,15 @@ def headline(run: Run) -> str:
         how = f"not finished: step {run.step:,.0f}{total}" if run.rows else "not finished: no step logged yet"
     loss = show(get(result, "eval", "loss") or run.last("eval/loss"), "{:.4f}")
     bits = show(get(result, "eval", "bits_per_byte") or run.last("eval/bits_per_byte"), "{:.3f}")
+    continued = (number(result.get("train_seconds")) or 0) > (number(result.get("seconds")) or 0)
+    whole_time = "time so far" if not result else "time of the last process" if continued else "whole time"
     tiles = [
         ("evaluation loss, nats/token", loss),
         ("training loss so far", None if loss else show(run.last("train/loss"), "{:.4f}")),
         ("bits per byte", bits),
         ("perplexity", show(get(result, "eval", "perplexity") or run.last("eval/perplexity"), "{:,.5g}")),
         *((f"evaluation {name}", show(run.last(f"eval/{name}"), "{:.4g}")) for name in own_figures(run)),
-        ("whole time" if result else "time so far", show(result.get("seconds") or run.last("train/seconds"), duration)),
+        (whole_time, show(result.get("seconds") or run.last("train/seconds"), duration)),
         ("parameters", show(result.get("parameters"), count)),
         ("tokens seen", show(result.get("tokens") or run.last("train/tokens"), count)),
     ]

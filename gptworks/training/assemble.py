@@ -19,8 +19,9 @@ from gptworks.model.transforms import transformed
 from gptworks.planning.choose import trainable_part
 from gptworks.planning.cost import Trainable
 from gptworks.training.loop import Layout
+from gptworks.training.metrics import LOGGED
 from gptworks.training.optim import make_optimizers
-from gptworks.training.problem import Evaluator, Problem, Work, checked
+from gptworks.training.problem import Evaluator, Problem, Work, check_names, checked
 from gptworks.training.state import State
 
 
@@ -45,20 +46,22 @@ class Run:
         after = _parameters(state.model)
         if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
             raise UsageError(
-                f"{who} changes what is trained ({changed[0]}): no checkpoint would fit; leave the parameters of the "
-                "model as they are (adapter=lora trains a part)"
+                f"{who} changes what is trained ({changed[0]}): no checkpoint would fit, and each "
+                "continuation would do it again; leave the parameters of the model as they are (adapter=lora trains a "
+                "part)"
             )
         for name in ("figures", "weight", "loss"):
             if not hasattr(work.objective, name):
                 raise UsageError(f"{class_of(work.objective)} has no {name}: see gptworks/training/objectives.py")
+        check_names(work.objective.figures, f"{class_of(work.objective)}.figures", taken=LOGGED)
         checked(work.batches, Batches, f"{who} as batches")
         checked(work.evaluate, Evaluator, f"{who} as evaluation")
         return work
 
 
-def _parameters(model: Transformer) -> dict[str, tuple[bool, torch.Size, torch.dtype]]:
-    """The facts of each parameter that a checkpoint depends on."""
-    return {name: (p.requires_grad, p.shape, p.dtype) for name, p in model.named_parameters()}
+def _parameters(model: Transformer) -> dict[str, tuple[bool, torch.Size, torch.dtype, int]]:
+    """The facts of each parameter that a checkpoint depends on, and how often its values were set."""
+    return {name: (p.requires_grad, p.shape, p.dtype, p._version) for name, p in model.named_parameters()}
 
 
 def assemble(config: Chosen, problem: Problem, base: Loaded | None) -> Run:

@@ -70,7 +70,11 @@ def accumulate(
         compiles=compiles,
     )
     if train.reduce == "canonical":
-        assert batch.share, "the loader says how many rows a whole share has"
+        if not batch.share:
+            raise UsageError(
+                "train.reduce=canonical needs to know how many rows each process has in a whole step: batches are made "
+                "by Batch.share_of"
+            )
         gradient = _tree(passes, batch, low=0, high=-(-batch.share // micro_batch))
         everyone = ranks.gather(([g is not None for g in gradient], passes.terms()))
         used = [any(column) for column in zip(*(mine for mine, _ in everyone), strict=True)]

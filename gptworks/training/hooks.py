@@ -32,7 +32,7 @@ from gptworks.planning.choices import Measured
 from gptworks.planning.choose import EVALUATION_SHARE
 from gptworks.training.loop import StepMetrics
 from gptworks.training.metrics import Metrics
-from gptworks.training.problem import Evaluation, Evaluator, Problem, checked
+from gptworks.training.problem import Evaluation, Evaluator, Problem, check_names, checked
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import Saving, State, using
 
@@ -171,6 +171,7 @@ class Evaluations:
         """Raises UsageError where the watched figure is missing, NotFinite where a figure is not finite."""
         watched = self.problem.watched
         evaluation = checked(self.evaluate(state.model), Evaluation, class_of(self.evaluate))
+        check_names(evaluation.figures, class_of(self.evaluate))
         if watched not in evaluation.figures:
             raise UsageError(
                 f"{class_of(self.problem)} watches {watched!r}, and its evaluation has "
@@ -178,6 +179,7 @@ class Evaluations:
             )
         figures = self._numbers(evaluation.figures, state.step)
         logged = None if evaluation.logged is None else self._numbers(evaluation.logged, state.step)
+        figures = ranks.agree(figures)  # what ends a run has to end it in every process
         return replace(evaluation, figures=figures, logged=logged)
 
     def _numbers(self, figures: dict[str, float], step: int) -> dict[str, float]:
@@ -331,7 +333,7 @@ class TimeBudget:
         to_come = self.schedule.evaluations_before_the_last(step, self.train.eval_every)
 
         def missed() -> tuple[float, float, Pace]:
-            """How far the plan's end is from the one to be planned for, that one, and the pace of now."""
+            """Gives how far the plan's end is from the one to be planned for, that one, and the pace of now."""
             slower = max(seconds / max(planned_seconds, 1e-9), 1.0)
             pace = Pace(seconds, self.evaluation_steps * seconds, SAVING_SECONDS * slower)
             end = planned_end(self.budget, pace, max(SLOWER / slower, 1.0))

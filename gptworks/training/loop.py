@@ -71,7 +71,7 @@ def run(
     """
     model = state.model.to(layout.device).train()
     model.dtype = layout.dtype
-    scaled = layout.dtype == torch.float16
+    scaled, longest = layout.dtype == torch.float16, model.config.max_position_embeddings
     if layout.compile:
         torch.compiler.reset()  # it compiles a function for eight shapes, and those of earlier runs would count
     upcoming: Future[tuple[Batch, Cursor]] | None = None  # the next batch, made while the step computes
@@ -83,6 +83,11 @@ def run(
             more = batches.ahead and state.step + 1 < (until or schedule.length)
             upcoming = aside.submit(batches.take, cursor) if more else None
             data_seconds = time.perf_counter() - start
+            if (width := batch.tokens.shape[1]) > longest:
+                raise UsageError(
+                    f"{class_of(batches)}.take gives rows of {width} tokens, and the model takes {longest}: choose "
+                    f"train.context={width}"
+                )
             weight, tokens = ranks.total(objective.weight(batch), batch.tokens_seen)
             if weight == 0:
                 raise DataError(f"step {state.step}: no trainable token in the batch; check the data and train.context")
@@ -163,7 +168,7 @@ def _clipped(state: State, loss: StepLoss, *, train: Train, workers: Workers, ma
         if not math.isfinite(value):
             raise NotFinite(
                 f"step {state.step}: the {name} is {value}; nothing was updated. Lower train.lr (now {train.lr}), "
-                "or look at the batch; the last checkpoint is good"
+                "or look at the batch; the last checkpoint, if there is one, is good"
             )
     return norm
 

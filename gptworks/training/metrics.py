@@ -13,6 +13,12 @@ from gptworks.core.config import Config
 from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.core.failpoint import failpoint
 
+# What is logged of every step under train/, besides the figures of its objective.
+LOGGED = frozenset({
+    "loss", "bits_per_byte", "grad_norm", "learning_rate", "epoch", "tokens", "tokens_per_second", "mfu", "data_wait",
+    "seconds", "memory_gib", "skipped", "loss_scale",
+})  # fmt: skip
+
 
 class Metrics:
     """metrics.jsonl, always; the same values in tensorboard/, under Hugging Face's tag names, and at Weights & Biases,

@@ -89,6 +89,7 @@ def _lineage(run: Run, recipe: str, result: Trained) -> dict[str, Any]:
         "gptworks": versions["gptworks"],
         "torch": versions["torch"],
         "recipe": recipe,
+        "problem": config.problem.kind,
         **run.problem.lineage(config),
         "parents": parents,
         "license": {"license": config.license} if config.license else own,

@@ -9,7 +9,7 @@ This file and a problem's own import torch where they use it: a recipe is checke
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 class Evaluator(ABC):
-    """Measures a model. Called by every process, each of which may do its share."""
+    """Measures a model. Called by every process, each of which may do its share; the main one's figures count."""
 
     @abstractmethod
     def __call__(self, model: "Transformer") -> Evaluation: ...
@@ -86,6 +86,15 @@ def checked(value: T, kind: type[Any], what: str) -> T:
             f"{what} gives {type(value).__name__} and not {kind.__name__}: see gptworks/training/problem.py"
         )
     return value
+
+
+def check_names(names: Iterable[str], what: str, taken: Set[str] = frozenset()) -> None:
+    """Raises UsageError for names of figures that are no plain text, or that the run itself logs."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise UsageError(f"{what} has {name!r}: the name of a figure is a text that can be printed")
+        if name in taken:
+            raise UsageError(f"{what} has {name!r}, under which the run logs its own: choose another name")
 
 
 @dataclass
@@ -160,6 +169,7 @@ def opened(kind: type[Problem], config: Config, place: Place) -> Problem:
     for name in ("tokenizer", "identity"):
         if not hasattr(problem, name):
             raise UsageError(f"{class_of(kind)} has no {name} once it is open: see gptworks/training/problem.py")
+    checked(problem.identity, str, f"{class_of(kind)}.identity")
     for name in ("unit", "epoch_tokens", "bytes_per_token"):
         value = getattr(problem, name)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):

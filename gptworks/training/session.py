@@ -90,6 +90,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         ranks.tell("plan", json.dumps({"finished": True}))
         return Trained.read(out / "result.json")
     known: Config = config if file is None else file.chosen
+    check_wandb(known.train.wandb)  # a run of before may have one
     base = _base(known)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
@@ -212,9 +213,9 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
             "use the old value, another --out, or --fresh to set the old run aside"
         )
     today = {
-        key: configuration.get(config, key)
+        key: value
         for key in sorted(configuration.keys_of_kind("free", type(config)))
-        if configuration.get(config, key) is not None
+        if (value := configuration.get(config, key)) is not None or configuration.is_unset(config, key)
     }
     file.chosen = configuration.with_values(file.chosen, today)
     return file, configuration.differences(file.asked, config, "flexible")

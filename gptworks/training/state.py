@@ -85,7 +85,7 @@ class State:
 
     def counters(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in COUNTERS}
-        own = json.loads(json.dumps(self.values))  # as a checkpoint gives them back
+        own = json.loads(json.dumps(self.values, allow_nan=False))  # as a checkpoint gives them back
         return values | {"cursor": asdict(self.cursor), "norms": list(self.norms), "values": own}
 
     def fingerprint(self) -> str:

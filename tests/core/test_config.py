@@ -185,6 +185,34 @@ def test_a_key_that_is_there_twice_is_a_usage_error(tmp_path: Path, text: str) -
         config.load(str(recipe))
 
 
+@pytest.mark.parametrize("twice", ["train: {seed: 9}", "asked: {}", "reasons: {}"])
+def test_a_runs_file_that_has_a_section_twice_is_damaged(tmp_path: Path, twice: str) -> None:
+    made = config.load("laptop")
+    text = config.RunFile(tmp_path / "config.yaml", resolved(made), asked=made, reasons={"train.lr": "why"}).text()
+    (tmp_path / "config.yaml").write_text(f"{text}{twice}\n")
+    with pytest.raises(DataError, match="is there twice"):
+        config.RunFile.read(tmp_path / "config.yaml")
+
+
+def test_a_section_given_as_a_mapping_is_merged() -> None:
+    one = config.load("laptop", ["train.max_steps=5", "train={seed: 3}"])
+    assert (one.train.max_steps, one.train.seed) == (5, 3)
+    assert one.train.time_budget_s == config.load("laptop").train.time_budget_s is not None
+    two = config.load("laptop", {"train.lr": 0.4, "train": {"lr": 0.5}, "generate": {}})
+    assert two == config.load("laptop", {"train.lr": 0.5})
+    with pytest.raises(UsageError, match=r"train\.sede"):
+        config.load("laptop", ["train={sede: 3}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "kept"), [("train.wandb", True), ("train.checkpoint_every", False), ("train.seed", False)]
+)
+def test_a_key_is_unset_where_null_was_asked_and_a_run_may_have_it_so(key: str, kept: bool) -> None:
+    assert not config.is_unset(config.load("laptop"), "train.wandb")
+    if key != "train.seed":
+        assert config.is_unset(config.load("laptop", {key: None}), key) is kept
+
+
 def test_a_key_beside_a_merged_mapping_is_there_once() -> None:
     text = "a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c, x: 3}"
     assert recipe._parse(text, "recipe") == {"a": {"x": 1}, "b": {"c": {"x": 2}}, "d": {"x": 3}}

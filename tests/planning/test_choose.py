@@ -1,6 +1,7 @@
 """Every decision before step one, on values alone: no model, no text, no clock."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -272,6 +273,12 @@ def test_a_machine_file_names_what_is_wrong_and_what_is_known():
         Machine.of({name: value for name, value in good.items() if name != "memory"}, "m.json")
 
 
+def test_a_machine_that_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe: not a regular file"):
+        Machine.read(tmp_path / "pipe")
+
+
 def test_a_machine_file_that_never_ends_is_refused(tmp_path):
     (tmp_path / "m.json").write_text("[" * 100_000)
     with pytest.raises(UsageError, match=r"m\.json: cannot read the machine"):
@@ -284,3 +291,11 @@ def test_the_reason_tells_how_many_evaluations_there_will_be(steps, every, said)
     choices = choose(config, replace(FACTS, measured=Measured(rows=31250)), tiny.MACHINE)
     assert choices.config.train.eval_every == every
     assert choices.reasons["train.eval_every"].startswith(said)
+
+
+@pytest.mark.parametrize("steps", [2, 400])
+def test_a_short_run_has_a_checkpoint_on_the_way(steps):
+    """Or a kill would lose all of it, and there would be nothing for `verify` to replay from."""
+    config = Config.model_validate({"train": {"max_steps": steps}})
+    choices = choose(config, replace(FACTS, measured=Measured(rows=31250)), tiny.MACHINE)
+    assert choices.config.train.checkpoint_every <= steps // 2

@@ -231,6 +231,12 @@ def test_what_a_problem_computes_wrong_ends_the_run_in_a_line(change, kind, says
         (("objective=work", "objective=3"), "int has no figures: see gptworks/training/objectives.py"),
         (("    watched, lower", "    unit = -1\n    watched, lower"), "py:Reverse.unit is -1: it has to be"),
         (("    watched, lower", "    bytes_per_token = float('nan')\n    watched, lower"), "bytes_per_token is nan"),
+        (("False, \"strings\", TOK", "False, (1, 2), TOK"), "Reverse.identity gives tuple and not str"),
+        (('figures = ("accuracy", ', 'figures = ("loss", '), "Backwards.figures has 'loss', under which the run logs"),
+        (('figures = ("accuracy", ', 'figures = ("\\ud800", '), "the name of a figure is a text that can be printed"),
+        (('Evaluation({"accuracy"', 'Evaluation({"\\n": 1, "accuracy"'), "the name of a figure is a text that can be"),
+        (("fixed(8, ", "fixed(12, "), "Strings.take gives rows of 24 tokens, and the model takes 16: choose train.con"),
+        (("fixed(8, ", 'fixed("a", '), "problem.length: mine.py:Settings declares the default 'a': Input should be a"),
     ],
 )  # fmt: skip
 def test_what_a_problem_gives_of_another_kind_is_named(change, says, tmp_path):
@@ -294,7 +300,7 @@ def test_a_file_edited_within_a_second_is_the_one_that_counts(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "line",
     ["next(model.parameters()).requires_grad_(False)", "model.extra = torch.nn.Parameter(torch.ones(3))",
-     "model.double()", "del model.model.norm.weight"],
+     "model.double()", "del model.model.norm.weight", "torch.nn.init.zeros_(model.model.norm.weight)"],
 )  # fmt: skip
 def test_a_start_that_changes_what_is_trained_is_refused(line, tmp_path):
     """Its checkpoints would fit no run that continues from them."""
@@ -342,6 +348,10 @@ def test_a_problem_file_that_was_changed_does_not_go_on(tmp_path):
             ("        return Work(", "        values['x'] = object()\n        return Work("),
             "mine.py: TypeError: Object of",
         ),
+        (
+            ("        return Work(", "        values['x'] = float('nan')\n        return Work("),
+            "mine.py: ValueError: Out of",
+        ),
     ],
 )
 def test_whatever_else_a_problem_does_wrong_is_a_line_with_its_file(change, says, tmp_path, zygote):
@@ -352,6 +362,39 @@ def test_whatever_else_a_problem_does_wrong_is_a_line_with_its_file(change, says
     assert zygote.run([*line, "--out", str(tmp_path / "run")], tmp_path / "log") == 64
     errors = (tmp_path / "log").read_text()
     assert "Traceback" not in errors and errors.count("error: ") == 1 and says in errors.splitlines()[-1], errors
+
+
+def test_canonical_sums_need_the_share_of_a_whole_step(tmp_path):
+    problem = spoiled(tmp_path, ("return batch.share_of(self.group.rank, self.group.size), ", "return batch, "))
+    with pytest.raises(UsageError, match=r"batches are made by Batch\.share_of"):
+        lifecycle.train(asked(problem, **{"train.reduce": "canonical"}), tmp_path / "run")
+
+
+def test_a_file_that_leaves_its_folder_is_found_again(tmp_path, monkeypatch):
+    spoiled(tmp_path, ("import numpy as np\n", "import os\n\nimport numpy as np\n\nos.chdir('/')\n"))
+    monkeypatch.chdir(tmp_path)
+    lifecycle.train(asked("mine.py:Reverse"), tmp_path / "run")
+    monkeypatch.chdir("/")
+    with pytest.raises(UsageError, match="no such file: mine.py in /$"):
+        lifecycle.verify(tmp_path / "run")
+
+
+def test_figures_that_differ_between_processes_end_both_at_one_step(tmp_path, zygote):
+    """Early stopping goes by the main one's: a process that went on alone would wait for the other without end."""
+    change = ('{"accuracy": float(right / letters)}', '{"accuracy": float(os.environ["RANK"] == "1")}')
+    problem = spoiled(tmp_path, change, ("import numpy as np\n", "import os\n\nimport numpy as np\n"))
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    settings = SHORT | {"train.patience": 1, "train.eval_every": 2, "train.threads": 1, "train.timeout_s": 30}
+    line = ["train", str(tmp_path / "empty.yaml"), f"problem={problem}", *spelled(settings)]
+    both = zygote.several([[*line, "--out", str(tmp_path / "run")]] * 2, tmp_path / "log")
+    assert [child.wait(60) for child in both] == [0, 0], (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
+
+
+def test_the_card_of_a_problem_names_it(tmp_path):
+    lifecycle.train(asked("reverse"), tmp_path / "run")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f", for\n`{REVERSE}`." in card and "split of '" not in card
 
 
 def test_nothing_of_the_package_knows_of_the_example():

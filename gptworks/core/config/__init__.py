@@ -21,6 +21,7 @@ from gptworks.core.config.schema import (
     flexible,
     free,
     get,
+    is_unset,
     keys,
     keys_of_kind,
 )
@@ -28,6 +29,6 @@ from gptworks.core.config.schema import (
 __all__ = [
     "ELSEWHERE", "Adapter", "Change", "Chosen", "ChosenTrain", "Config", "Data", "Generate", "Model",
     "ProblemSettings", "RunFile", "Section", "Tokenizer", "Train", "Weighted", "build", "differences", "fixed",
-    "flexible", "free", "get", "keys", "keys_of_kind", "load", "problem_of", "recipe_lines", "recipe_names",
+    "flexible", "free", "get", "is_unset", "keys", "keys_of_kind", "load", "problem_of", "recipe_lines", "recipe_names",
     "recipe_text", "with_values",
 ]  # fmt: skip

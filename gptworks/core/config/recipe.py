@@ -113,7 +113,7 @@ def with_values(config: C, values: dict[str, Any]) -> C:
     return built
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Refuses a mapping that has a key twice, of which YAML keeps the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(text: str, where: str | None) -> Any:
     try:
-        return _Loader(text).get_single_data()
+        return Loader(text).get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise UsageError(f"{where}: not valid YAML: {problem[:300]}") from None
@@ -156,6 +156,10 @@ def _assign(tree: dict[str, Any], key: str, value: Any, kind: type[Config]) -> N
             raise UsageError(f"{key}: {name} is a value, not a section")
         node = child
     field = keys(kind).get(key)
+    if field is None and isinstance(value, dict) and isinstance(node.get(last, {}), dict):  # a section
+        for name, inner in value.items():
+            _assign(tree, f"{key}.{name}", value=inner, kind=kind)
+        return
     if (
         isinstance(value, str)
         and field is not None

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gptworks.core import folder
-from gptworks.core.config.recipe import BY_PROBLEM, build, problem_of, with_values
+from gptworks.core.config.recipe import BY_PROBLEM, Loader, build, problem_of, with_values
 from gptworks.core.config.schema import Change, Chosen, Config, get, keys, keys_of_kind
 from gptworks.core.errors import DataError
 
@@ -36,7 +36,7 @@ class RunFile:
         """Raises DataError for a file that is no run's."""
         folder.check_regular(path)
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            tree = Loader(path.read_text(encoding="utf-8")).get_single_data()
             asked, reasons = tree.pop("asked") or {}, tree.pop("reasons", None) or {}
             if "changes" in tree:
                 tree["train"]["changes"] = tree.pop("changes")

@@ -8,7 +8,7 @@ A Config is what was asked: what it leaves open is None. A Chosen is what a run 
 
 import re
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
 
 from gptworks.core.config.messages import shown
 from gptworks.core.errors import UsageError
+from gptworks.core.registry import class_of
 
 NUMBER = r"[+-]?(?:[0-9](?:_?[0-9])*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"  # 1_000, 3e-4, .5
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -394,7 +395,15 @@ def with_problem(kind: type[C], settings: type[ProblemSettings]) -> type[C]:
             raise UsageError(
                 f"problem.{name}: a key is declared by fixed(), flexible() or free(), which say its default"
             )
-    return create_model(kind.__name__, __base__=kind, problem=(settings, settings()))
+    defaults = settings()
+    try:
+        settings.model_validate({name: getattr(defaults, name) for name in settings.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"problem.{first['loc'][0]}: {class_of(settings)} declares the default {first['input']!r}: {first['msg']}"
+        ) from None
+    return create_model(kind.__name__, __base__=kind, problem=(settings, defaults))
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -419,3 +428,14 @@ def get(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def is_unset(config: Config, key: str) -> bool:
+    """True where null was asked for by name, and a run that has begun may have it so."""
+    *path, name = key.split(".")
+    section: Any = config
+    for part in path:
+        section = getattr(section, part)
+    in_run = keys(Chosen).get(key)
+    required = in_run is not None and type(None) not in (get_args(in_run.annotation) or (in_run.annotation,))
+    return getattr(section, name) is None and name in section.model_fields_set and not required
