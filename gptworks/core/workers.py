@@ -57,6 +57,19 @@ class Workers:
         return [slice(*bounds) for bounds in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Has torch compute each operation with so many threads while the block runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 ONE = Workers()
 _opened = threading.local()  # the workers that the thread at hand has, if any
 
@@ -74,18 +87,15 @@ def side_by_side(count: int) -> Iterator[Workers]:
     if count == 1 or (open_already and open_already.count == count):
         yield open_already if open_already and count > 1 else ONE
         return
-    threads = torch.get_num_threads()
-    each = max(threads // count, 1)
+    each = max(torch.get_num_threads() // count, 1)
 
     def begin() -> None:  # both hold for a thread
         torch.set_num_threads(each)
         torch.set_flush_denormal(True)
 
-    with ThreadPoolExecutor(count, "worker", begin) as pool:
+    with ThreadPoolExecutor(count, "worker", begin) as pool, threads(each):
         _opened.workers = Workers(count, pool)
-        torch.set_num_threads(each)
         try:
             yield _opened.workers
         finally:
             _opened.workers = open_already
-            torch.set_num_threads(threads)

@@ -3,15 +3,19 @@
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gptworks.core.errors import DataError, UsageError
+from gptworks.core.workers import threads
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.attention import KeyValueCache
+from gptworks.model.config import parameter_count
 from gptworks.model.linear import BlockLinear
 from gptworks.model.transformer import Transformer
 
@@ -33,11 +37,17 @@ _BACK = 4  # tokens before a new one that its decoding may depend on
 _PATIENCE = 32  # tokens that bytes without a meaning are kept back for
 
 
+ONE_THREAD = 32_000_000  # parameters: a step of a smaller model is too short for threads to meet after each operation
+
+
 class Engine:
     """Generates with one model; holds no state between calls."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> None:
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
+        # By the size alone: by a clock, a seed would give another text from one time to the next.
+        small = parameter_count(model.config) <= ONE_THREAD and next(model.parameters()).device.type == "cpu"
+        self.threads = partial(threads, 1) if small else nullcontext
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of the prompt after what the tokenizer itself puts in front; an empty prompt is a document's start.
@@ -112,19 +122,23 @@ class Engine:
         control = set(self.tokenizer.control_tokens.values())
         text = _Text(self.tokenizer, stop, [i for i in ids if i not in control])
         result.prompt_tokens = len(ids)
-        window = feed = ids  # what the model sees, and what of it the cache does not have yet
+        window, feed = list(ids), ids  # what the model sees, and what of it the cache does not have yet
+        seen = torch.tensor(sorted(set(ids)) if how.repetition_penalty != 1.0 else [])
         start, first = time.perf_counter(), 0.0
         while True:
-            logits = step(feed, cache)
-            if not first:
-                first = time.perf_counter()
-                result.prompt_tokens_per_second = len(ids) / max(first - start, 1e-9)
-            seen = torch.tensor(ids if how.repetition_penalty != 1.0 else [])
-            token = choose(logits, seen, how=how, generator=generator)
+            with self.threads():
+                logits = step(feed, cache)
+                if not first:
+                    first = time.perf_counter()
+                    result.prompt_tokens_per_second = len(ids) / max(first - start, 1e-9)
+                token = choose(logits, seen, how=how, generator=generator)
+            if how.repetition_penalty != 1.0 and token not in seen:
+                seen = torch.cat((seen, torch.tensor([token])))
             if token in self.stop_ids and not ignore_eos:
                 result.finish_reason = "stop"
                 break
-            ids, window, feed = [*ids, token], [*window, token], [token]
+            window.append(token)
+            feed = [token]
             result.tokens.append(token)
             yield from text.add(token)
             if text.stopped:
@@ -133,7 +147,7 @@ class Engine:
             if len(result.tokens) >= max_new_tokens:
                 break
             if len(window) > limit:
-                window = feed = window[-max(limit // 2, 1) :]
+                feed = window = window[-max(limit // 2, 1) :]
                 cache = KeyValueCache(config.num_hidden_layers, limit) if cached else None
             if not cached:
                 feed = window

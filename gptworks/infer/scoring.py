@@ -71,12 +71,13 @@ def stream_losses(
     stride: int | None = None,
     *,
     group: Group = ALONE,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the loss -log p of every token of a stream after the first, in order: a float32 array for each batch.
 
     A batch is `rows` blocks of `context` (or windows of it, `stride` apart). Of the processes of a group, each gives
-    the batches that are its own; `workers` threads compute batches side by side.
+    the batches that are its own; `workers` threads compute batches side by side, by default as many as an operation
+    would have.
     """
     was_training, device = model.training, next(model.parameters()).device
 
@@ -84,6 +85,8 @@ def stream_losses(
     def losses_of(batch: Batch) -> np.ndarray:
         return token_losses(model, batch.to(device)).cpu()[batch.weights > 0].numpy()
 
+    if workers is None:
+        workers = torch.get_num_threads() if device.type == "cpu" else 1
     batches = batched(blocks(stream, context, stride), rows)
     own = islice(batches, group.rank, None, group.size)
     model.eval()
@@ -104,7 +107,7 @@ def score(
     stride: int | None = None,
     *,
     group: Group = ALONE,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> Score:
     """The exact loss over a stream. Raises NotFinite. Arguments as in `stream_losses`."""
     losses = stream_losses(model, stream, context=context, rows=rows, stride=stride, group=group, workers=workers)
