@@ -5,8 +5,9 @@ the time. Threads that each have an operation of their own wait once, at the end
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,8 +26,17 @@ class Workers:
         self.count, self.threads = count, threads
 
     def map(self, work: Callable[[A], T], items: Iterable[A]) -> Iterator[T]:
-        """`work(item)` for each item, in order, computed side by side."""
-        return self.threads.map(work, items) if self.threads else map(work, items)
+        """`work(item)` for each item, in order, computed side by side; items are taken as threads come free."""
+        if not self.threads:
+            yield from map(work, items)
+            return
+        begun: deque[Future[T]] = deque()
+        for item in items:
+            begun.append(self.threads.submit(work, item))
+            if len(begun) == 2 * self.count:  # so that a thread that is slow for a while keeps no other waiting
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
     def share(self, work: Callable[..., Any], *lists: "list[Tensor]") -> list[Any]:
         """Calls `work`, without gradients, on consecutive parts of lists of equal length; gives what each call gave.

@@ -92,9 +92,9 @@ def stream_losses(
     model.eval()
     try:
         with side_by_side(workers) as pool:
-            while some := list(islice(own, pool.count)):  # rounds, so that not all batches wait in memory
+            for losses in pool.map(losses_of, own):
                 group.beat()
-                yield from pool.map(losses_of, some)
+                yield losses
     finally:
         model.train(was_training)
 
