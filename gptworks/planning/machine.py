@@ -121,7 +121,9 @@ def here(precision: str = "auto", threads: int | None = None) -> Machine:
         usual = max(runtime.cores() // ranks.per_machine, 1)
     torch.set_num_threads(threads or usual)
     bf16, fp16 = runtime.has_bf16(device), runtime.has_fp16(device)
-    measured = usual_precision(bf16, fp16) if precision == "auto" else "bf16" if precision == "fp8" else precision
+    measured = "bf16" if precision == "fp8" else precision
+    if precision == "auto" or (precision == "fp16" and not fp16):  # which is refused: its products would take seconds
+        measured = usual_precision(bf16, fp16)
     return Machine(
         device=device.type,
         name=torch.cuda.get_device_name() if device.type == "cuda" else runtime.cpu_name(),

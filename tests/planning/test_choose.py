@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import torch
 
 from gptworks import lifecycle
 from gptworks.core import config as configuration
+from gptworks.core import runtime
 from gptworks.core.config import Config, RunFile
 from gptworks.core.errors import DataError, OutOfMemory, UsageError
 from gptworks.planning.choices import Base, Facts, Measured
 from gptworks.planning.choose import choose, useful_rows
 from gptworks.planning.cost import step_memory
-from gptworks.planning.machine import Machine
+from gptworks.planning.machine import Machine, here
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FACTS = Facts(vocab_size=32, epoch_tokens=10**6)
@@ -299,3 +301,13 @@ def test_a_short_run_has_a_checkpoint_on_the_way(steps):
     config = Config.model_validate({"train": {"max_steps": steps}})
     choices = choose(config, replace(FACTS, measured=Measured(rows=31250)), tiny.MACHINE)
     assert choices.config.train.checkpoint_every <= steps // 2
+
+
+def test_a_precision_that_will_be_refused_is_not_timed(monkeypatch):
+    """Products in fp16 on a processor without units for it took seconds before the refusal."""
+    asked_for = []
+    monkeypatch.setattr(runtime, "matmul_rate", lambda device, dtype: asked_for.append(str(dtype)) or 1e9)
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+    with pytest.raises(UsageError, match="no units for it"):
+        choose(asked(precision="fp16"), FACTS, here("fp16"))
+    assert asked_for and "torch.float16" not in asked_for
