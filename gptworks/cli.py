@@ -213,6 +213,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Blocks at a time; moves the result by rounding.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of the text, if neither UTF-8 nor told by its bytes.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -224,7 +225,7 @@ def evaluate(
 
         return lifecycle.evaluate(
             folder, data, context=context, stride=stride, rows=batch, separator=separator, text_column=text_column,
-            against=against,
+            encoding=encoding, against=against,
         )  # fmt: skip
 
     _do(lambda: _print(work(), json, _evaluation), debug)

@@ -119,15 +119,17 @@ def _find_lr(config: Config, out: Path) -> Proposed:
 
 def evaluate(
     model: str | Path | Loaded, data: str, *, context: int | None = None, stride: int | None = None, rows: int = 16,
-    separator: str | None = None, text_column: str | None = None, against: str | Path | Loaded | None = None,
+    separator: str | None = None, text_column: str | None = None, encoding: str | None = None,
+    against: str | Path | Loaded | None = None,
 ) -> Evaluated:  # fmt: skip
     """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need.
 
+    Line ends are read as the model's run read them, where that is known, else as `data.newlines` has them by default.
     With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
     """
     models = [load(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
-    asked = {"separator": separator, "text_column": text_column}
+    asked = {"separator": separator, "text_column": text_column, "encoding": encoding} | _newlines(models[0])
     options: Data = configuration.build({"data": asked}, "evaluate").data
     documents = shard_folder.read_documents(data, options)
     places, sizes = comparison.cut(documents if against is not None else [])
@@ -142,6 +144,15 @@ def evaluate(
         for other in others
     ]
     return Evaluated(**one.figures, baselines=baselines, data=data, against=comparisons[0] if comparisons else None)
+
+
+def _newlines(loaded: Loaded) -> dict[str, str]:
+    """The setting of the line ends that a model was trained with; empty where its folder does not tell."""
+    config = loaded.lineage.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict):
+        return {}
+    return {"newlines": "lf" if data.get("newlines", "keep") == "lf" else "keep"}  # all stayed before it was a choice
 
 
 def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
