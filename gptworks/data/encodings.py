@@ -4,35 +4,34 @@ import codecs
 from collections.abc import Callable
 
 SAMPLE = 65536  # bytes that are looked at
-SURE = 0.7  # share of the characters beyond ASCII that have to be usual ones of a language
 
 
-def _first_byte(encoding: str, low: int, high: int) -> Callable[[str], bool]:
-    """Whether a character is among the common ones, which old character sets have in rows of their own."""
+def _in_rows(encoding: str, *rows: tuple[int, int]) -> Callable[[str], bool]:
+    """A test for the common characters, which old character sets have in rows of their own."""
 
     def is_common(character: str) -> bool:
         raw = character.encode(encoding, "ignore")
-        return len(raw) == 2 and low <= raw[0] <= high
+        return len(raw) == 2 and any(low <= raw[0] <= high for low, high in rows)
 
     return is_common
 
 
 def _between(*ranges: str) -> Callable[[str], bool]:
-    """Whether a character is in one of these ranges, each given by its first and last."""
+    """A test for the characters of these ranges, each given by its first and last."""
     return lambda character: any(one[0] <= character <= one[1] for one in ranges)
 
 
-# What each would have: a text decoded by another than its own rarely does. The first of those with the best share.
-COMMON: dict[str, Callable[[str], bool]] = {
-    "gb18030": _first_byte("gb2312", 0xA1, 0xD7),  # punctuation, the 3,755 most usual characters
-    "big5": _first_byte("big5", 0xA1, 0xC6),  # the same of Taiwan
-    "shift_jis": _between("ぁゟ", "゠ヿ", "、。", "「」"),
-    "euc_jp": _between("ぁゟ", "゠ヿ", "、。", "「」"),
-    "euc_kr": _between("가힣"),
-    "cp1251": _between("ая", "ёё", "—»"),
-    "koi8-r": _between("ая", "ёё"),
-}
-JAPANESE = 0.3  # kana beside the characters that other languages have too
+# The characters of which a text has a share, of those beyond ASCII. The first that a text meets is it: text decoded by
+# another encoding than its own does not come near, unless by one further down.
+USUAL: list[tuple[str, Callable[[str], bool], float]] = [
+    ("shift_jis", _between("ぁゟ", "゠ヿ"), 0.3),
+    ("euc_jp", _between("ぁゟ", "゠ヿ"), 0.3),
+    ("euc_kr", _between("가힣"), 0.9),
+    ("gb18030", _in_rows("gb2312", (0xA1, 0xA3), (0xB0, 0xD7)), 0.7),  # punctuation, the 3,755 most usual characters
+    ("big5", _in_rows("big5", (0xA1, 0xC6)), 0.7),  # the same of Taiwan
+    ("cp1251", _between("ая", "ёё"), 0.7),
+    ("koi8-r", _between("ая", "ёё"), 0.7),
+]
 
 
 def likely(raw: bytes) -> str | None:
@@ -40,13 +39,9 @@ def likely(raw: bytes) -> str | None:
     raw = raw[:SAMPLE]
     if b"\0" in raw:
         return _wide(raw)
-    shares = {name: _share(raw, name, is_common) for name, is_common in COMMON.items()}
-    for name in ("shift_jis", "euc_jp"):
-        shares[name] = 1.0 if shares[name] > JAPANESE else 0.0
-    best = max(shares, key=lambda name: shares[name])
-    if shares[best] >= SURE:
-        return best
-    return _western(raw)
+    if western := _western(raw):
+        return western
+    return next((name for name, is_usual, share in USUAL if _share(raw, name, is_usual) > share), None)
 
 
 def _decoded(raw: bytes, encoding: str) -> str:
@@ -57,9 +52,9 @@ def _decoded(raw: bytes, encoding: str) -> str:
         return ""
 
 
-def _share(raw: bytes, encoding: str, is_common: Callable[[str], bool]) -> float:
+def _share(raw: bytes, encoding: str, is_usual: Callable[[str], bool]) -> float:
     beyond = [character for character in _decoded(raw, encoding) if character > "\x7f"]
-    return sum(map(is_common, beyond)) / max(len(beyond), 1)
+    return sum(map(is_usual, beyond)) / max(len(beyond), 1)
 
 
 def _wide(raw: bytes) -> str | None:
@@ -75,6 +70,6 @@ def _western(raw: bytes) -> str | None:
     """Letters with accents stand alone between letters without."""
     high = [place for place, byte in enumerate(raw) if byte > 0x7F]
     alone = sum(after - before > 1 for before, after in zip(high, [*high[1:], len(raw) + 1], strict=True))
-    if not high or alone < SURE * len(high) or len(high) > len(raw) / 3:
+    if not high or alone < 0.7 * len(high) or len(high) > len(raw) / 3:
         return None
     return "cp1252" if _decoded(raw, "cp1252") else "latin-1"

@@ -164,7 +164,7 @@ def _matching(place: Path, pattern: list[str], seen: set[tuple[str, int]]) -> It
 
 
 def _entries(place: Path, name: str) -> list[Path]:
-    """What a folder has under a name, or under all that a pattern stands for. Raises StorageError."""
+    """The things in a folder that a name or a pattern stands for. Raises StorageError."""
     if not glob.has_magic(name):
         return [place / name] if os.path.lexists(place / name) else []
     try:
@@ -176,7 +176,7 @@ def _entries(place: Path, name: str) -> list[Path]:
 
 
 def _mode(entry: Path) -> int:
-    """What kind of thing this is; 0 for a link to nothing or to itself. Raises StorageError."""
+    """The kind of thing this is; 0 for a link to nothing or to itself. Raises StorageError."""
     try:
         return entry.stat().st_mode
     except OSError as error:

@@ -59,7 +59,7 @@ class Split:
         return [f"{rule} ({listed(places)})" for rule, places in names.items()]
 
     def said(self, splits: dict[str, Any]) -> str:
-        """What is validation, with the shares that came out; `splits` are the counts of both halves."""
+        """Says what is validation, with the shares that came out; `splits` are the counts of both halves."""
         if self.data.eval:
             return f"validation: {self.how}"
         shares = (
@@ -118,7 +118,7 @@ class Survey:
             ranked = sorted({drawn for drawn, _ in self.first})
             limit = (ranked + [2**64])[max(1, min(len(ranked) - 1, round(len(ranked) * self.fraction)))]
             size = sum(size for drawn, size in self.first if drawn < limit)
-        wanted = int(self.size * self.fraction)
+        wanted = max(int(self.size * self.fraction), 1)
         if most is not None:
             wanted, limit = min(wanted, most), min(limit, self.lowest.within(most))
             size = self.lowest.below(limit)
@@ -132,12 +132,12 @@ class Survey:
 
 
 def _fair(size: float, wanted: float) -> bool:
-    """Whether so many bytes are about as many as are wanted."""
+    """True where so many bytes are about as many as are wanted."""
     return wanted / FAIR <= size <= wanted * FAIR
 
 
 def _sizes(group: list[Source]) -> Iterator[tuple[int, int]]:
-    """What every document draws, and its bytes."""
+    """Yields for every document what it draws and its bytes."""
     drawn, size, begun = 0, 0, False
     for piece in _read(group, None):
         if piece.first:

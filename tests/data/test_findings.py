@@ -15,7 +15,7 @@ from gptworks.core.config import Data
 from gptworks.core.errors import DataError
 from gptworks.data import findings as module
 from gptworks.data import text as texts
-from gptworks.data.findings import DocumentSample, Findings, Piece, lines, script_of, table
+from gptworks.data.findings import DocumentSample, Findings, Piece, lines, script_of, table, warnings
 from gptworks.data.sources import findings_of, sources_of
 
 SCRIPTS = {
@@ -141,12 +141,14 @@ def test_one_source_takes_a_line_and_several_an_aligned_table() -> None:
 
 def test_what_was_dropped_is_said_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one \xff"}\nbroken\n{"text": ""}\n')
-    (source,) = sources_of([str(tmp_path / "a.jsonl")], Data(max_bad_rows=0.5))
+    (source,) = sources_of([str(tmp_path / "a.jsonl")], Data(max_bad_rows=0.5, encoding="utf-8"))
     found = findings_of([source], lambda count: None)
     assert [piece.text for piece in source.pieces(found[0])] == ["one \ufffd"]
-    said = "\n".join(lines(table(found, [np.array([3])])))
-    assert "1 of 3 rows were unreadable and skipped" in said and "a.jsonl:2: not valid JSON" in said
-    assert "1 empty document" in said and "1 invalid UTF-8" in said
+    rows = table(found, [np.array([3])])
+    said = "\n".join(lines(rows))
+    assert "1 of 3 rows was unreadable and skipped" in said and "a.jsonl:2: not valid JSON" in said
+    assert "1 empty document was dropped" in said
+    assert warnings(rows) == ["1 invalid sequence of bytes was replaced by U+FFFD"]
 
 
 def test_a_function_that_yields_no_text_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import difflib
 import types
 from importlib import resources
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -180,4 +180,5 @@ def _takes_list(annotation: Any) -> bool:
 
 
 def _takes_text(annotation: Any) -> bool:
-    return any(member is str for member in _members(annotation))
+    kinds = [get_args(member)[0] if get_origin(member) is Annotated else member for member in _members(annotation)]
+    return str in kinds
