@@ -279,6 +279,7 @@ def generate(
 
     def work() -> None:
         from gptworks import lifecycle
+        from gptworks.core import folder as files
         from gptworks.infer.engine import Generation
         from gptworks.infer.sampling import Sampling
 
@@ -287,7 +288,7 @@ def generate(
         how = Sampling(repetition_penalty, temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         if prompts is not None:
             try:
-                texts = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line]
+                texts = [line for line in files.path(prompts).read_text(encoding="utf-8-sig").split("\n") if line]
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{prompts}: cannot read the prompts: {error}") from None
         else:

@@ -45,6 +45,11 @@ def expanded(name: str) -> str:
     return name if not name.startswith("~") or os.path.lexists(name) else os.path.expanduser(name)
 
 
+def path(name: str | Path) -> Path:
+    """The path of what was named, as `expanded`."""
+    return Path(expanded(str(name)))
+
+
 def sha256(path: Path) -> str:
     check_regular(path)
     with open(path, "rb") as file:

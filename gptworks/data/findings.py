@@ -86,8 +86,9 @@ class Findings:
             return False
         self.documents += piece.first
         self.bytes += piece.size
-        self.blank_lines += piece.text.count("\n\n")
-        if "<|" in piece.text or "<｜" in piece.text or "_of_turn>" in piece.text or "INST]" in piece.text:
+        if self.look and self.documents == 1 and self.blank_lines < MANY:
+            self.blank_lines += piece.text.count("\n\n")
+        if "<" in piece.text or "[" in piece.text:  # a search for one character costs next to nothing
             self.controls.update(match[0] for match in CONTROL.finditer(piece.text))
         if self.look:
             self.look.see(piece, self.read)

@@ -143,7 +143,7 @@ def _task(names: Collection[str], texts: Collection[str]) -> str | None:
     plain_text = (
         f"data.text_column={plain[-1]} takes one column as plain text"
         if plain
-        else "a file.py:function of yours that yields each row as one text is a data.train"
+        else "write a function that yields each row as one text, and name it: data.train=mine.py:documents"
     )
     spelled = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
     return f"this is {TASKS[columns]} ({spelled}): training on {_of_task(columns)} is not in this version; {plain_text}"

@@ -117,7 +117,7 @@ def findings_of(sources: list[Source], advance: Callable[[int], None] | None = N
 
 def _found(place: str) -> list[Path]:
     """The files that a path, folder or glob stands for, sorted, each once. Raises DataError, StorageError."""
-    path, known = Path(folder.expanded(place)), ", ".join(formats.READERS)
+    path, known = folder.path(place), ", ".join(formats.READERS)
     packings = ", ".join(text.PACKED)
     if path.is_dir():
         files = [file for file in _once(_matching(path, ["**", "*"], set())) if text.kind(file) in formats.READERS]

@@ -254,31 +254,35 @@ def halves(text: str, size: int, up: bool = False) -> tuple[str, str]:
 # -- text on both sides ------------------------------------------------------------------------------------------
 
 LINE = 40  # bytes: what is shorter may stand in many texts
+LONG = 500  # characters: lines of this length on average are paragraphs
 KEPT = 20_000_000  # bytes of validation text that are looked for
 OVERLAP = 0.01  # share of the text that is worth a word
 
 
 class Overlap:
-    """Looks for the sentences of `data.eval` in the training text.
+    """Looks for the lines of `data.eval`, or its sentences, in the training text.
 
     (A split that is made here has none of them on both sides, but for what documents share.)
     """
 
     def __init__(self, held_out: list[Source], limit: int | None) -> None:
         """Reads the beginning of the validation text. Raises DataError."""
-        self.sentences, self.seen, left = set[str](), set[str](), min(limit or KEPT, KEPT)
         self.name = listed([source.place for source in held_out])
+        texts, left = [], min(limit or KEPT, KEPT)
         for piece in _read(held_out, None):
-            text = piece.text if piece.size <= left else halves(piece.text, left)[0]
-            self.sentences.update(one for one in _sentences(text) if len(one.encode("utf-8", "replace")) >= LINE)
+            texts.append(piece.text if piece.size <= left else halves(piece.text, left)[0])
             left -= piece.size
             if left <= 0:
                 break
+        text = "\n".join(texts)
+        self.long = len(text) > LONG * (text.count("\n") + 1)
+        self.sentences = {one for one in self._parts(text) if len(one.encode("utf-8", "replace")) >= LINE}
+        self.seen = set[str]()
 
     def see(self, text: str) -> None:
         """Looks through training text."""
         if self.sentences:
-            self.seen |= self.sentences.intersection(_sentences(text))
+            self.seen |= self.sentences.intersection(self._parts(text))
 
     def warnings(self) -> list[str]:
         """Says how much of the validation text was seen, if that is not next to nothing."""
@@ -289,7 +293,6 @@ class Overlap:
             f"{self.name}: {share:.0%} of this validation text is also trained on: its loss says little of other text"
         ]
 
-
-def _sentences(text: str) -> list[str]:
-    """Lines, and sentences where a line has several."""
-    return text.replace(". ", "\n").replace("。", "\n").split("\n")
+    def _parts(self, text: str) -> list[str]:
+        """Lines, or sentences where lines are long."""
+        return (text.replace(". ", "\n").replace("。", "\n") if self.long else text).split("\n")
