@@ -69,6 +69,7 @@ class Findings:
     controls: Counter[str] = field(default_factory=Counter)  # what is spelled like a control token
     blank_lines: int = 0
     newlines: str = "keep"  # what became of them
+    built_in: bool = False
     text_files: int = 0
     separator: str | None = None  # that is to cut them
     separated: int = 0  # how often it cut one
@@ -132,7 +133,8 @@ class Findings:
             have = "has" if self.crlf == 1 else "have"
             ends = f"{self.crlf:,} of {number_of(self.documents, 'document')} {have} CRLF line ends"
             parts.append(ends + (", read as LF (data.newlines=keep keeps them)" if self.newlines == "lf" else ""))
-        if self.documents == self.text_files == 1 and not self.separator and self.blank_lines >= MANY:
+        is_one = self.documents == self.text_files == 1 and not self.separator and not self.built_in
+        if is_one and self.blank_lines >= MANY:
             parts.append("one document; where blank lines part several, data.separator=$'\\n\\n' makes them so")
         return parts
 

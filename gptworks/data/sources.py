@@ -66,7 +66,7 @@ class Source:
 
     def pieces(self, findings: Findings) -> Iterator[Piece]:
         """Streams every document that is not empty, and counts. Raises DataError."""
-        findings.newlines = self.options.newlines
+        findings.newlines, findings.built_in = self.options.newlines, self.place in BUILTIN
         for piece in self._pieces(findings):
             interrupts.check()
             piece = replace(piece, source=self.number)

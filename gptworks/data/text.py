@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, UsageError
@@ -26,6 +26,7 @@ PIECE = 1_000_000  # characters; larger ones spend their time in the allocator
 HARD_CUT = 64_000_000  # a text without a single newline or space between letters is cut here all the same
 UNPACKED, RATIO = 10**9, 1000  # a file may unpack to a gigabyte, or to so many times its size on disk
 REPLACED = 0.001  # a file of which a larger share of the characters cannot be decoded is of another encoding
+XZ_MEMORY = 2**28  # bytes; `xz -9` needs a quarter of it
 BOMS = {  # longest first: UTF-32's little-endian one begins as UTF-16's does
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -58,12 +59,33 @@ def _gzip(raw: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
     return gzip.open(raw), (EOFError, gzip.BadGzipFile, zlib.error)  # type: ignore[return-value]
 
 
-def _bzip2(raw: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
-    return bz2.open(raw), (EOFError, ValueError)
+class _Members:
+    """Unpacks members one after another; Python's own readers of bzip2 and xz overlook what follows one and is none."""
+
+    def __init__(self, raw: IO[bytes], fresh: Callable[[], Any]) -> None:
+        self.raw, self.fresh, self.member = raw, fresh, fresh()
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes, none at the end. Raises EOFError for a file that is cut short."""
+        while True:
+            packed_bytes = b""
+            if self.member.eof:
+                packed_bytes = self.member.unused_data.lstrip(b"\0") or self.raw.read(65536)
+                if not packed_bytes:
+                    return b""
+                self.member = self.fresh()
+            elif self.member.needs_input and not (packed_bytes := self.raw.read(65536)):
+                raise EOFError("it ends before its end is marked")
+            if unpacked := self.member.decompress(packed_bytes, size):
+                return bytes(unpacked)
 
 
-def _xz(raw: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
-    return lzma.open(raw), (EOFError, lzma.LZMAError)
+def _bzip2(raw: IO[bytes]) -> tuple[Any, tuple[type[Exception], ...]]:
+    return _Members(raw, bz2.BZ2Decompressor), (EOFError, ValueError)
+
+
+def _xz(raw: IO[bytes]) -> tuple[Any, tuple[type[Exception], ...]]:
+    return _Members(raw, partial(lzma.LZMADecompressor, memlimit=XZ_MEMORY)), (EOFError, lzma.LZMAError)
 
 
 def _zstd(raw: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
@@ -169,7 +191,7 @@ def way_out(raw: bytes) -> str:
 def decoded(path: Path, options: Data, findings: Findings) -> Iterator[str]:
     """The text of a file, a block at a time. Raises DataError for what is no text in the encoding that is asked for,
     by default UTF-8 or what a byte order mark says."""
-    if path.suffix.lower() in ARCHIVES:
+    if path.suffix.lower() in ARCHIVES or kind(path) in ARCHIVES:
         raise DataError(f"{path}: an archive of files; unpack it and name the folder")
     decoder: codecs.IncrementalDecoder | None = None
     encoding, seen, begun = options.encoding or "utf-8", 0, False
