@@ -98,7 +98,8 @@ def _asked(
 
 
 def evaluate(model: Named, data: str | PathLike[str], against: Named | None = None, **options: Any) -> Evaluated:
-    """`gptworks evaluate`; `options` are its options: context, stride, rows, separator, text_column."""
+    """`gptworks evaluate`; `options` are its options: context, stride, rows, separator,
+    text_column, encoding."""
     return lifecycle.evaluate(_of(model), fspath(data), against=None if against is None else _of(against), **options)
 
 

@@ -213,6 +213,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Blocks at a time; moves the result by rounding.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of the text, if neither UTF-8 nor told by its bytes.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -224,7 +225,7 @@ def evaluate(
 
         return lifecycle.evaluate(
             folder, data, context=context, stride=stride, rows=batch, separator=separator, text_column=text_column,
-            against=against,
+            encoding=encoding, against=against,
         )  # fmt: skip
 
     _do(lambda: _print(work(), json, _evaluation), debug)
@@ -278,6 +279,7 @@ def generate(
 
     def work() -> None:
         from gptworks import lifecycle
+        from gptworks.core import folder as files
         from gptworks.infer.engine import Generation
         from gptworks.infer.sampling import Sampling
 
@@ -286,7 +288,7 @@ def generate(
         how = Sampling(repetition_penalty, temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         if prompts is not None:
             try:
-                texts = [line for line in prompts.read_text(encoding="utf-8-sig").split("\n") if line]
+                texts = [line for line in files.path(prompts).read_text(encoding="utf-8-sig").split("\n") if line]
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{prompts}: cannot read the prompts: {error}") from None
         else:

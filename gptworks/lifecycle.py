@@ -61,6 +61,7 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> T
     what result.json has; with `train.find_lr` the rates that it proposes; None on all processes but the main one.
     Raises GptworksError.
     """
+    out = folder.path(out)
     session.check(config)
     result: Trained | Proposed | None
     with runtime.interrupts.listening():
@@ -95,7 +96,7 @@ def choices(config: Config, machine: Path | None = None) -> Choices:
     unread = tokenizer.path or tokenizer.kind == "char"  # so it is not known how many ids it has
     vocab_size = 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
     known = model.path is None and config.problem.kind == "pretraining" and (sized or not unread)
-    where = Machine.read(machine) if machine else here(config.train.precision, config.train.threads)
+    where = Machine.read(folder.path(machine)) if machine else here(config.train.precision, config.train.threads)
     return choose(config, Facts(vocab_size if known else None), where)
 
 
@@ -119,15 +120,17 @@ def _find_lr(config: Config, out: Path) -> Proposed:
 
 def evaluate(
     model: str | Path | Loaded, data: str, *, context: int | None = None, stride: int | None = None, rows: int = 16,
-    separator: str | None = None, text_column: str | None = None, against: str | Path | Loaded | None = None,
+    separator: str | None = None, text_column: str | None = None, encoding: str | None = None,
+    against: str | Path | Loaded | None = None,
 ) -> Evaluated:  # fmt: skip
     """Exact loss, perplexity and bits per byte of a whole file, beside what unigrams and `xz -9e` need.
 
+    Line ends are read as the model's run read them, where that is known, else as `data.newlines` has them by default.
     With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
     """
     models = [load(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
-    asked = {"separator": separator, "text_column": text_column}
+    asked = {"separator": separator, "text_column": text_column, "encoding": encoding} | _newlines(models[0])
     options: Data = configuration.build({"data": asked}, "evaluate").data
     documents = shard_folder.read_documents(data, options)
     places, sizes = comparison.cut(documents if against is not None else [])
@@ -142,6 +145,15 @@ def evaluate(
         for other in others
     ]
     return Evaluated(**one.figures, baselines=baselines, data=data, against=comparisons[0] if comparisons else None)
+
+
+def _newlines(loaded: Loaded) -> dict[str, str]:
+    """The setting of the line ends that a model was trained with; empty where its folder does not tell."""
+    config = loaded.lineage.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict):
+        return {}
+    return {"newlines": "lf" if data.get("newlines", "keep") == "lf" else "keep"}  # all stayed before it was a choice
 
 
 def _context(loaded: Loaded, asked: int | None, stride: int | None) -> int:
@@ -247,6 +259,7 @@ def merge(
     run's validation text if left out. Raises UsageError where the two differ by more than MERGE_LOSS, unless `lossy`.
     """
     loaded = load(adapter)
+    out = folder.path(out)
     if loaded.adapter is None:
         raise UsageError(f"{loaded.name}: has no adapter to merge; it is a whole model")
     held_out = loaded.path.parent / "data" / "validation.jsonl"
@@ -286,6 +299,7 @@ def merge(
 
 def push(path: Path, name: str, private: bool = False) -> Pushed:
     """Puts a model's folder on the hub as `owner/name`, once it is what its manifest says."""
+    path = folder.path(path)
     if not any((path / file).is_file() for file in ("config.json", build.ADAPTER)):
         raise DataError(f"{path}: no model folder: it has no config.json and no {build.ADAPTER}")
     if (path / folder.MANIFEST).is_file():
@@ -301,6 +315,7 @@ def report(run: Path) -> Reported:
     """Writes run/report.html, one page that opens offline."""
     from gptworks.reporting.page import write_report
 
+    run = folder.path(run)
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: not a run folder (it has no config.yaml)")
     return Reported(str(write_report(run)))
@@ -319,7 +334,7 @@ def export(
     if loaded.adapter:
         loaded = replace(loaded, model=adapters.merge(loaded.model).eval())
     text = _beginning(data, 16 * tokens)
-    return write_export(loaded, format, out, kind=kind, text=text, tokens=tokens, dry_run=dry_run)
+    return write_export(loaded, format, folder.path(out), kind=kind, text=text, tokens=tokens, dry_run=dry_run)
 
 
 def _beginning(data: str, characters: int) -> str:
@@ -337,6 +352,7 @@ def _beginning(data: str, characters: int) -> str:
 def verify(path: Path) -> Verified:
     """Proves a run or a folder: a run is replayed from its older checkpoint to its newer and compared bit for bit;
     a model or data folder is checked against its manifest."""
+    path = folder.path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
     if not (path / "config.yaml").is_file():
@@ -380,6 +396,7 @@ class _Running:
 def run(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> Finished | Proposed | None:
     """Every stage the recipe names, in order; returns one result for all of them. Where training gives no model, its
     own: None on all processes but the main one, which alone goes on, and a range test's."""
+    out = folder.path(out)
     running, file = _Running(config, out, recipe, fresh=fresh, finished=Finished(None)), out / "result.json"
     if "train" not in config.stages:
         if not (out / "model").is_dir():

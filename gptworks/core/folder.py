@@ -39,6 +39,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}: {advice}") from error
 
 
+def expanded(name: str) -> str:
+    """A path as it was typed, with the home folder for a `~` at its beginning; what exists under the very name given
+    is what is meant."""
+    return name if not name.startswith("~") or os.path.lexists(name) else os.path.expanduser(name)
+
+
+def path(name: str | Path) -> Path:
+    """The path of what was named, as `expanded`."""
+    return Path(expanded(str(name)))
+
+
 def sha256(path: Path) -> str:
     check_regular(path)
     with open(path, "rb") as file:

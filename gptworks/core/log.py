@@ -104,6 +104,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def number_of(number: int, noun: str) -> str:
+    """1234, 'row' -> '1,234 rows'; 1, 'row' -> '1 row'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def size(amount: float) -> str:
     """Bytes: 1234567 -> '1.23 MB'."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

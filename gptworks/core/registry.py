@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gptworks.core import folder
 from gptworks.core.errors import GptworksError, UsageError
 
 
@@ -24,7 +25,7 @@ def nearest(name: str, known: list[str]) -> str:
 def file_of(name: str) -> Path | None:
     """The file of the user's own that `path/to/mine.py:Thing` names; None for a name of a table."""
     path, _, _ = name.rpartition(":")
-    return Path(path) if path.endswith(".py") else None
+    return folder.path(path) if path.endswith(".py") else None
 
 
 def resolve(kind: str, table: dict[str, str], name: str) -> Any:

@@ -1,6 +1,7 @@
 """Findings about the text that is read: counted by source, shown before training and kept in the manifest."""
 
 import hashlib
+import re
 import unicodedata
 from array import array
 from collections import Counter
@@ -12,10 +13,18 @@ from typing import Any
 import numpy as np
 
 from gptworks.core.errors import DataError
+from gptworks.core.log import number_of
 
 SAMPLE = 4_000_000  # characters, spread over the corpus, of which the letters are counted by script
 HASHED = 2**24  # at most so many documents of the corpus are compared with one another
 REASONS = 3  # at most so many unreadable rows are shown
+MANY = 50  # blank lines in a text that may be several
+CONTROL = re.compile(
+    r"<[|｜][^\s|｜<>]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]"
+)  # control tokens as usual spelled
+ENDS = re.compile(
+    r"end[_▁]?of[_▁]?(?:text|sentence|document)|eot_id|eos", re.IGNORECASE
+)  # of those, what parts documents
 SCRIPTS = {  # the first word of a letter's Unicode name
     "LATIN": "Latin", "CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana", "HANGUL": "Hangul", "CYRILLIC": "Cyrillic",
     "GREEK": "Greek", "ARABIC": "Arabic", "HEBREW": "Hebrew", "DEVANAGARI": "Devanagari", "THAI": "Thai",
@@ -56,6 +65,15 @@ class Findings:
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)  # of the first few rejected rows
     columns: Counter[str] = field(default_factory=Counter)  # the number of files in which each holds the text
+    crlf: int = 0  # documents that had such line ends
+    controls: Counter[str] = field(default_factory=Counter)  # what is spelled like a control token
+    blank_lines: int = 0
+    newlines: str = "keep"  # what became of them
+    built_in: bool = False
+    text_files: int = 0
+    separator: str | None = None  # that is to cut them
+    separated: int = 0  # how often it cut one
+    suspects: list[str] = field(default_factory=list)  # fields that may have swallowed rows
 
     def heard(self, count: int) -> None:
         """Counts bytes that were read from disk."""
@@ -69,15 +87,22 @@ class Findings:
             return False
         self.documents += piece.first
         self.bytes += piece.size
+        if self.look and self.documents == 1 and self.blank_lines < MANY:
+            self.blank_lines += piece.text.count("\n\n")
+        if "<" in piece.text or "[" in piece.text:  # a search for one character costs next to nothing
+            self.controls.update(match[0] for match in CONTROL.finditer(piece.text))
         if self.look:
             self.look.see(piece, self.read)
         return True
 
-    def reject(self, reason: str, most: float) -> None:
-        """Counts an unreadable row. `most` is the share of rows that may be unreadable; raises DataError if it is 0."""
+    def reject(self, reason: str, most: float, rows: int = 1) -> None:
+        """Counts what cannot be read: a row, or as many as there may be in its lines.
+
+        `most` is the share of rows that may be unreadable; raises DataError if it is 0.
+        """
         if not most:
             raise DataError(f"{reason} (data.max_bad_rows lets a share of the rows be skipped)")
-        self.rejected += 1
+        self.rejected += rows
         if len(self.reasons) < REASONS:
             self.reasons.append(reason)
 
@@ -90,16 +115,50 @@ class Findings:
             )
 
     def dropped(self) -> list[str]:
-        """Says what was left out or replaced."""
+        """Says what was left out."""
         parts = []
         if self.rejected:
             shown = "; ".join(self.reasons)
-            parts.append(f"{self.rejected:,} of {self.rows:,} rows were unreadable and skipped: {shown}")
+            were = "was" if self.rejected == 1 else "were"
+            parts.append(f"{self.rejected:,} of {number_of(self.rows, 'row')} {were} unreadable and skipped: {shown}")
         if self.empty_documents:
-            parts.append(f"{self.empty_documents:,} empty documents were dropped")
-        if self.invalid_utf8:
-            parts.append(f"{self.invalid_utf8:,} invalid UTF-8 sequences were replaced by U+FFFD")
+            were = "was" if self.empty_documents == 1 else "were"
+            parts.append(f"{number_of(self.empty_documents, 'empty document')} {were} dropped")
         return parts
+
+    def remarks(self) -> list[str]:
+        """Says what was come across and what was left out."""
+        parts = self.dropped()
+        if self.crlf:
+            have = "has" if self.crlf == 1 else "have"
+            ends = f"{self.crlf:,} of {number_of(self.documents, 'document')} {have} CRLF line ends"
+            parts.append(ends + (", read as LF (data.newlines=keep keeps them)" if self.newlines == "lf" else ""))
+        is_one = self.documents == self.text_files == 1 and not self.separator and not self.built_in
+        if is_one and self.blank_lines >= MANY:
+            parts.append("one document; where blank lines part several, data.separator=$'\\n\\n' makes them so")
+        return parts
+
+    def warnings(self) -> list[str]:
+        """Says what is probably not as it was meant."""
+        parts = list(self.suspects)
+        if self.invalid_utf8:
+            were = "was" if self.invalid_utf8 == 1 else "were"
+            parts.append(f"{number_of(self.invalid_utf8, 'invalid sequence')} of bytes {were} replaced by U+FFFD")
+        if self.text_files and self.separator and not self.separated:
+            typed = r"; a backslash is taken as typed: a shell makes line breaks of $'\n\n'"
+            hint = typed if "\\" in self.separator else ""
+            parts.append(f"data.separator={self.separator!r} never occurs, so each file is one document{hint}")
+        if self.controls:
+            shown = ", ".join(f"{token} ({number:,})" for token, number in self.controls.most_common(3))
+            parts.append(f"control tokens in the text are read as plain text: {shown}{self._way_out()}")
+        return parts
+
+    def _way_out(self) -> str:
+        """Says what a control token in the text calls for."""
+        end = next((token for token, _ in self.controls.most_common() if ENDS.search(token)), None)
+        if end and not self.rows:
+            return f"; data.separator='{end}' makes documents of what they part"
+        return "; training on chat is not in this version"
 
 
 class DocumentSample:
@@ -174,7 +233,8 @@ def table(findings: list[Findings], tokens: list[np.ndarray]) -> list[dict[str, 
     letters = [one.look.letters() if one.look else Counter[str]() for one in findings]
     rows = [_row(*parts) for parts in zip(findings, tokens, copies, letters, strict=True)]
     for row, example, one in zip(rows, examples, findings, strict=True):
-        row |= {"copy": example, "compared": min(one.documents, one.look.most if one.look else 0)}
+        compared = min(one.documents, one.look.most if one.look else 0)
+        row |= {"copy": example, "compared": compared, "remarks": one.remarks(), "warnings": one.warnings()}
     if len(rows) > 1:
         sums = {key: sum(getattr(one, key) for one in findings) for key in COUNTS}
         reasons = [reason for one in findings for reason in one.reasons][:REASONS]
@@ -184,7 +244,7 @@ def table(findings: list[Findings], tokens: list[np.ndarray]) -> list[dict[str, 
     return rows
 
 
-COUNTS = ("documents", "bytes", "rows", "rejected", "empty_documents", "invalid_utf8")
+COUNTS = ("documents", "bytes", "rows", "rejected", "empty_documents", "invalid_utf8", "crlf")
 
 
 def _row(findings: Findings, tokens: np.ndarray, copies: int, letters: Counter[str]) -> dict[str, Any]:
@@ -229,12 +289,21 @@ HEADINGS = ("source", "documents", "bytes", "tokens", "p5", "p50", "p95", "max",
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table as aligned text, or a sentence for a single source; then remarks, and the column that is the text."""
     shown = _grid([HEADINGS, *(_cells(row) for row in rows)]) if len(rows) > 1 else [_sentence(rows[0])]
-    for row in rows[:-1] or rows:
-        name = f"{_short(row['source'])}: " if len(rows) > 1 else ""
-        shown += [name + remark for remark in _remarks(row)]
+    shown += _of_sources(rows, _remarks)
     for column, files in rows[-1]["columns"].items():
-        shown.append(f"the text is in column {column!r} of {files:,} file{'s' * (files > 1)}")
+        shown.append(f"the text is in column {column!r} of {number_of(files, 'file')}")
     return shown
+
+
+def warnings(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines that are to be seen whatever else is."""
+    return _of_sources(rows, lambda row: row["warnings"])
+
+
+def _of_sources(rows: list[dict[str, Any]], said: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """The remarks of every source, with its name where there are several."""
+    name = (lambda row: f"{_short(row['source'])}: ") if len(rows) > 1 else lambda row: ""
+    return [name(row) + remark for row in rows[:-1] or rows for remark in said(row)]
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -270,8 +339,8 @@ def _letters(row: dict[str, Any]) -> str:
 def _remarks(row: dict[str, Any]) -> list[str]:
     said = [f"a copy, for example: {row['copy']}"] if row["copy"] else []
     if row["compared"] < row["documents"]:
-        said.append(f"copies were looked for among its first {row['compared']:,} documents")
-    return said + Findings(**{key: row[key] for key in (*COUNTS, "reasons")}).dropped()
+        said.append(f"copies were looked for among its first {number_of(row['compared'], 'document')}")
+    return said + row["remarks"]
 
 
 def _short(name: str) -> str:

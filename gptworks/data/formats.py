@@ -16,8 +16,17 @@ from typing import Any
 from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.errors import DataError, UsageError
-from gptworks.data.findings import Findings, Piece
-from gptworks.data.text import Unreadable, decoded, kind, packed, pieces, refuse_bomb, without_surrogates
+from gptworks.data.findings import REASONS, Findings, Piece
+from gptworks.data.text import (
+    Decoding,
+    Unreadable,
+    decoded,
+    document,
+    kind,
+    packed,
+    refuse_bomb,
+    without_surrogates,
+)
 
 COLUMNS = ("text", "content", "story", "document")
 ROW = 64_000_000  # most characters of a row
@@ -41,25 +50,35 @@ def read(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
 def text_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
     """Reads a text file as one document, or as several where `data.separator` cuts it."""
     blocks = decoded(path, options, findings)
+    findings.text_files += 1
     if not options.separator:
-        yield from pieces(blocks)
+        yield from document(blocks, options, findings)
         return
-    for _, parts in itertools.groupby(_separated(blocks, options.separator), key=lambda part: part[0]):
-        yield from pieces(_stripped(text for _, text in parts))
+    findings.separator = options.separator
+    parts = _separated(blocks, options.separator, findings)
+    for _, document_parts in itertools.groupby(parts, key=lambda part: part[0]):
+        yield from document(_stripped(text for _, text in document_parts), options, findings)
 
 
-def _separated(blocks: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
-    """Yields (number of the document, part of it), with no more in memory than a block and a separator."""
+def _separated(blocks: Iterable[str], separator: str, findings: Findings) -> Iterator[tuple[int, str]]:
+    """Yields (number of the document, part of it), with no more in memory than a block and a separator.
+
+    A line break in the separator is LF or CRLF, as the text has it.
+    """
+    lines = separator.replace("\r\n", "\n")
+    pattern = re.compile("\r?\n".join(map(re.escape, lines.split("\n"))))
+    longest = len(lines) + lines.count("\n")
     number, rest = 0, ""
     for block in blocks:
-        *ended, rest = (rest + block).split(separator)
+        *ended, rest = pattern.split(rest + block) if "\n" in lines else (rest + block).split(separator)
         for text in ended:
             yield number, text
             number += 1
-        reach = len(rest) - len(separator) + 1  # a separator may begin after this
+        reach = len(rest) - longest + 1  # a separator may begin after this
         if reach > 0:
             yield number, rest[:reach]
             rest = rest[reach:]
+    findings.separated += number
     yield number, rest
 
 
@@ -67,8 +86,8 @@ def _stripped(blocks: Iterable[str]) -> Iterator[str]:
     """The text without line breaks at its two ends."""
     pending, begun = "", False
     for block in blocks:
-        block = pending + block if begun else block.lstrip("\n")
-        body = block.rstrip("\n")
+        block = pending + block if begun else block.lstrip("\r\n")
+        body = block.rstrip("\r\n")
         pending, begun = block[len(body) :], begun or bool(body)
         yield body
 
@@ -80,7 +99,7 @@ def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, fin
     """Yields the text of every row. A row is a parsed value, or an Unreadable that says why it could not be parsed."""
     column = options.text_column
     for place, row in rows:
-        findings.rows += 1
+        findings.rows += row.rows if isinstance(row, Unreadable) else 1
         try:
             if isinstance(row, Unreadable):
                 raise row
@@ -93,9 +112,45 @@ def _documents(path: Path, rows: Iterable[tuple[Place, Any]], options: Data, fin
         except Ambiguous as problem:
             raise DataError(f"{path}:{place}: {problem}") from None
         except Unreadable as problem:
-            findings.reject(f"{path}:{place}: {problem}", options.max_bad_rows)
+            findings.reject(f"{path}:{place}: {problem}", options.max_bad_rows, problem.rows)
         else:
-            yield from pieces([text])
+            yield from document([text], options, findings)
+
+
+# Columns that rows for another training have, and its name; `text` and the other usual names come before them.
+TASKS = {
+    ("messages",): "chat data",
+    ("conversations",): "chat data",
+    ("conversation",): "chat data",
+    ("prompt", "chosen", "rejected"): "preference data",
+    ("chosen", "rejected"): "preference data",
+    ("instruction", "input", "output"): "instruction data",
+    ("instruction", "output"): "instruction data",
+    ("instruction", "response"): "instruction data",
+    ("prompt", "completion"): "instruction data",
+    ("prompt", "response"): "instruction data",
+    ("question", "answer"): "question-and-answer data",
+    ("question", "answers"): "question-and-answer data",
+}
+
+
+def _task(names: Collection[str], texts: Collection[str]) -> str | None:
+    """Says what training rows with these columns are for, if it is none that this version has."""
+    columns = next((columns for columns in TASKS if all(column in names for column in columns)), None)
+    if columns is None:
+        return None
+    plain = [name for name in columns if name in texts]
+    plain_text = (
+        f"data.text_column={plain[-1]} takes one column as plain text"
+        if plain
+        else "write a function that yields each row as one text, and name it: data.train=mine.py:documents"
+    )
+    spelled = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+    return f"this is {TASKS[columns]} ({spelled}): training on {_of_task(columns)} is not in this version; {plain_text}"
+
+
+def _of_task(columns: tuple[str, ...]) -> str:
+    return {"chat data": "messages", "preference data": "preferences"}.get(TASKS[columns], "questions and answers")
 
 
 def _text_of(row: Any, column: str | None) -> str:
@@ -106,6 +161,8 @@ def _text_of(row: Any, column: str | None) -> str:
     if column not in row:
         raise Unreadable(f"no column {column!r} (it has: {_listed(row)})")
     if not isinstance(row[column], str):
+        if column and isinstance(row[column], list) and (task := _task([column], [])):
+            raise Ambiguous(task)
         raise Unreadable(f"column {column!r} is {_named(row[column])}, not text")
     return row[column]
 
@@ -119,6 +176,8 @@ def _text_column(texts: list[str], every: Collection[str], usual: Collection[str
     for name in COLUMNS:
         if name in usual:
             return name
+    if task := _task(every, texts):
+        raise Ambiguous(task)
     if len(texts) == 1 and not nested:
         return texts[0]
     if not texts and not nested:
@@ -302,18 +361,32 @@ def json_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
 
 
 class _Lines:
-    """Lines for csv.reader, with a limit on the text of one row: it would ask for any number of lines."""
+    """Lines for csv.reader, with a limit on the text of one row: it would ask for any number of lines.
 
-    def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
-        self.lines = lines
-        self.number = self.size = 0  # of the current line; characters since the row began
+    Those of a row are looked at: a quote that stands there by mistake makes one field of all rows to the next quote.
+    """
+
+    def __init__(self, lines: Iterator[tuple[int, str | None]], delimiter: str) -> None:
+        self.lines, self.delimiter = lines, delimiter
+        self.number = 0  # of the current line
+        self.begin(0)
+
+    def begin(self, columns: int) -> None:
+        """A row begins that is to have so many columns."""
+        self.columns, self.size, self.read, self.alike = columns, 0, 0, 0  # `alike`: lines that could be rows
+
+    @property
+    def swallowed(self) -> bool:
+        """True where nearly all lines of the row could be rows of their own."""
+        return self.columns > 1 and self.alike > 2 and self.alike >= self.read - 2
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
         self.number, line = next(self.lines)
-        self.size += len(line or "")
+        self.size, self.read = self.size + len(line or ""), self.read + 1
+        self.alike += self.read > 1 and (line or "").count(self.delimiter) == self.columns - 1
         if line is None or self.size > ROW:
             raise _too_long()
         return line + "\n"
@@ -321,29 +394,39 @@ class _Lines:
 
 def table_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
     """Reads comma- or tab-separated rows (RFC 4180) under a header that names the columns."""
-    lines = _Lines(_lines(decoded(path, options, findings), ROW))
+    delimiter = "\t" if kind(path) == ".tsv" else ","
+    lines = _Lines(_lines(decoded(path, options, findings), ROW), delimiter)
     csv.field_size_limit(ROW)  # process-wide; many documents are longer than the default, 131,072
-    reader = csv.reader(lines, delimiter="\t" if kind(path) == ".tsv" else ",", strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
 
     def fields() -> Iterator[tuple[int, list[str] | Unreadable]]:
         while True:
-            first, lines.size = lines.number + 1, 0
+            first = lines.number + 1
+            lines.begin(len(header))
             try:
                 row = next(reader)
             except StopIteration:
                 return
             except (csv.Error, Unreadable) as error:
-                yield first, Unreadable(str(error))
+                lost = lines.number - first + 1
+                told = f"{error}: a quote that opens here takes {lost:,} lines" if lost > 1 else str(error)
+                yield first, Unreadable(told, max(lost, 1))
             else:
+                if lines.swallowed and len(findings.suspects) < REASONS:
+                    findings.suspects.append(
+                        f"{path}:{first}: a field in quotes goes over {lines.read:,} lines that look like rows; "
+                        "is a quote there by mistake?"
+                    )
                 if row:
                     yield first, row
 
     def rows() -> Iterator[tuple[Place, Any]]:
         every = fields()
-        header = _header(path, next(every, (1, list[str]())), options)
+        header.extend(_header(path, next(every, (1, list[str]())), options))
         for line, row in every:
             if isinstance(row, list) and len(row) != len(header):
-                row = Unreadable(f"{len(row)} fields where the header has {len(header)}")
+                row = Unreadable(f"{len(row)} fields where the header has {len(header)}", max(lines.read, 1))
             yield line, row if isinstance(row, Unreadable) else dict(zip(header, row, strict=True))
 
     yield from _documents(path, rows(), options=options, findings=findings)
@@ -358,6 +441,8 @@ def _header(path: Path, header: tuple[int, list[str] | Unreadable], options: Dat
     if not names:  # an empty file
         return names
     chosen = next((name for name in wanted if name in names), None)
+    if chosen is None and not options.text_column and (task := _task(names, names)):
+        raise DataError(f"{path}:{line}: {task}")
     if chosen is None or names.count(chosen) > 1:
         raise DataError(
             f"{path}:{line}: the first row must be a header with one column named {' or '.join(wanted)} "
@@ -408,6 +493,8 @@ def _parquet_column(path: Path, schema: Any, options: Data) -> str:
             raise Unreadable(f"no column {options.text_column!r} (it has: {_listed(schema.names)})")
         column = schema.field(options.text_column)
         if column.name not in texts and not holds(column, "binary", "large_binary"):
+            if is_nested(column.type) and (task := _task([column.name], [])):
+                raise Unreadable(task)
             raise Unreadable(f"column {column.name!r} is {column.type}, not text")
         return str(column.name)
     except Unreadable as problem:
@@ -418,6 +505,7 @@ def _parquet_rows(path: Path, file: Any, column: str, options: Data, findings: F
     import pyarrow
 
     size, groups, number, out = path.stat().st_size, file.num_row_groups, 0, 0
+    decoding = Decoding(path, options, findings)
     for group in range(groups):
         refuse_bomb(path, out + file.metadata.row_group(group).total_byte_size, size)
         findings.heard(size * (group + 1) // groups - size * group // groups)
@@ -425,24 +513,24 @@ def _parquet_rows(path: Path, file: Any, column: str, options: Data, findings: F
             values = batch.column(0)
             if pyarrow.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
+            is_text = not (pyarrow.types.is_binary(values.type) or pyarrow.types.is_large_binary(values.type))
+            encoding = "utf-8" if is_text else options.encoding or "utf-8"  # strings are UTF-8 in every Parquet file
             for raw in values.cast(pyarrow.large_binary()).to_pylist():  # Arrow does not check that text is UTF-8
                 number, out = number + 1, out + len(raw or b"")
-                text = None if raw is None else _utf8(raw, options, findings)
+                text = None if raw is None else _value(raw, decoding, encoding)
                 yield f"row {number}", text if isinstance(text, Unreadable) else {column: text}
             refuse_bomb(path, out, size)
+    decoding.judge(decoding.characters)
 
 
-def _utf8(raw: bytes, options: Data, findings: Findings) -> Any:
+def _value(raw: bytes, decoding: Decoding, encoding: str) -> Any:
+    """The text of a value, or an Unreadable."""
     if len(raw) > ROW:
         return _too_long()
     try:
-        return raw.decode("utf-8")
+        return decoding.decode(raw, lambda raw: raw.decode(encoding, decoding.errors))
     except UnicodeDecodeError as error:
-        if options.invalid_utf8 == "error":
-            return Unreadable(f"byte {error.start + 1} is not UTF-8")
-    text = raw.decode("utf-8", "replace")
-    findings.invalid_utf8 += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
-    return text
+        return Unreadable(f"byte {error.start + 1} is not {encoding.upper()}")
 
 
 Reader = Callable[[Path, Data, Findings], Iterator[Piece]]
@@ -450,6 +538,10 @@ READERS: dict[str, Reader] = {
     ".txt": text_file,
     ".md": text_file,
     ".jsonl": jsonl_file,
+    ".ndjson": jsonl_file,
+    ".jsonlines": jsonl_file,
+    ".jl": jsonl_file,
+    ".geojsonl": jsonl_file,
     ".json": json_file,
     ".csv": table_file,
     ".tsv": table_file,

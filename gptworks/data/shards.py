@@ -22,13 +22,13 @@ from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.core.failpoint import failpoint
-from gptworks.core.log import Progress, console, count
+from gptworks.core.log import Progress, console, count, number_of
 from gptworks.core.runtime import process_seconds
 from gptworks.data import findings as found
 from gptworks.data.findings import Findings, Piece
 from gptworks.data.formats import ROW
 from gptworks.data.sources import Source, findings_of, listed, sources_of
-from gptworks.data.split import Split
+from gptworks.data.split import Overlap, Split
 from gptworks.data.tokenizer import Tokenizer, sample
 
 VERSION = 2
@@ -236,7 +236,8 @@ def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
 
 def _settings(data: Data, asked: TokenizerConfig, base_tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The settings that decide the ids. The weights of a mixture do not: they say how often the loader reads what."""
-    keys = ("text_column", "separator", "eval_fraction", "eval_bytes", "invalid_utf8", "max_bad_rows", "eval")
+    keys = ("text_column", "separator", "eval_fraction", "eval_bytes", "encoding", "newlines", "invalid_utf8",
+            "max_bad_rows", "eval")  # fmt: skip
     tokenizer: Any = base_tokenizer.fingerprint if base_tokenizer is not None else asked.model_dump(mode="json")
     train = [{"path": place} for place in data.places] if data.weights else data.train
     return {"version": VERSION, "tokenizer": tokenizer, "train": train} | {key: getattr(data, key) for key in keys}
@@ -281,6 +282,7 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], sources: lis
     old = manifest.get("settings")
     if not isinstance(old, dict):
         return ""
+    old = {"newlines": "keep"} | old  # as it was before there was a choice
     if changed := [key for key in settings if old.get(key) != settings[key]]:
         names = [key if key in ("tokenizer", "version") else f"data.{key}" for key in changed]
         return f"{', '.join(names)} changed"
@@ -316,9 +318,10 @@ def _build(
     settings: dict[str, Any],
     path: Path,
 ) -> Tokenizer:
-    """Writes the folder; returns its tokenizer. `held` are the sources of `data.eval`."""
+    """Writes the folder; returns its tokenizer. `held_out` are the sources of `data.eval`."""
     stamps = _stamps(sources + held_out)
     split = Split(data, sources, held_out)
+    overlap = Overlap(held_out, data.eval_bytes)
     sources = sources + held_out
     size = sum(source.size for source in sources)
     tokenizer = base_tokenizer or _make_tokenizer(asked, split)
@@ -328,7 +331,7 @@ def _build(
         console.say('data     encoding with `tokenizers`; `pip install "gptworks[fast]"` is many times faster')
 
     facts: dict[str, Any] = {
-        "version": VERSION, "settings": settings, "split": split.how, "tokenizer": tokenizer.fingerprint,
+        "version": VERSION, "settings": settings, "tokenizer": tokenizer.fingerprint,
     }  # fmt: skip
     known: dict[str, str] = {}
     progress = Progress("encoding", size)
@@ -342,22 +345,29 @@ def _build(
                 writers["eval" if is_eval else "train"].add(piece)
                 if is_eval:
                     keep(piece)
+                else:
+                    overlap.see(piece.text)
         facts["splits"] = {name: writer.close() for name, writer in writers.items()}
         known |= {f"{name}.tokens": writer.hash.hexdigest() for name, writer in writers.items()}
         facts |= {"dtype": writers["train"].dtype.str, "sources": stamps, "source_sha256": _hashes(sources)}
         _refuse_changed(stamps, sources)
+        facts["split"] = split.said(facts["splits"])
         facts["found"] = _table(findings, writers, splits=facts["splits"], data=data)
-        facts["findings"] = found.lines(facts["found"])
+        warnings = found.warnings(facts["found"]) + overlap.warnings()
+        facts["findings"] = found.lines(facts["found"]) + warnings
         _refuse_empty(facts["splits"], data)
     console.clear()
     splits, documents = facts["splits"], facts["found"][-1]["documents"]
     console.say(
         f"data     {count(splits['train']['tokens'])} training and {count(splits['eval']['tokens'])} validation tokens "
-        f"from {documents:,} document{'s' * (documents != 1)}, {progress.rate / 1e6:.0f} MB/s "
-        f"({tokenizer.engine}); {split.how}"
+        f"from {number_of(documents, 'document')}, {progress.rate / 1e6:.0f} MB/s ({tokenizer.engine}); "
+        f"{facts['split']}"
     )
     for line in facts["findings"]:
-        console.say(f"data     {line}")
+        if line not in warnings:
+            console.say(f"data     {line}")
+    for line in warnings:
+        console.warn(line)
     return tokenizer
 
 
@@ -370,6 +380,10 @@ def _table(
     splits["eval"]["sources"] = [row for row in parts["eval"] if row["documents"]]
     halves = zip(*(writer.lengths(parts[name]) for name, writer in writers.items()), strict=True)
     lengths = [np.concatenate(both) for both in halves]
+    for number, one in enumerate(findings):  # of a text of which a part was taken, that part
+        used = [parts[name][number] for name in writers]
+        one.bytes = sum(part["bytes"] for part in used)
+        one.documents = min(one.documents, sum(part["documents"] for part in used))
     # The one document that was split by position is counted whole.
     whole = [n.sum(keepdims=True) if one.documents == 1 else n for n, one in zip(lengths, findings, strict=True)]
     return found.table(findings, whole)
@@ -453,14 +467,17 @@ def same_data(shards: Shards, identity: object) -> None:
 
 
 def read_documents(path: str, data: Data) -> list[str]:
-    """Every document of a file or folder, in memory. Raises DataError."""
+    """Every document of a file or folder, in memory; says what is probably not as it was meant. Raises DataError."""
     documents: list[list[str]] = []
-    for piece in Source(path, data).pieces(Findings(path)):
+    findings = Findings(path)
+    for piece in Source(path, data).pieces(findings):
         if piece.first:
             documents.append([])
         documents[-1].append(piece.text)
     if not documents:
         raise DataError(f"{path}: no text")
+    for line in findings.warnings():
+        console.warn(f"{path}: {line}")
     return ["".join(parts) for parts in documents]
 
 

@@ -1,16 +1,21 @@
 """Where text comes from: files, folders, globs, built-in texts and functions of the user's own, in a fixed order."""
 
+import errno
+import fnmatch
 import glob
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from gptworks.core import folder
 from gptworks.core.config import Data
-from gptworks.core.errors import DataError, GptworksError, UsageError
+from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
 from gptworks.core.registry import file_of, nearest, resolve
 from gptworks.core.runtime import interrupts
 from gptworks.data import formats, text
@@ -38,7 +43,7 @@ class Source:
         self.code: list[Path] = []
         if place in BUILTIN:
             self.files = [Path(str(resources.files("gptworks") / "data" / "texts" / BUILTIN[place]))]
-        elif place in TABLE or re.search(r"\.py:\w+$", place):
+        elif place in TABLE or (re.search(r"\.py:\w+$", place) and not os.path.lexists(place)):
             self.function = resolve("data source", TABLE, place)
             if not callable(self.function):
                 raise UsageError(f"{place}: not a function; name one that yields documents (str)")
@@ -54,14 +59,6 @@ class Source:
         """Bytes on disk, for progress; compressed files count as they lie."""
         return sum(file.stat().st_size for file in self.files)
 
-    @property
-    def one_plain_text(self) -> bool:
-        """True for a single uncompressed text file that is one document: its size is known unread."""
-        if len(self.files) != 1 or self.options.separator:
-            return False
-        reader = formats.READERS.get(text.kind(self.files[0]), formats.text_file)
-        return reader is formats.text_file and not text.packed(self.files[0])
-
     def stamp(self) -> list[dict[str, Any]]:
         """Path, size and time of every file: the quick test of whether anything changed."""
         stats = [(file, file.stat()) for file in self.files + self.code]
@@ -69,6 +66,7 @@ class Source:
 
     def pieces(self, findings: Findings) -> Iterator[Piece]:
         """Streams every document that is not empty, and counts. Raises DataError."""
+        findings.newlines, findings.built_in = self.options.newlines, self.place in BUILTIN
         for piece in self._pieces(findings):
             interrupts.check()
             piece = replace(piece, source=self.number)
@@ -83,7 +81,8 @@ class Source:
             if not isinstance(document, str):
                 raise DataError(f"{self.place}: document {number} is not text (str) but {type(document).__name__}")
             try:
-                yield from text.pieces([text.without_surrogates(document, self.options, findings)])
+                plain = text.without_surrogates(document, self.options, findings)
+                yield from text.document([plain], self.options, findings)
             except text.Unreadable as error:
                 raise DataError(f"{self.place}: document {number} is not text: {error}") from None
 
@@ -117,16 +116,18 @@ def findings_of(sources: list[Source], advance: Callable[[int], None] | None = N
 
 
 def _found(place: str) -> list[Path]:
-    """The files that a path, folder or glob stands for, sorted."""
-    path, known = Path(place).expanduser(), ", ".join(formats.READERS)
+    """The files that a path, folder or glob stands for, sorted, each once. Raises DataError, StorageError."""
+    path, known = folder.path(place), ", ".join(formats.READERS)
+    packings = ", ".join(text.PACKED)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and text.kind(p) in formats.READERS)
+        files = [file for file in _once(_matching(path, ["**", "*"], set())) if text.kind(file) in formats.READERS]
         if not files:
-            raise DataError(f"{path}: no {known} file (plain, .gz or .zst) in this folder")
+            raise DataError(f"{path}: no {known} file (plain or packed: {packings}) in this folder")
     elif path.is_file():
         files = [path]
     elif glob.has_magic(place):
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        start = Path(path.anchor) if path.is_absolute() else Path()
+        files = _once(_matching(start, list(path.parts[path.is_absolute() :]), set()))
         if not files:
             raise DataError(f"{place}: no file matches")
     else:
@@ -135,9 +136,65 @@ def _found(place: str) -> list[Path]:
         if file.suffix.lower() in REFUSED or text.kind(file) in REFUSED:
             raise DataError(
                 f"{file}: {file.suffix} files are not text and could run code when loaded; "
-                f"give {known} (plain, .gz or .zst)"
+                f"give {known} (plain or packed: {packings})"
             )
     return files
+
+
+def _matching(place: Path, pattern: list[str], seen: set[tuple[str, int]]) -> Iterator[Path]:
+    """The files below a folder that a pattern of names matches; `**` stands for any number of folders.
+
+    A name that begins with a dot is hidden, and meant only where the pattern has the dot. Links to folders are
+    followed, each folder but once for a place of the pattern (`seen`), so that a circle of them ends. Raises
+    StorageError for a folder that cannot be read.
+    """
+    name, *rest = pattern
+    if name == "**":
+        if (here := (os.path.realpath(place), len(pattern))) in seen:
+            return
+        seen.add(here)
+        yield from _matching(place, rest or ["*"], seen)
+    for entry in _entries(place, name):
+        mode = _mode(entry)
+        if not rest and name != "**":
+            if stat.S_ISREG(mode):
+                yield entry
+        elif stat.S_ISDIR(mode):
+            yield from _matching(entry, pattern if name == "**" else rest, seen)
+
+
+def _entries(place: Path, name: str) -> list[Path]:
+    """The things in a folder that a name or a pattern stands for. Raises StorageError."""
+    if not glob.has_magic(name):
+        return [place / name] if os.path.lexists(place / name) else []
+    try:
+        names = sorted(os.listdir(place))
+    except OSError as error:
+        raise _unreadable(place, error) from error
+    shown = [one for one in names if one[0] != "." or name[0] == "."]
+    return [place / one for one in shown if one == name or fnmatch.fnmatchcase(one, name)]
+
+
+def _mode(entry: Path) -> int:
+    """The kind of thing this is; 0 for a link to nothing or to itself. Raises StorageError."""
+    try:
+        return entry.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 0
+        raise _unreadable(entry, error) from error
+
+
+def _unreadable(place: Path, error: OSError) -> StorageError:
+    return StorageError(f"{place}: {error.strerror or error}; make it readable, or name what is to be read without it")
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """The files, sorted, but for those that are another one by a link."""
+    real: dict[str, Path] = {}
+    for file in sorted(files):
+        real.setdefault(os.path.realpath(file), file)
+    return list(real.values())
 
 
 def _refuse_odd_name(file: Path) -> None:

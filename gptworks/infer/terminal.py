@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 from gptworks.core import folder
 from gptworks.core.errors import GptworksError, Preempted, UsageError
@@ -132,7 +131,7 @@ class Terminal:
     def _save(self, argument: str) -> None:
         if not argument:
             raise UsageError("/save needs a file: /save FILE")
-        path, messages = Path(argument).expanduser(), self.conversation.messages
+        path, messages = folder.path(argument), self.conversation.messages
         folder.write_text(path, "".join(json.dumps(message, ensure_ascii=False) + "\n" for message in messages))
         console.say(f"[{len(messages)} messages -> {path}]")
 

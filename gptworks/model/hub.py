@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gptworks.core import folder
 from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.core.log import console
 
@@ -25,9 +26,10 @@ def local(model: str | Path, revision: str | None = None) -> Path:
     Raises UsageError without huggingface_hub, DataError for what the hub does not give, StorageError where neither the
     hub nor the cache can be asked.
     """
+    model = folder.path(model)
     asked = ID.fullmatch(str(model))
-    if Path(model).exists() or not asked:
-        return Path(model)
+    if model.exists() or not asked:
+        return model
     with _asking(f"{model} is no folder here"):
         hub = _library(f"{model}: no such folder; to fetch a model of that name from the hub")
         with _silently(hub):

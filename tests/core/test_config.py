@@ -391,7 +391,7 @@ def another_value(key: str) -> object:
     if key in OTHER:
         return OTHER[key]
     default = config.get(config.load(None, beside(key)), key)
-    words = "text char adamw gpt-2 layernorm learned relu error fp32 canonical lora".split()  # noqa: SIM905
+    words = "text char adamw gpt-2 layernorm learned relu error fp32 canonical lora keep cp1252".split()  # noqa: SIM905
     for value in (not default, 7, 3000, 0.3, 0.7, *words):
         try:
             if config.get(config.load(None, beside(key) | {key: value}), key) != default:

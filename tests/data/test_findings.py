@@ -15,7 +15,7 @@ from gptworks.core.config import Data
 from gptworks.core.errors import DataError
 from gptworks.data import findings as module
 from gptworks.data import text as texts
-from gptworks.data.findings import DocumentSample, Findings, Piece, lines, script_of, table
+from gptworks.data.findings import DocumentSample, Findings, Piece, lines, script_of, table, warnings
 from gptworks.data.sources import findings_of, sources_of
 
 SCRIPTS = {
@@ -141,12 +141,14 @@ def test_one_source_takes_a_line_and_several_an_aligned_table() -> None:
 
 def test_what_was_dropped_is_said_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one \xff"}\nbroken\n{"text": ""}\n')
-    (source,) = sources_of([str(tmp_path / "a.jsonl")], Data(max_bad_rows=0.5))
+    (source,) = sources_of([str(tmp_path / "a.jsonl")], Data(max_bad_rows=0.5, encoding="utf-8"))
     found = findings_of([source], lambda count: None)
     assert [piece.text for piece in source.pieces(found[0])] == ["one \ufffd"]
-    said = "\n".join(lines(table(found, [np.array([3])])))
-    assert "1 of 3 rows were unreadable and skipped" in said and "a.jsonl:2: not valid JSON" in said
-    assert "1 empty document" in said and "1 invalid UTF-8" in said
+    rows = table(found, [np.array([3])])
+    said = "\n".join(lines(rows))
+    assert "1 of 3 rows was unreadable and skipped" in said and "a.jsonl:2: not valid JSON" in said
+    assert "1 empty document was dropped" in said
+    assert warnings(rows) == ["1 invalid sequence of bytes was replaced by U+FFFD"]
 
 
 def test_a_function_that_yields_no_text_is_refused(tmp_path: Path) -> None:
@@ -154,3 +156,56 @@ def test_a_function_that_yields_no_text_is_refused(tmp_path: Path) -> None:
     (source,) = sources_of([f"{tmp_path / 'mine.py'}:rows"], Data())
     with pytest.raises(DataError, match="document 2 is not text"):
         list(source.pieces(Findings()))
+
+
+@pytest.mark.parametrize(
+    "text, suffix, way_out",
+    [
+        ("\n<|endoftext|>\n".join(f"document {i}" for i in range(300)), ".txt", "data.separator='<|endoftext|>' makes"),
+        ("one<|eot_id|>two<|start_header_id|>", ".txt", "data.separator='<|eot_id|>' makes"),
+        ("<|im_start|>user\nhi<|im_end|>\n" * 9, ".txt", "training on chat is not in this version"),
+        ("<start_of_turn>user\nhi", ".txt", "training on chat"),
+        ("[INST] hi [/INST]", ".txt", "training on chat"),
+        ("<｜end▁of▁sentence｜>", ".txt", "makes documents of what they part"),
+        ('{"text": "a<|endoftext|>"}\n', ".jsonl", "training on chat"),
+    ],
+)  # fmt: skip
+def test_control_tokens_in_a_text_are_told_with_the_way_out(
+    tmp_path: Path, text: str, suffix: str, way_out: str
+) -> None:
+    (tmp_path / f"a{suffix}").write_text(text)
+    (source,) = sources_of([str(tmp_path / f"a{suffix}")], Data())
+    list(source.pieces(found := Findings()))
+    (said,) = found.warnings()
+    assert said.startswith("control tokens in the text are read as plain text: ") and way_out in said
+
+
+def test_brackets_and_tags_are_no_control_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("if a <| b |> c, <s>old</s> <b>bold</b> <|two words|> [1] x<y [INSTALL] ||")
+    (source,) = sources_of([str(tmp_path / "a.txt")], Data())
+    list(source.pieces(found := Findings()))
+    assert found.warnings() == []
+
+
+@pytest.mark.parametrize("number, said", [
+    (1, "1 of 1 document has CRLF line ends, read as LF"), (2, "2 of 2 documents have CRLF line ends, read as LF"),
+])  # fmt: skip
+def test_line_ends_are_in_the_table_and_counts_agree_with_their_nouns(tmp_path: Path, number: int, said: str) -> None:
+    for i in range(number):
+        (tmp_path / f"{i}.txt").write_bytes(b"a line\r\nanother\r\n")
+    (source,) = sources_of([str(tmp_path)], Data())
+    list(source.pieces(found := Findings()))
+    assert any(said in line for line in lines(table([found], [np.ones(number, dtype=np.int64)])))
+
+
+def test_one_text_with_many_blank_lines_gets_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A story.\n\n" * 800)
+    for separator, hints in ((None, 1), ("\n\n", 0)):
+        (source,) = sources_of([str(tmp_path / "a.txt")], Data(separator=separator))
+        (found,) = findings_of([source], lambda count: None)
+        list(source.pieces(found))
+        assert sum("data.separator=$'\\n\\n'" in remark for remark in found.remarks()) == hints
+    (source,) = sources_of(["shakespeare"], Data())
+    (found,) = findings_of([source], lambda count: None)
+    list(source.pieces(found))
+    assert found.remarks() == []

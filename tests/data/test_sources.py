@@ -1,5 +1,6 @@
 """Reading text: every format, every kind of damage, and cuts that do not change ids."""
 
+import glob
 import gzip
 import json
 import os
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import examples
 
 from gptworks.core.config import Data
-from gptworks.core.errors import DataError, GptworksError, UsageError
+from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
 from gptworks.data import sources
 from gptworks.data import text as texts
 from gptworks.data.findings import Findings
@@ -42,7 +43,7 @@ def write(path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.unknown", "A.TXT", "noending"])
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, name: str) -> None:
     text = "Hello\n\nwörld\r\n\ttabs and no last newline"
-    assert documents(write(tmp_path / name, text)) == [text]
+    assert documents(write(tmp_path / name, text), newlines="keep") == [text]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -66,6 +67,75 @@ def test_folder_glob_and_list_give_files_in_order(tmp_path: Path) -> None:
     assert documents(str(tmp_path / "*.txt*")) == ["a", "b"]
     assert documents(str(tmp_path / "**" / "*.md")) == ["sub a"]
     assert documents([str(tmp_path / "c.jsonl"), str(tmp_path / "b.txt")]) == ["c", "b"]
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / ".corpus" / "a.txt", "a")  # of what is named itself, nothing is hidden
+    write(tmp_path / ".corpus" / "sub" / "b.txt", "b")
+    for name in (".ipynb_checkpoints/a.txt", "._a.txt", ".Trash-0/files/c.txt", ".git/d.md", "sub/.hidden/e.txt"):
+        write(tmp_path / ".corpus" / name, b"\0hidden")
+    for place in ("", "**", "**/*.txt", "**/*", "*/../**/*.txt"):
+        assert documents(tmp_path / ".corpus" / place) == ["a", "b"]
+    write(tmp_path / ".corpus" / ".more" / "f.txt", "f")
+    assert documents(tmp_path / ".corpus" / ".more" / "*.txt") == ["f"]
+    assert documents(tmp_path / ".corpus" / ".m*" / "**" / "*.txt") == ["f"]
+
+
+def test_links_are_followed_alike_in_folder_and_glob_and_each_file_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "z.txt", "z")
+    write(tmp_path / "d" / "a.txt", "a")
+    write(tmp_path / "d" / "sub" / "b.txt", "b")
+    (tmp_path / "d" / "more").symlink_to("../real")
+    (tmp_path / "d" / "again").symlink_to("../real")
+    (tmp_path / "d" / "same.txt").symlink_to("a.txt")
+    (tmp_path / "d" / "gone.txt").symlink_to("nowhere")
+    for number in range(3):  # circles, of which a glob of Python's would make 3**40 paths
+        (tmp_path / "d" / "sub" / f"loop{number}").symlink_to("../..")
+    for place in ("d", "d/**", "d/**/*.txt"):
+        assert sorted(documents(tmp_path / place)) == ["a", "b", "z"]
+
+
+def test_a_plain_glob_gives_what_pythons_gives(tmp_path: Path) -> None:
+    for name in ("a1.txt", "a2.txt", "b1.txt", "x/a3.txt", "x/y/a4.txt", "x/y/a4.md", "x.d/a5.txt"):
+        write(tmp_path / name, name)
+    for pattern in ("*.txt", "a[12].txt", "a?.txt", "*/a*.txt", "x/**/*.txt", "**/y/*", "**/a*", "x*/**/a*.txt", "**"):
+        files = [Path(path) for path in glob.glob(str(tmp_path / pattern), recursive=True) if Path(path).is_file()]
+        assert sources_of([str(tmp_path / pattern)], Data())[0].files == sorted(files)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "sub" / "b.txt", "b")
+    whole = os.listdir
+
+    def listdir(path: Any) -> list[str]:
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    for place in ("", "**/*.txt", "*/*.txt"):
+        with pytest.raises(StorageError, match="sub: Permission denied; make it readable"):
+            documents(tmp_path / place)
+    assert documents(tmp_path / "*.txt") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a*.txt", "~x.txt", "[1].txt", "mine.py:rows", "what?.txt", "a b.txt", "#1.txt"])
+def test_what_exists_under_the_very_name_is_meant(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, "this one")
+    write(tmp_path / "ab.txt", "another")
+    write(tmp_path / "1.txt", "another")
+    assert documents(name) == documents(tmp_path / name) == ["this one"]
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "t" / "a.txt", "a")
+    for place in ("~/t", "~/t/a.txt", "~/t/*.txt"):
+        assert documents(place) == ["a"]
+    write(tmp_path / "mine.py", "def rows():\n    yield 'one'\n")
+    assert documents("~/mine.py:rows") == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +162,7 @@ def test_a_usual_column_is_taken_whatever_its_first_row_holds(tmp_path: Path) ->
 
 @pytest.mark.parametrize("row", [{"messages": [{"role": "user"}], "source": "web"}, {"conversations": [], "id": "x"}])
 def test_what_lies_beside_a_conversation_is_not_taken_for_the_text(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="cannot tell which column is the text"):
+    with pytest.raises(DataError, match="this is chat data .* training on messages is not in this version"):
         documents(write(tmp_path / "a.jsonl", json.dumps(row)))
 
 
@@ -129,8 +199,8 @@ def test_line_number_is_right_beyond_the_first_block(tmp_path: Path, monkeypatch
 
 
 def test_ambiguous_column_asks_for_the_key(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: .*question, answer.*data\.text_column"):
-        documents(write(tmp_path / "a.jsonl", '{"question": "a", "answer": "b"}'))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*header, body.*data\.text_column"):
+        documents(write(tmp_path / "a.jsonl", '{"header": "a", "body": "b"}'))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +306,7 @@ def test_invalid_utf8_is_counted_wherever_blocks_end(
     findings = Findings()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "PIECE", block)
-        assert "".join(documents(path, findings)) == expected
+        assert "".join(documents(path, findings, encoding="utf-8")) == expected
     assert findings.invalid_utf8 == expected.count("\ufffd") - data.count(b"\xef\xbf\xbd")
 
 

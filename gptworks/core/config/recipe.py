@@ -6,12 +6,12 @@ Nothing is guessed in silence: an unknown key is an error that names the nearest
 import difflib
 import types
 from importlib import resources
-from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
+from gptworks.core import folder
 from gptworks.core.config.messages import explain, shown
 from gptworks.core.config.schema import BESIDE_PATH, PROBLEMS, C, Chosen, Config, keys, with_problem
 from gptworks.core.errors import UsageError
@@ -24,15 +24,15 @@ BY_PROBLEM = ("data", "tokenizer", "generate")  # sections that a problem may no
 
 
 def recipe_names() -> list[str]:
-    folder = resources.files("gptworks") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = [entry.name for entry in (resources.files("gptworks") / "recipes").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def recipe_text(recipe: str) -> str:
     """The YAML of a built-in recipe, or of a file."""
     if recipe in recipe_names():
         return (resources.files("gptworks") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    path = Path(recipe)
+    path = folder.path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(recipe_names())}"
@@ -180,4 +180,5 @@ def _takes_list(annotation: Any) -> bool:
 
 
 def _takes_text(annotation: Any) -> bool:
-    return any(member is str for member in _members(annotation))
+    kinds = [get_args(member)[0] if get_origin(member) is Annotated else member for member in _members(annotation)]
+    return str in kinds

@@ -6,11 +6,15 @@ Beside each key stands whether a run that exists may continue with another value
 A Config is what was asked: what it leaves open is None. A Chosen is what a run has: every such key is a value.
 """
 
+import codecs
+import encodings
 import re
 from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +25,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
+from gptworks.core import folder
 from gptworks.core.config.messages import shown
 from gptworks.core.errors import UsageError
 from gptworks.core.registry import class_of
@@ -54,6 +59,26 @@ NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1e30)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 
+# The name of a file or folder, or of something else, which stays as it is.
+Place = Annotated[str, AfterValidator(folder.expanded)]
+NO_TEXT = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "charmap", "mbcs", "oem")
+
+
+def _encoding(name: str) -> str:
+    """Gives Python's own name of a text encoding. Only what the standard library has is looked up, since a codec is a
+    module that is loaded by its name."""
+    plain = encodings.normalize_encoding(name).lower()
+    module = encodings.aliases.aliases.get(plain, plain)
+    known = re.fullmatch("[a-z0-9_]+", module, re.ASCII) and module not in NO_TEXT
+    if known and find_spec(f"encodings.{module}"):
+        try:
+            codec = codecs.lookup(module)
+        except LookupError:  # a module there that is no codec
+            codec = None
+        if codec and codec._is_text_encoding:
+            return codec.name
+    raise ValueError("not the name of a text encoding, such as utf-8, gb18030, utf-16-le, cp1252, shift_jis or big5")
+
 
 def fixed(default: Any, help: str) -> Any:
     """A key that shapes the result: a run continues only with the value it was started with."""
@@ -85,7 +110,7 @@ class Section(BaseModel):
 class Weighted(Section):
     """A source of a mixture: its share of the training tokens is its weight over the sum of all weights."""
 
-    path: str = Field(min_length=1)
+    path: Annotated[Place, Field(min_length=1)]
     weight: Positive
 
     def __repr__(self) -> str:
@@ -93,22 +118,26 @@ class Weighted(Section):
 
 
 class Data(Section):
-    train: str | list[str] | list[Weighted] = fixed(
+    train: Place | list[Place] | list[Weighted] = fixed(
         "shakespeare", "file, folder, glob or built-in name, a list of them, or a list of {path, weight}"
     )
-    eval: str | None = fixed(None, "validation text; None holds some of the training documents out")
+    eval: Place | None = fixed(None, "validation text; None holds some of the training documents out")
     text_column: str | None = fixed(None, "the field of a row that holds the text; None finds it")
     separator: str | None = fixed(None, "cuts a text file into documents; None: a file is one document")
     eval_fraction: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = fixed(
-        None, "share of the text held out"
+        None, "share of the text held out, in bytes"
     )
     eval_bytes: Count | None = fixed(None, "at most so many bytes of validation text")
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = fixed(
+        None, "of text files, by Python's name (gb18030, cp1252, ...); None: UTF-8, or what a byte order mark says"
+    )
+    newlines: Literal["lf", "keep"] = fixed("lf", "line ends of a text: CRLF becomes LF, or stays")
     invalid_utf8: Literal["replace", "error"] = fixed(
-        "replace", "bytes that are not UTF-8: U+FFFD and counted, or stop"
+        "replace", "bytes that cannot be decoded: U+FFFD and counted, or stop"
     )
     max_bad_rows: Share = fixed(0.0, "share of a source's rows that may be unreadable: skipped and counted; 0: none")
     mask_documents: bool = fixed(False, "attention stays within a document, positions restart with it")
-    shards: str | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
+    shards: Place | None = fixed(None, "folder of tokenizer and shards shared between runs; None: the run's own")
 
     @field_validator("train", mode="before")
     @classmethod
@@ -146,7 +175,7 @@ class Data(Section):
 
 class Tokenizer(Section):
     kind: Literal["bpe", "char", "bytes"] = fixed("bpe", "byte-level BPE, one token a character, or one a byte")
-    path: str | None = fixed(
+    path: Place | None = fixed(
         None,
         "a tokenizer to use as it is: tokenizer.json, a .tiktoken file, SentencePiece's tokenizer.model, "
         "vocab.json with merges.txt, or a folder",
@@ -163,7 +192,7 @@ class Tokenizer(Section):
 
 
 class Model(Section):
-    path: str | None = fixed(None, "a model folder to start from (continued pretraining)")
+    path: Place | None = fixed(None, "a model folder to start from (continued pretraining)")
     add_tokens: list[str] = fixed([], "control tokens that its tokenizer is to have too; a row starts as the mean row")
     family: str | None = fixed(None, "gpt2, llama, qwen3 or qwen3_moe: the class that the saved folder opens as")
     depth: Annotated[int, BeforeValidator(_whole), Field(gt=0, le=1000)] | None = fixed(
