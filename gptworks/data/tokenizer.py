@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError, UsageError
+from gptworks.core.runtime import interrupts
 from gptworks.data import published, sentencepiece
 from gptworks.data.published import END_OF_TEXT, byte_alphabet, splitting
 
@@ -39,6 +40,9 @@ PATTERNS = {
     + rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?|"
     + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+LONG_WORD = 1000  # characters: the trainer takes what is longer for several words
+LONG_TEXT = 4_000_000  # characters, which take a second or more to encode
+_UNBROKEN = re.compile(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}")
 SPANNING = ("gpt-4o",)  # rules by which a token may go on over a newline after a letter or mark
 
 
@@ -152,7 +156,7 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint32)
         if self._fast is None:
             self._fast = _gigatoken(self._state) or self._slow
-        return self._fast(text)
+        return self._fast(text) if len(text) < LONG_TEXT else interrupts.apart(lambda: self._fast(text))
 
     def encode_marked(self, text: str, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `text`, and how many of them lie before each of `places`; -1 where a token spans it.
@@ -306,7 +310,7 @@ class Tokenizer:
             show_progress=False,
         )
         backend.encode_special_tokens = True
-        backend.train_from_iterator(_short(texts), trainer)
+        interrupts.apart(lambda: backend.train_from_iterator(_short(texts, backend.pre_tokenizer), trainer))
         return cls(backend, _config())
 
     @classmethod
@@ -351,10 +355,21 @@ def _config() -> dict[str, Any]:
     }
 
 
-def _short(texts: Iterable[str]) -> Iterator[str]:
-    """The trainer holds every pre-token of a text at once: hand it lines, cut where no pre-token is."""
+def _short(texts: Iterable[str], pre_tokenizer: Any) -> Iterator[str]:
+    """The trainer holds every pre-token of a text at once: hand it lines, cut where no pre-token is.
+
+    A merge in a pre-token costs as much as the pre-token is long: text without spaces took a hundred times as long as
+    the same in lines. A pre-token that no word is as long as is cut.
+    """
     for text in texts:
-        yield from re.split(r"(?<=\S\n)(?=\S)", text)
+        for line in re.split(r"(?<=\S\n)(?=\S)", text):
+            start = 0
+            if len(line) > LONG_WORD and _UNBROKEN.search(line):
+                for _, (begin, end) in pre_tokenizer.pre_tokenize_str(line):
+                    for place in range(begin + LONG_WORD, end, LONG_WORD):
+                        yield line[start:place]
+                        start = place
+            yield line[start:]
 
 
 def _plain_added(state: dict[str, Any]) -> bool:

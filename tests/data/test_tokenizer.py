@@ -7,6 +7,10 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
+import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -635,3 +639,44 @@ def test_a_model_is_trained_on_bytes(tiny_config, tmp_path):
     assert result["steps"] == 2 and result["eval"]["bits_per_byte"] == pytest.approx(
         result["eval"]["loss"] / 0.6931471805599453, rel=0.01
     )
+
+
+# -- text without spaces -----------------------------------------------------------------------------------------
+
+UNBROKEN = "".join(random.Random(3).choices("กขคงจฉชซดตถทนบปผฝพ", k=40_000))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bpe_learns_text_without_spaces_as_fast_as_lines_of_it(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """By its words and not by the clock: none is too long, and those that were not are there as before."""
+    pre = bpe(pattern).backend.pre_tokenizer
+    text = f"It's 12 words, {UNBROKEN}!\n\n{' ' * 3000}x = {'=' * 3000}\n{TRAINING}"
+    handed = list(module._short([text], pre))
+    assert "".join(handed) == text
+    words = [word for line in handed for word, _ in pre.pre_tokenize_str(line)]
+    assert max(end - begin for line in handed for _, (begin, end) in pre.pre_tokenize_str(line)) <= module.LONG_WORD
+    monkeypatch.setattr(module, "LONG_WORD", 10**9)
+    uncut = [word for line in module._short([text], pre) for word, _ in pre.pre_tokenize_str(line)]
+    assert "".join(words) == "".join(uncut)
+    assert Counter(word for word in uncut if len(word) < 100) <= Counter(words)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bpe_is_handed_ordinary_text_in_lines(pattern: str) -> None:
+    texts = [f"{TRAINING * 20} {'x' * (module.LONG_WORD - 1)} end", "好" * module.LONG_WORD]
+    lines = [line for text in texts for line in re.split(r"(?<=\S\n)(?=\S)", text)]
+    assert list(module._short(texts, bpe(pattern).backend.pre_tokenizer)) == lines
+
+
+def test_a_signal_ends_work_that_hears_none() -> None:
+    from gptworks.core.errors import Preempted
+    from gptworks.core.runtime import interrupts
+
+    started = time.perf_counter()
+    with interrupts.listening(), pytest.raises(Preempted, match="SIGTERM"):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        interrupts.apart(lambda: time.sleep(1.5))
+    assert time.perf_counter() - started < 1
+    assert interrupts.apart(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        interrupts.apart(lambda: {}["x"])
