@@ -78,7 +78,7 @@ class Tokenizer:
         number = self.backend.token_to_id(token) if isinstance(token, str) else None
         if number is None:
             raise DataError(
-                f"tokenizer_config.json names {str(token)[:80]!r} as {name}, which tokenizer.json does not have"
+                f"tokenizer_config.json names {str(token)[:80]!r} as {name}, which the vocabulary does not have"
             )
         return number
 
@@ -273,9 +273,6 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if (not path.is_dir() or not file.is_file()) and (other := published.find(path)):
-            backend, end = published.load(other, PATTERNS, pattern)
-            return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
         config_file = file.parent / "tokenizer_config.json"
         config = folder.read_json(config_file) if config_file.is_file() else {}
         if not isinstance(config, dict):
@@ -283,8 +280,12 @@ class Tokenizer:
         if "added_tokens_decoder" not in config and (older := file.parent / "special_tokens_map.json").is_file():
             named = folder.read_json(older)
             config = {**config, **(named if isinstance(named, dict) else {})}
-        if (not path.is_dir() or not file.is_file()) and (other := sentencepiece.find(path)):
-            return cls(*sentencepiece.load(other, config))
+        if not path.is_dir() or not file.is_file():
+            if other := published.find(path):
+                backend, config = published.load(other, PATTERNS, pattern=pattern, config=config)
+                return cls(backend, {**_config(), "eos_token": None, "pad_token": None, **config, **_class()})
+            if other := sentencepiece.find(path):
+                return cls(*sentencepiece.load(other, config))
         if not file.is_file():
             raise DataError(
                 f"{file}: no such file; a tokenizer is a tokenizer.json, a .tiktoken file, a vocab.json with its "
@@ -352,10 +353,14 @@ def _panics(what: str) -> Iterator[None]:
         raise
 
 
-def _config() -> dict[str, Any]:
+def _class() -> dict[str, Any]:
     """`PreTrainedTokenizerFast`, since transformers re-splits the text of a GPT-2 folder under its own class."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _config() -> dict[str, Any]:
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_class(),
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
