@@ -25,7 +25,7 @@ from gptworks.core.results import (
     Trained,
     Verified,
 )
-from gptworks.data.shards import encode_documents
+from gptworks.data.shards import check_ids, encode_documents
 from gptworks.infer.engine import Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import Score, score
@@ -57,6 +57,7 @@ class Model:
         stream, _ = encode_documents([text], self.tokenizer)
         if not text or len(stream.tokens) < 2:
             raise DataError("too little text to evaluate")
+        check_ids(stream, self.tokenizer, rows=self.module.config.vocab_size, what="the text")
         return score(self.module, stream, self.module.config.max_position_embeddings)
 
 

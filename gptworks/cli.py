@@ -100,13 +100,14 @@ def _explained(error: BaseException) -> tuple[str, int] | None:
 
 def _fail(message: str, code: int, debug: bool) -> None:
     from gptworks.core.ranks import ranks
+    from gptworks.core.runtime import interrupts
 
     console.clear()
     if debug:
         traceback.print_exc()
     who = f"rank {ranks.rank}: " if ranks.world > 1 else ""
     console.fail(f"{who}{_one_line(message)}")
-    if ranks.world > 1:  # a broken group must not hold up the end of the process
+    if ranks.world > 1 or interrupts.left_behind():  # neither a broken group nor work on its way may hold up the end
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)

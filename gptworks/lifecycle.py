@@ -188,7 +188,7 @@ def _score(
     stream, marks = shard_folder.encode_documents(documents, loaded.tokenizer, places)
     if len(stream.tokens) < 2:
         raise DataError(f"{source}: too little text to evaluate")
-    shard_folder.check_ids(stream, loaded.model.config.vocab_size, source)
+    shard_folder.check_ids(stream, loaded.tokenizer, rows=loaded.model.config.vocab_size, what=source)
     start = time.perf_counter()
     losses = list(stream_losses(loaded.model, stream, context, rows=rows, stride=stride))
     seconds = time.perf_counter() - start

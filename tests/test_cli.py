@@ -162,11 +162,22 @@ def test_a_model_with_its_own_code_is_refused(cli: Callable[..., Outcome], model
     refused(generate(cli, model), 65, "auto_map")
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(cli: Callable[..., Outcome], model: Path) -> None:
-    from gptworks.data.tokenizer import Tokenizer
-
-    Tokenizer.train_characters(map(chr, range(0x4E00, 0x4E00 + 400))).save(model)
-    refused(generate(cli, model), 65, "401", "do not belong together")
+def test_a_token_beyond_the_models_rows_is_refused_where_it_is_met(
+    cli: Callable[..., Outcome], model: Path, tmp_path: Path
+) -> None:
+    """Folders are published with such: Gemma 3's, Llama 2's."""
+    before = generate(cli, model, "--temperature", 0)
+    state = json.loads((model / "tokenizer.json").read_text())
+    added = {**state["added_tokens"][0], "content": "<image>", "id": 300, "special": False}
+    state["added_tokens"].append(added)
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "plain.txt").write_text("the king " * 50)
+    (tmp_path / "met.txt").write_text("the king <image> " * 50)
+    assert before.code == 0 and generate(cli, model, "--temperature", 0).out == before.out
+    assert cli("evaluate", model, "--data", tmp_path / "plain.txt").code == 0
+    says = "token id 300 ('<image>') is beyond the model's vocabulary of 300"
+    refused(cli("evaluate", model, "--data", tmp_path / "met.txt"), 65, "met.txt", says)
+    refused(cli("generate", model, "--prompt", "an <image>"), 65, "the prompt", says)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptworks.core.errors import Preempted, RunMismatch, StorageError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 _imported = time.time()
 _begun = 0.0  # the process's age when the stage at hand began
 LIBRARY = ctypes.CDLL(None)  # C's
@@ -309,6 +310,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._apart: threading.Thread | None = None  # the last one
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -350,6 +352,30 @@ class Interrupts:
         """Leaves a phase that has nothing to save; the same command starts the phase again."""
         if self.requested:
             raise Preempted(f"stopped by {self.requested}; run the same command to continue")
+
+    def apart(self, work: Callable[[], T]) -> T:
+        """Does work of a library that hears no signals, in a thread of its own, and leaves it there when one comes."""
+        done: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                done.append(work())
+            except BaseException as error:  # a panic of Rust is no Exception
+                errors.append(error)
+
+        self._apart = thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            self.check()
+        if errors:
+            raise errors[0]
+        return done[0]
+
+    def left_behind(self) -> bool:
+        """True while a thread of `apart` goes on that nobody waits for; Python cannot end in good order beside it."""
+        return self._apart is not None and self._apart.is_alive()
 
 
 interrupts = Interrupts()

@@ -6,13 +6,16 @@ Ids are those of the library that each comes from; the result is saved as an ord
 import base64
 import binascii
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from gptworks.core import folder
 from gptworks.core.errors import DataError
+from gptworks.core.log import console
 
 END_OF_TEXT = "<|endoftext|>"
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # of GPT-2's format, as two publishers name them
@@ -25,8 +28,27 @@ TIKTOKEN: dict[int, tuple[str, dict[str, int]]] = {
     50256: ("gpt-2", {END_OF_TEXT: 50256}),  # r50k_base
     50280: ("gpt-2", {END_OF_TEXT: 50256}),  # p50k_base
     100256: ("llama-bpe", {END_OF_TEXT: 100257, **_FIM}),  # cl100k_base
+    128000: ("llama-bpe", {}),  # Llama 3's, with names for 256 ids more
     199998: ("gpt-4o", {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),  # o200k_base
 }
+_LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(251))]
+_LLAMA_3[6:6], _LLAMA_3[9:9] = ["<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"]
+TIKTOKEN[128000][1].update((token, id) for id, token in enumerate(_LLAMA_3[:256], 128000))
+RANKS = ("tokenizer.model", "tiktoken.model")  # names of a folder's file, which may be SentencePiece's too
+_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+
+# Of a vocabulary and its merges, by the class that reads them: how text is split, and whether it is composed first.
+CLASSES = {
+    **dict.fromkeys(("GPT2", "CodeGen", "Roberta", "Bart", "Longformer", "LED", "Deberta"), ("gpt-2", False)),
+    **dict.fromkeys(("PreTrained", "TokenizersBackend"), ("gpt-2", False)),  # of no class; GPT-2's format is theirs
+    "GPTNeoX": ("gpt-2", True),
+    "Qwen2": ("qwen2", True),
+}
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SAVE = (
+    "where transformers is installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a "
+    "tokenizer.json"
+)
 
 
 def byte_alphabet() -> list[str]:
@@ -51,34 +73,125 @@ def splitting(backend: Backend, rule: str | None, name: str) -> Backend:
 def find(path: Path) -> Path | None:
     """The vocabulary file that `path` names or holds, if it is one of these formats."""
     if path.is_dir():
-        return next(
-            (path / name for name, merges in PAIRS if (path / name).is_file() and (path / merges).exists()), None
-        )
-    known = path.suffix == ".tiktoken" or any(path.name == name for pair in PAIRS for name in pair)
-    return path if known and path.is_file() else None
+        pairs = (path / name for name, merges in PAIRS if (path / name).is_file() and (path / merges).exists())
+        return next(pairs, None) or next((file for name in RANKS if _has_ranks(file := path / name)), None)
+    if path.suffix == ".tiktoken" or any(path.name == name for pair in PAIRS for name in pair):
+        return path if path.is_file() else None
+    return path if path.suffix == ".model" and _has_ranks(path) else None
 
 
-def load(path: Path, patterns: dict[str, str], pattern: str) -> tuple[Backend, str | None]:
-    """The backend of a vocabulary file, and its end-of-text token if it has one. Raises DataError.
+def _has_ranks(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return _RANK.match(opened.read(2 * LONGEST)) is not None
+
+
+def load(path: Path, patterns: dict[str, str], pattern: str, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
+    """The backend of a vocabulary file; and `config`, the tokenizer_config.json beside it, completed. Raises DataError.
 
     `pattern` names the rule for ranks of unknown origin.
     """
     if path.stat().st_size > MOST:
         raise DataError(f"{path}: {path.stat().st_size:,} bytes are no vocabulary")
-    if path.suffix == ".tiktoken":
+    ranked, composed = path.suffix in (".tiktoken", ".model"), False
+    if ranked:
         ranks = _ranks(path)
-        pattern, control = TIKTOKEN.get(len(ranks), (pattern, {END_OF_TEXT: max(ranks.values()) + 1}))
+        pattern, control = _origin(path, ranks, pattern)
         vocab, merges = _from_ranks(ranks)
     else:
         vocab, merges = _pair(path)
-        pattern, control = "gpt-2", {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+        pattern, composed = _class_of(path, config)
+        control = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    beside = added_beside(path, config)
+    spelled = {token.content: id for id, token in beside.items()}
+    if other := [token for token, id in spelled.items() if vocab.get(token, id) != id]:
+        raise DataError(f"{path.parent}: token {other[0][:80]!r} has two ids")
+    control = {token: id for token, id in control.items() if id not in beside}
     try:
-        model = models.BPE(vocab | control, merges, ignore_merges=path.suffix == ".tiktoken")
+        model = models.BPE(vocab | control | spelled, merges, ignore_merges=ranked)
     except Exception as error:  # the library's own
         raise DataError(f"{path}: not a usable vocabulary: {error}") from None
     backend = splitting(Backend(model), patterns[pattern], pattern)
+    if config.get("add_prefix_space") and pattern == "gpt-2" and not ranked:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if composed:
+        backend.normalizer = normalizers.NFC()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    return backend, END_OF_TEXT if control else None
+    backend.add_tokens(list(beside.values()))
+    ends = {**_ends(control), **config}
+    if (start := _spelled(ends.get("bos_token"))) and ends.pop("add_bos_token", "<|begin_of_text|>" in control):
+        begin_with(backend, start)
+    return backend, ends
+
+
+def _origin(path: Path, ranks: dict[bytes, int], pattern: str) -> tuple[str, dict[str, int]]:
+    """The rule by which text is split, and the control tokens, of ranks."""
+    if known := TIKTOKEN.get(len(ranks)):
+        return known
+    end = max(ranks.values()) + 1
+    console.say(f"tokens   {path.name}: {len(ranks):,} ranks are no vocabulary known here: split by tokenizer.pattern="
+                f"{pattern}, and {END_OF_TEXT} is {end}")  # fmt: skip
+    return pattern, {END_OF_TEXT: end}
+
+
+def _class_of(path: Path, config: dict[str, Any]) -> tuple[str, bool]:
+    """The rule of the class that tokenizer_config.json names, or that opens models of the kind in config.json."""
+    name = config.get("tokenizer_class")
+    if name is None and (file := path.with_name("config.json")).is_file():
+        model = folder.read_json(file)
+        kind = model if isinstance(model, dict) else {}
+        name = kind.get("tokenizer_class") or ("Qwen2" if str(kind.get("model_type")).startswith("qwen") else None)
+    short = str(name or "GPT2").removesuffix("Fast").removesuffix("Tokenizer")
+    if short not in CLASSES:
+        raise DataError(f"{path}: how a {str(name)[:80]} splits text is not known here; {SAVE}")
+    return CLASSES[short]
+
+
+def _ends(control: dict[str, int]) -> dict[str, Any]:
+    """What tokenizer_config.json says of the tokens around a text, where it says nothing."""
+    start, end = ("<|begin_of_text|>", "<|end_of_text|>") if "<|begin_of_text|>" in control else (None, END_OF_TEXT)
+    named = {"eos_token": end, "pad_token": end} if end in control else {}
+    return {"bos_token": start, **named} if start else named
+
+
+def begin_with(backend: Backend, token: str) -> None:
+    """Has every text begin with a token, if the vocabulary has it."""
+    if (id := backend.token_to_id(token)) is not None:
+        backend.post_processor = processors.TemplateProcessing(f"{token} $A", f"{token} $A {token} $B", [(token, id)])
+
+
+def _spelled(token: Any) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def added_beside(file: Path, config: dict[str, Any], special: bool = False) -> dict[int, AddedToken]:
+    """Tokens that tokenizer_config.json or added_tokens.json add to a vocabulary, by their ids. Raises DataError.
+
+    What only added_tokens.json lists is a control token if the configuration names it as one, or all are `special`.
+    """
+    listed = config.get("added_tokens_decoder")
+    added: dict[int, AddedToken] = {}
+    names = file.with_name("added_tokens.json")
+    try:
+        others = [token for key in ("additional", "extra") for token in config.get(f"{key}_special_tokens") or []]
+        named = {_spelled(token) for token in [*others, *map(config.get, NAMED)]}
+        for token, id in (folder.read_json(names) if names.is_file() else {}).items():
+            if int(id) in added:
+                raise ValueError
+            control = special or token in named
+            added[int(id)] = AddedToken(token, special=control, normalized=not control)
+        for id, how in (listed if isinstance(listed, dict) else {}).items():
+            flags = {key: bool(how.get(key)) for key in ("lstrip", "rstrip", "single_word")}
+            control = bool(how.get("special", True))
+            plain = not special and bool(how.get("normalized", not control))
+            added[int(id)] = AddedToken(how["content"], special=control, normalized=plain, **flags)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise DataError(f"{file.parent}: added_tokens are not tokens with their ids") from None
+    if len({token.content for token in added.values()}) < len(added):
+        raise DataError(f"{file.parent}: an added token has two ids")
+    return added
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
-from gptworks.core import folder
 from gptworks.core.errors import DataError
+from gptworks.data.published import SAVE, added_beside, begin_with
 
 NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 MOST = 64_000_000  # bytes of a file; Gemma's, with 256,000 pieces, has 4 MB
@@ -62,8 +62,7 @@ def _load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
         raise ValueError
     if why := _otherwise(pieces, trainer, normalizer):
         raise DataError(
-            f"{file}: {why}, which cannot be had here with SentencePiece's ids; where transformers and sentencepiece "
-            "are installed, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a tokenizer.json"
+            f"{file}: {why}, which cannot be had here with SentencePiece's ids; {SAVE} (with sentencepiece)"
         )
     prefix = bool(normalizer.get(DUMMY_PREFIX, [1])[-1])
     backend = Backend(_model(pieces, trainer))
@@ -74,7 +73,10 @@ def _load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
     # Found in the text once its spaces are replaced, as SentencePiece does it.
     symbols = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     backend.add_tokens([AddedToken(symbol, normalized=True, special=False) for symbol in symbols])
-    _add_beside(file, backend, config)
+    for id, token in sorted(added_beside(file, config, special=True).items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != id:
+            raise DataError(f"{file.parent}: token {token.content[:80]!r} cannot have id {id} beside {file.name}")
     config = {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
     for name, field, usual in (("bos_token", BOS_ID, 1), ("eos_token", EOS_ID, 2)):
         place = trainer.get(field, [usual])[-1]
@@ -82,8 +84,8 @@ def _load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
             config[name] = pieces[place].text
     start = config.get("bos_token")
     start = start.get("content") if isinstance(start, dict) else start
-    if isinstance(start, str) and (id := backend.token_to_id(start)) is not None and config.get("add_bos_token", True):
-        backend.post_processor = processors.TemplateProcessing(f"{start} $A", f"{start} $A {start} $B", [(start, id)])
+    if isinstance(start, str) and config.get("add_bos_token", True):
+        begin_with(backend, start)
     return backend, config
 
 
@@ -174,18 +176,5 @@ def _normalizers(normalizer: dict[int, list[Any]], prefix: bool) -> Iterator[nor
     yield normalizers.Replace(" ", SPACE)
 
 
-def _added(token: str, special: bool = True, **how: bool) -> AddedToken:
-    return AddedToken(token, special=special, normalized=False, **how)
-
-
-def _add_beside(file: Path, backend: Backend, config: dict[str, Any]) -> None:
-    """Tokens that the folder adds after the model's pieces. Raises DataError if their ids do not follow."""
-    listed = config.get("added_tokens_decoder")
-    more = {int(id): token for id, token in listed.items()} if isinstance(listed, dict) else {}
-    if (names := file.with_name("added_tokens.json")).is_file():
-        more = {id: {"content": token} for token, id in folder.read_json(names).items()} | more
-    for id, token in sorted(more.items()):
-        how = {key: bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word")}
-        backend.add_tokens([_added(token["content"], token.get("special", True), **how)])
-        if backend.token_to_id(token["content"]) != id:
-            raise DataError(f"{file.parent}: token {token['content'][:80]!r} cannot have id {id} beside {file.name}")
+def _added(token: str) -> AddedToken:
+    return AddedToken(token, special=True, normalized=False)

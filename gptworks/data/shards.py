@@ -224,14 +224,13 @@ def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
     )
 
 
-def check_ids(stream: Stream, vocab_size: int, what: str) -> None:
-    """Raises DataError if the stream has an id the model has no row for."""
+def check_ids(stream: Stream, tokenizer: Tokenizer, rows: int, what: str) -> None:
+    """Raises DataError if the stream has an id that a model with so many rows has none for."""
     largest = stream.largest_id
     if largest is None:
         starts = range(0, len(stream.tokens), 10_000_000)
         largest = max((int(stream.tokens[i : i + 10_000_000].max()) for i in starts), default=0)
-    if largest >= vocab_size:
-        raise DataError(f"{what}: token id {largest} is beyond the model's vocabulary of {vocab_size}")
+    tokenizer.check_rows(largest, rows, what)
 
 
 def _settings(data: Data, asked: TokenizerConfig, base_tokenizer: Tokenizer | None) -> dict[str, Any]:

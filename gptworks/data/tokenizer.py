@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError, UsageError
+from gptworks.core.runtime import interrupts
 from gptworks.data import published, sentencepiece
 from gptworks.data.published import END_OF_TEXT, byte_alphabet, splitting
 
@@ -39,6 +40,9 @@ PATTERNS = {
     + rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?|"
     + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+LONG_WORD = 1000  # characters: the trainer takes what is longer for several words
+LONG_TEXT = 4_000_000  # characters, which take a second or more to encode
+_UNBROKEN = re.compile(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}")
 SPANNING = ("gpt-4o",)  # rules by which a token may go on over a newline after a letter or mark
 
 
@@ -74,7 +78,7 @@ class Tokenizer:
         number = self.backend.token_to_id(token) if isinstance(token, str) else None
         if number is None:
             raise DataError(
-                f"tokenizer_config.json names {str(token)[:80]!r} as {name}, which tokenizer.json does not have"
+                f"tokenizer_config.json names {str(token)[:80]!r} as {name}, which the vocabulary does not have"
             )
         return number
 
@@ -144,6 +148,13 @@ class Tokenizer:
                 return self.backend.encode(text, add_special_tokens=False).ids
         return self.encode_array(text).tolist()
 
+    def check_rows(self, largest: int, rows: int, what: str) -> None:
+        """Raises DataError for an id that a model with so many rows cannot take: published folders have tokens beyond
+        their rows, which harm nobody until one is met."""
+        if largest >= rows:
+            token = str(self.backend.id_to_token(largest))[:80]
+            raise DataError(f"{what}: token id {largest} ({token!r}) is beyond the model's vocabulary of {rows}")
+
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, but returns a uint32 array, as fast as this installation can."""
         if self._characters is not None:
@@ -152,7 +163,7 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint32)
         if self._fast is None:
             self._fast = _gigatoken(self._state) or self._slow
-        return self._fast(text)
+        return self._fast(text) if len(text) < LONG_TEXT else interrupts.apart(lambda: self._fast(text))
 
     def encode_marked(self, text: str, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `text`, and how many of them lie before each of `places`; -1 where a token spans it.
@@ -262,9 +273,6 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if (not path.is_dir() or not file.is_file()) and (other := published.find(path)):
-            backend, end = published.load(other, PATTERNS, pattern)
-            return cls(backend, {**_config(), "eos_token": end, "pad_token": end})
         config_file = file.parent / "tokenizer_config.json"
         config = folder.read_json(config_file) if config_file.is_file() else {}
         if not isinstance(config, dict):
@@ -272,8 +280,12 @@ class Tokenizer:
         if "added_tokens_decoder" not in config and (older := file.parent / "special_tokens_map.json").is_file():
             named = folder.read_json(older)
             config = {**config, **(named if isinstance(named, dict) else {})}
-        if (not path.is_dir() or not file.is_file()) and (other := sentencepiece.find(path)):
-            return cls(*sentencepiece.load(other, config))
+        if not path.is_dir() or not file.is_file():
+            if other := published.find(path):
+                backend, config = published.load(other, PATTERNS, pattern=pattern, config=config)
+                return cls(backend, {**_config(), "eos_token": None, "pad_token": None, **config, **_class()})
+            if other := sentencepiece.find(path):
+                return cls(*sentencepiece.load(other, config))
         if not file.is_file():
             raise DataError(
                 f"{file}: no such file; a tokenizer is a tokenizer.json, a .tiktoken file, a vocab.json with its "
@@ -306,7 +318,7 @@ class Tokenizer:
             show_progress=False,
         )
         backend.encode_special_tokens = True
-        backend.train_from_iterator(_short(texts), trainer)
+        interrupts.apart(lambda: backend.train_from_iterator(_short(texts, backend.pre_tokenizer), trainer))
         return cls(backend, _config())
 
     @classmethod
@@ -341,20 +353,35 @@ def _panics(what: str) -> Iterator[None]:
         raise
 
 
-def _config() -> dict[str, Any]:
+def _class() -> dict[str, Any]:
     """`PreTrainedTokenizerFast`, since transformers re-splits the text of a GPT-2 folder under its own class."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _config() -> dict[str, Any]:
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_class(),
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
 
 
-def _short(texts: Iterable[str]) -> Iterator[str]:
-    """The trainer holds every pre-token of a text at once: hand it lines, cut where no pre-token is."""
+def _short(texts: Iterable[str], pre_tokenizer: Any) -> Iterator[str]:
+    """The trainer holds every pre-token of a text at once: hand it lines, cut where no pre-token is.
+
+    A merge in a pre-token costs as much as the pre-token is long: text without spaces took a hundred times as long as
+    the same in lines. A pre-token that no word is as long as is cut.
+    """
     for text in texts:
-        yield from re.split(r"(?<=\S\n)(?=\S)", text)
+        for line in re.split(r"(?<=\S\n)(?=\S)", text):
+            start = 0
+            if len(line) > LONG_WORD and _UNBROKEN.search(line):
+                for _, (begin, end) in pre_tokenizer.pre_tokenize_str(line):
+                    for place in range(begin + LONG_WORD, end, LONG_WORD):
+                        yield line[start:place]
+                        start = place
+            yield line[start:]
 
 
 def _plain_added(state: dict[str, Any]) -> bool:

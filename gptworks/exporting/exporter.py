@@ -110,6 +110,7 @@ def _rows(loaded: Loaded, text: str, tokens: int) -> list[Batch]:
     ids = ids if start is None else [start, *ids]
     if len(ids) < 2:
         raise DataError("--data: too little text to compare on")
+    loaded.tokenizer.check_rows(max(ids), loaded.model.config.vocab_size, "--data")
     stream = Stream(np.array(ids), np.zeros(1, dtype=np.int64), len(text))
     return list(blocks(stream, min(loaded.model.config.max_position_embeddings, ROW)))
 

@@ -65,9 +65,18 @@ def _fields(loaded: Loaded, notes: list[str]) -> dict[str, Any]:
         own = _bytes(tokenizer, state, notes)
     tokens = [f"[PAD{number}]" for number in range(loaded.model.config.vocab_size)]
     types = [UNUSED] * len(tokens)
+    beyond = [added for added in state["added_tokens"] if added["id"] >= len(tokens)]
+    if any(number >= len(tokens) for number in vocab.values()):
+        raise DataError("it has more ids than the model has rows")
+    if beyond:
+        notes.append(
+            f"{len(beyond)} tokens that the model has no rows for are left out, {beyond[0]['content']!r} first"
+        )
     for token, number in vocab.items():
         tokens[number], types[number] = spelled[token], kinds[token]
     for added in state["added_tokens"]:
+        if added in beyond:
+            continue
         content = added["content"]
         if not added["special"] and (added["lstrip"] or added["rstrip"] or added["single_word"]):
             raise DataError(f"its token {content[:80]!r} takes spaces beside it away")

@@ -65,6 +65,7 @@ class Engine:
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
+        self.tokenizer.check_rows(max(ids, default=0), self.model.config.vocab_size, "the prompt")
         return ids
 
     def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:

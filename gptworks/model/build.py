@@ -106,11 +106,6 @@ def load(
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     tokenizer = Tokenizer.load(path)
-    if len(tokenizer) > config.vocab_size:
-        raise DataError(
-            f"{path}: the tokenizer has {len(tokenizer):,} ids and the model {config.vocab_size:,} rows; "
-            "they do not belong together"
-        )
     with runtime.returning_memory():
         weights = read_weights(path, config, dtype=dtype, mmap=mmap, hashes=hashes)
     for name, hashed in (hashes or {}).items():
@@ -153,9 +148,9 @@ def load_base(path: str | Path, dropout: float | None, form: str | None) -> Load
 
 def with_tokens(base: Loaded, tokens: list[str]) -> Loaded:
     """A model whose tokenizer has control tokens more, with a row of the embeddings for each. Raises UsageError."""
-    known = len(base.tokenizer)
+    known, rows = len(base.tokenizer), base.model.config.vocab_size
     tokenizer = base.tokenizer.with_control(tokens)
-    base.model.resize(max(len(tokenizer), base.model.config.vocab_size), known)
+    base.model.resize(max(len(tokenizer), rows), min(known, rows))
     console.say(f"model    {len(tokens)} tokens more, ids {known} to {len(tokenizer) - 1}; rows begin as the mean row")
     return replace(base, tokenizer=tokenizer)
 

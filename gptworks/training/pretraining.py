@@ -70,7 +70,7 @@ class Pretraining(Problem):
         from gptworks.training.objectives import NextToken
 
         for split in (self.shards.train, self.shards.eval):
-            check_ids(split, model.config.vocab_size, str(self.shards.path))
+            check_ids(split, self.tokenizer, rows=model.config.vocab_size, what=str(self.shards.path))
         loader = self._loader(config, group)
         rows = max(1, min(64, 16384 // config.train.context))
         lines = [loader.report(), *loader.mixture_report(), loader.look(self.tokenizer)]

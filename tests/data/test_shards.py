@@ -663,9 +663,10 @@ def test_invalid_utf8_is_counted_in_both_files(tmp_path: Path, capsys: pytest.Ca
 
 def test_an_id_beyond_the_vocabulary_is_named() -> None:
     stream = Stream(np.array([1, 2, 99]), np.zeros(1, dtype=np.int64), 3)
-    module.check_ids(stream, 100, "x")
-    with pytest.raises(DataError, match="token id 99 is beyond the model's vocabulary of 99"):
-        module.check_ids(stream, 99, "x")
+    tokenizer = Tokenizer.of_bytes()
+    module.check_ids(stream, tokenizer, rows=100, what="x")
+    with pytest.raises(DataError, match=r"x: token id 99 \('c'\) is beyond the model's vocabulary of 99"):
+        module.check_ids(stream, tokenizer, rows=99, what="x")
 
 
 # -- the share that is held out ----------------------------------------------------------------------------------

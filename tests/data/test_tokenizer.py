@@ -7,7 +7,12 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
+import time
+from collections import Counter
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ from tokenizers import Tokenizer as Backend
 
 from gptworks.core.errors import DataError
 from gptworks.data import tokenizer as module
-from gptworks.data.published import byte_alphabet
+from gptworks.data.published import TIKTOKEN, byte_alphabet
 from gptworks.data.tokenizer import END_OF_TEXT, PATTERNS, RESERVED, Tokenizer, sample
 
 TRAINING = (
@@ -456,9 +461,138 @@ def test_what_was_published_is_saved_as_an_ordinary_tokenizer(tmp_path):
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ranks.encode(text)
 
 
+MIXED = ["a\n\nb 2024", "12345 ४५६ ½", "don't DON'T I'll we'D 'tis", "红楼梦\n\n  日本語123\r\n\r\n", "e\u0301 é ﬁ",
+         "<|endoftext|> <tool> x<|im_end|>", "\t\tif x:  \n\n\n", "  two  three   ", "café—“naïve”", ""]  # fmt: skip
+
+
+def mixtures(seed: int, count: int = 60) -> list[str]:
+    draw = random.Random(seed)
+    parts = [
+        " ",
+        "\n",
+        "a",
+        "The",
+        "é",
+        "'s",
+        "'RE",
+        "20",
+        "7",
+        "  ",
+        "红",
+        "日本",
+        "—",
+        "e\u0301",
+        "\r\n",
+        "\t",
+        ".",
+        "th",
+        "!!",
+    ]
+    return [*MIXED, *("".join(draw.choices(parts, k=draw.randint(0, 24))) for _ in range(count))]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"},
+        {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "add_prefix_space": True},
+        {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"},
+        {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}},
+        {"tokenizer_class": "RobertaTokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"},
+        {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": "<|endoftext|>"},
+        {"tokenizer_class": "CodeGenTokenizer", "eos_token": "<|endoftext|>"},
+    ],
+    ids=lambda config: "-".join([config["tokenizer_class"], *list(config)[2:]]),
+)
+def test_a_pair_is_split_as_the_class_beside_it_splits(tmp_path: Path, config: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is an extra")
+    _, tokens = published(tmp_path, "qwen2")
+    (tmp_path / "mine.tiktoken").unlink()
+    size = len(tokens)
+    added = {"<|endoftext|>": size, "<|im_end|>": size + 1, "<tool>": size + 2, "  ": size + 3}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    named = {key: "<|endoftext|>" for key in ("sep_token", "cls_token", "unk_token", "pad_token", "mask_token")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**named, **config, "chat_template": "{{ x }}"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.eos_id, len(ours)) == (theirs.eos_token_id, size + 4)
+    assert ours.config["chat_template"] == "{{ x }}"
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in mixtures(1):
+        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ours.encode(text) == ids == again.encode(text)
+        assert ours.encode(text, control=True) == theirs.encode(text, add_special_tokens=False)
+        assert opened.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+
+
+def test_a_pair_without_a_class_is_split_as_the_model_beside_it_says(tmp_path: Path) -> None:
+    published(tmp_path, "qwen2")
+    assert Tokenizer.load(tmp_path).pattern == "gpt-2"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert Tokenizer.load(tmp_path).pattern == "qwen2"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    with pytest.raises(DataError, match="how a CLIPTokenizer splits text is not known here; .*save_pretrained"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("added", ["[]", '{"a": "x"}', '{"<a>": 9000, "<b>": 9000}', '{"!": 9000}', '{"<a>": 3}', "{"])
+def test_added_tokens_that_contradict_the_vocabulary_are_refused(tmp_path: Path, added: str) -> None:
+    published(tmp_path, "gpt-2")
+    (tmp_path / "added_tokens.json").write_text(added)
+    with pytest.raises(DataError):
+        Tokenizer.load(tmp_path)
+
+
+def by_ranks(text: str, pattern: str, ranks: dict[bytes, int]) -> list[int]:
+    """tiktoken's algorithm written out: whole words are looked up; of neighbours, the lowest rank merges first."""
+    ids = []
+    for word in pytest.importorskip("regex").findall(PATTERNS[pattern], text):
+        parts = [bytes([byte]) for byte in word.encode()]
+        while word.encode() not in ranks and len(parts) > 1:
+            rank, at = min((ranks.get(a + b, 10**9), at) for at, (a, b) in enumerate(pairwise(parts)))
+            if rank == 10**9:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        ids += [ranks[word.encode()]] if word.encode() in ranks else [ranks[part] for part in parts]
+    return ids
+
+
+def test_ranks_may_have_sentencepieces_name_and_llama_3_is_known_by_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, tokens = published(tmp_path, "llama-bpe")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "mine.tiktoken").rename(tmp_path / "tokenizer.model")
+    other = Tokenizer.load(tmp_path / "tokenizer.model", "gpt-4o")
+    assert (other.pattern, other.eos_id) == ("gpt-4o", len(tokens))
+    assert f"{len(tokens)} ranks are no vocabulary known here" in capsys.readouterr().err
+    monkeypatch.setitem(TIKTOKEN, len(tokens), TIKTOKEN[128000])
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for place in (tmp_path, tmp_path / "tokenizer.model"):
+        ours = Tokenizer.load(place)
+        assert (ours.pattern, ours.bos_id, ours.eos_id, ours.front) == ("llama-bpe", 128000, 128001, [128000])
+        assert ours.control_tokens["<|eot_id|>"] == 128009 and ours.control_tokens["<|start_header_id|>"] == 128006
+        assert len(ours) == 128256 and ours.cuttable
+        for text in mixtures(2):
+            assert ours.encode(text) == by_ranks(text, "llama-bpe", ranks)
+    assert capsys.readouterr().err == ""
+    config = {"eos_token": "<|eot_id|>", "chat_template": "{{ x }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(tmp_path).eos_id == 128009 and Tokenizer.load(tmp_path).config["chat_template"] == "{{ x }}"
+    tiktoken = pytest.importorskip("tiktoken")
+    theirs = tiktoken.Encoding("x", pat_str=PATTERNS["llama-bpe"], mergeable_ranks=ranks, special_tokens={})
+    for text in mixtures(3):
+        assert ours.encode(text) == theirs.encode(text, disallowed_special=())
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
+        ("tokenizer.model", "YQ== 0\nYg== 1\n", "tokenizer.model: not all of the 256 bytes"),
         ("x.tiktoken", "", "256 bytes"),
         ("x.tiktoken", "!!! 0\n", "x.tiktoken:1: not a token in base64"),
         ("x.tiktoken", "YQ== 0\nYQ== 1\n", "x.tiktoken:2: a token that was there before"),
@@ -561,7 +695,7 @@ def test_a_sentencepiece_model_that_would_get_other_ids_is_refused(tmp_path, how
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\x0a\xff\xff\xff\xff\x0f", b"\x80" * 99, b"YQ== 0\nYg== 1\n"])
+@pytest.mark.parametrize("content", [b"", b"x", b"\x0a\xff\xff\xff\xff\x0f", b"\x80" * 99])
 def test_what_is_no_sentencepiece_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match="tokenizer.model: not a SentencePiece model"):
@@ -635,3 +769,44 @@ def test_a_model_is_trained_on_bytes(tiny_config, tmp_path):
     assert result["steps"] == 2 and result["eval"]["bits_per_byte"] == pytest.approx(
         result["eval"]["loss"] / 0.6931471805599453, rel=0.01
     )
+
+
+# -- text without spaces -----------------------------------------------------------------------------------------
+
+UNBROKEN = "".join(random.Random(3).choices("กขคงจฉชซดตถทนบปผฝพ", k=40_000))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bpe_learns_text_without_spaces_as_fast_as_lines_of_it(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """By its words and not by the clock: none is too long, and those that were not are there as before."""
+    pre = bpe(pattern).backend.pre_tokenizer
+    text = f"It's 12 words, {UNBROKEN}!\n\n{' ' * 3000}x = {'=' * 3000}\n{TRAINING}"
+    handed = list(module._short([text], pre))
+    assert "".join(handed) == text
+    words = [word for line in handed for word, _ in pre.pre_tokenize_str(line)]
+    assert max(end - begin for line in handed for _, (begin, end) in pre.pre_tokenize_str(line)) <= module.LONG_WORD
+    monkeypatch.setattr(module, "LONG_WORD", 10**9)
+    uncut = [word for line in module._short([text], pre) for word, _ in pre.pre_tokenize_str(line)]
+    assert "".join(words) == "".join(uncut)
+    assert Counter(word for word in uncut if len(word) < 100) <= Counter(words)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bpe_is_handed_ordinary_text_in_lines(pattern: str) -> None:
+    texts = [f"{TRAINING * 20} {'x' * (module.LONG_WORD - 1)} end", "好" * module.LONG_WORD]
+    lines = [line for text in texts for line in re.split(r"(?<=\S\n)(?=\S)", text)]
+    assert list(module._short(texts, bpe(pattern).backend.pre_tokenizer)) == lines
+
+
+def test_a_signal_ends_work_that_hears_none() -> None:
+    from gptworks.core.errors import Preempted
+    from gptworks.core.runtime import interrupts
+
+    started = time.perf_counter()
+    with interrupts.listening(), pytest.raises(Preempted, match="SIGTERM"):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        interrupts.apart(lambda: time.sleep(1.5))
+    assert time.perf_counter() - started < 1
+    assert interrupts.apart(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        interrupts.apart(lambda: {}["x"])

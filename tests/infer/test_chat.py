@@ -331,7 +331,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, script: list[int], limit: int = 256) -> None:
         super().__init__()
         self.script, self.said, self.weight = script, 0, torch.nn.Parameter(torch.zeros(1))
-        self.config = tiny.shape(context=limit)
+        self.config = tiny.shape(1000, limit)
         self.heard: list[list[int]] = []
 
     def forward(self, tokens: torch.Tensor, cache: object = None) -> Output:

@@ -38,6 +38,18 @@ def test_rows_begin_as_the_mean_of_those_in_use_and_nothing_else_changes(tied, r
     torch.testing.assert_close(found[..., known], logits[..., :known].mean(-1))
 
 
+def test_tokens_beyond_the_rows_get_rows_too(tmp_path):
+    own = tiny.tokenizer()
+    beyond = own.with_control(["<|beyond|>"])
+    build.save(tmp_path / "m", tiny.model(vocab_size=len(own)), beyond, {})
+    base = build.load(tmp_path / "m")
+    before = base.model.lm_head.weight.clone()
+    grown = build.with_tokens(base, NEW)
+    weight = grown.model.lm_head.weight
+    assert len(weight) == len(grown.tokenizer) == len(own) + 3
+    assert (weight[: len(own)] == before).all() and (weight[len(own) :] == before.mean(0)).all()
+
+
 def test_a_run_records_them_resumes_and_its_model_opens_elsewhere(tmp_path):
     transformers = pytest.importorskip("transformers")
     build.save(tmp_path / "base", tiny.model(vocab_size=len(tiny.tokenizer())), tiny.tokenizer(), {})

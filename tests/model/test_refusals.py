@@ -214,7 +214,7 @@ def edit(path, **values):
         ({"rope_parameters": "yarn"}, "rope"),
         ({"hidden_act": "relu"}, "relu"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"vocab_size": 30}, "do not belong together"),
+        ({"vocab_size": 30}, "embed_tokens.weight is"),
     ],
     ids=str,
 )
