@@ -205,6 +205,7 @@ def generate(
             finish_reason=each.finish_reason,
             tokens_per_second=round(each.tokens_per_second, 1),
             prompt_tokens_per_second=round(each.prompt_tokens_per_second, 1),
+            ids=each.tokens,
         )
         for prompt, each in continued
     ]
