@@ -54,15 +54,13 @@ def _public(work: Callable[P, R]) -> Callable[P, R]:
             if key not in named:
                 raise UsageError(f"{name}: unknown argument {key!r}: {nearest(key, named)}")
         try:
-            values = signature.bind(*arguments, **options).arguments
+            bound = signature.bind(*arguments, **options)
         except TypeError as error:
             raise UsageError(f"{name}: {error}") from None
-        wanted = get_type_hints(work)
-        for key in named:
-            if key in values:
-                _check(key, values[key], wanted[key])
-        with runtime.guest(bool(values.get("quiet"))):
-            return work(*arguments, **options)
+        wanted, values = get_type_hints(work), bound.arguments
+        values |= {key: _checked(key, values[key], wanted[key]) for key in named if key in values}
+        with runtime.guest(values.get("quiet", False)):
+            return work(*bound.args, **bound.kwargs)
 
     return called
 
@@ -71,24 +69,31 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    str: ("a text", _is_text),
-    PathLike: ("a path", lambda value: isinstance(value, PathLike) and _is_text(fspath(value))),
-    bool: ("True or False", lambda value: isinstance(value, bool)),
-    int: ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
-    float: ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
-    Sequence: ("a list of texts", lambda value: isinstance(value, Sequence) and all(map(_is_text, value))),
-    NoneType: ("None", lambda value: value is None),
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+# The types that arguments have: in words, what is of one, and what is passed on (numpy's numbers as Python's).
+_TYPES: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    str: ("a text", _is_text, str),
+    PathLike: ("a path", lambda value: isinstance(value, PathLike) and _is_text(fspath(value)), fspath),
+    bool: ("True or False", lambda value: isinstance(value, bool), bool),
+    int: ("a whole number", lambda value: _is_number(value, Integral), int),
+    float: ("a number", lambda value: _is_number(value, Real), float),
+    Sequence: ("a list of texts", lambda value: isinstance(value, Sequence) and all(map(_is_text, value)), tuple),
+    NoneType: ("None", lambda value: value is None, lambda value: value),
 }
 
 
-def _check(name: str, value: Any, wanted: Any) -> None:
-    """Raises UsageError for a value that is of none of the types an argument takes."""
+def _checked(name: str, value: Any, wanted: Any) -> Any:
+    """The value, of one of the types that an argument takes. Raises UsageError for another."""
     parts = get_args(wanted) if isinstance(wanted, UnionType) else [wanted]
-    kinds = [get_origin(part) or part for part in parts]
-    rows = [_TYPES.get(kind) or ("a loaded model", lambda value: isinstance(value, Model)) for kind in kinds]
-    if not any(fits(value) for _, fits in rows):
-        raise UsageError(f"{name}={shown(value)}: must be {' or '.join(words for words, _ in rows)}")
+    a_model = ("a loaded model", lambda value: isinstance(value, Model), lambda value: value)
+    rows = [_TYPES.get(get_origin(part) or part, a_model) for part in parts]
+    for _, fits, passed_on in rows:
+        if fits(value):
+            return passed_on(value)
+    raise UsageError(f"{name}={shown(value)}: must be {' or '.join(words for words, _, _ in rows)}")
 
 
 class Model:
@@ -121,7 +126,8 @@ class Model:
     @_public
     def loss(self, text: str) -> Score:
         """The exact loss of one text, as a document: what `evaluate` gives for a file of it. Raises DataError."""
-        stream, _ = encode_documents([text], self.tokenizer)
+        document = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no character
+        stream, _ = encode_documents([document], self.tokenizer)
         if not text or len(stream.tokens) < 2:
             raise DataError("too little text to evaluate")
         return score(self.module, stream, self.module.config.max_position_embeddings)
@@ -168,15 +174,18 @@ def _asked(
 ) -> tuple[Config, Path, str]:
     runtime.restart_clock()
     name = fspath(recipe)
-    return configuration.load(name, _without_paths(overrides)), Path(out or f"runs/{Path(name).stem}"), name
+    values = {key: _as_written(key, value) for key, value in overrides.items()}
+    return configuration.load(name, values), Path(out or f"runs/{Path(name).stem}"), name
 
 
-def _without_paths(value: Any) -> Any:
-    """The value with texts in the place of paths, wherever in it they are."""
+def _as_written(key: str, value: Any) -> Any:
+    """The value as a recipe would have it: texts in the place of paths. Raises UsageError for what none can have."""
     if isinstance(value, dict):
-        return {key: _without_paths(each) for key, each in value.items()}
+        return {name: _as_written(f"{key}.{name}", each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(each) for each in value]
+        return [_as_written(key, each) for each in value]
+    if isinstance(value, bytes | bytearray | set | frozenset):
+        raise UsageError(f"{key}={shown(value)}: must be a text, a number, a list or a mapping")
     return fspath(value) if isinstance(value, PathLike) else value
 
 

@@ -125,6 +125,8 @@ def evaluate(
 
     With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
     """
+    if rows < 1:
+        raise UsageError(f"--batch {rows}: must be at least 1")
     models = [load(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
     asked = {"separator": separator, "text_column": text_column}
@@ -307,6 +309,9 @@ def report(run: Path) -> Reported:
     return Reported(str(write_report(run)))
 
 
+MOST_TOKENS = 1_000_000  # that an export is compared on
+
+
 def export(
     model: str | Path | Loaded, format: str, out: Path, *, kind: str | None = None, data: str = "shakespeare",
     tokens: int = 512, dry_run: bool = False,
@@ -316,6 +321,8 @@ def export(
     `kind` is the type of the weights (default: the format's own); `tokens` of the text `data` are compared. What fails
     the comparison is not kept (DataError). Of an adapter, what it amounts to with its base is written.
     """
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UsageError(f"--tokens {tokens}: must be between 1 and {MOST_TOKENS:,}")
     loaded = model if isinstance(model, Loaded) else build.load(model)
     if loaded.adapter:
         loaded = replace(loaded, model=adapters.merge(loaded.model).eval())
