@@ -4,23 +4,29 @@
 of their names do, and give back what those print with `--json`.
 """
 
-from typing import Any
+import typing as _typing
 
-_NAMES = ("Model", "evaluate", "export", "generate", "load", "merge", "push", "report", "run", "train", "verify")
+if _typing.TYPE_CHECKING:
+    from gptworks.api import Model, evaluate, export, generate, load, merge, push, report, run, train, verify
+
+    __version__: str
+
 __all__ = ["Model", "evaluate", "export", "generate", "load", "merge", "push", "report", "run", "train", "verify"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        from gptworks import api
+if not _typing.TYPE_CHECKING:  # else a type checker would take any name for one of these
 
-        return getattr(api, name)
-    if name == "__version__":
-        from importlib.metadata import version
+    def __getattr__(name):
+        if name in __all__:
+            from gptworks import api
 
-        return version("gptworks")
-    raise AttributeError(f"module 'gptworks' has no attribute {name!r}")
+            return getattr(api, name)
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("gptworks")
+        raise AttributeError(f"module 'gptworks' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES, "__version__"])
+    return [*__all__, "__version__"]

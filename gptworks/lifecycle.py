@@ -128,6 +128,8 @@ def evaluate(
     Line ends are read as the model's run read them, where that is known, else as `data.newlines` has them by default.
     With `against`, the same figures of another model, whose tokenizer may be another, and the paired difference.
     """
+    if rows < 1:
+        raise UsageError(f"--batch {rows}: must be at least 1")
     models = [load(each) for each in (model, against) if each is not None]
     contexts = [_context(each, context, stride) for each in models]
     asked = {"separator": separator, "text_column": text_column, "encoding": encoding} | _newlines(models[0])
@@ -217,6 +219,7 @@ def generate(
             finish_reason=each.finish_reason,
             tokens_per_second=round(each.tokens_per_second, 1),
             prompt_tokens_per_second=round(each.prompt_tokens_per_second, 1),
+            ids=each.tokens,
         )
         for prompt, each in continued
     ]
@@ -321,6 +324,9 @@ def report(run: Path) -> Reported:
     return Reported(str(write_report(run)))
 
 
+MOST_TOKENS = 1_000_000  # that an export is compared on
+
+
 def export(
     model: str | Path | Loaded, format: str, out: Path, *, kind: str | None = None, data: str = "shakespeare",
     tokens: int = 512, dry_run: bool = False,
@@ -330,6 +336,8 @@ def export(
     `kind` is the type of the weights (default: the format's own); `tokens` of the text `data` are compared. What fails
     the comparison is not kept (DataError). Of an adapter, what it amounts to with its base is written.
     """
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UsageError(f"--tokens {tokens}: must be between 1 and {MOST_TOKENS:,}")
     loaded = model if isinstance(model, Loaded) else build.load(model)
     if loaded.adapter:
         loaded = replace(loaded, model=adapters.merge(loaded.model).eval())

@@ -3,14 +3,20 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from reprlib import Repr
+from typing import Any, ClassVar
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError
 
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
 
 class Result(Mapping[str, Any]):
     """The base of all results: `result.loss` and `result["loss"]` are the same; `as_dict()` is its JSON."""
+
+    shown: ClassVar[tuple[str, ...]] = ()  # names of what its line in an interpreter tells
 
     def as_dict(self) -> dict[str, Any]:
         """The values by name, as JSON has them. A value that is None by default is left out while it is None."""
@@ -30,6 +36,18 @@ class Result(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.as_dict())
 
+    def __repr__(self) -> str:
+        values = self.as_dict()
+        told = [f"{name}={_brief(values[name])}" for name in self.shown or values if name in values]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+
+def _brief(value: Any) -> str:
+    """A value in a few characters, a number in six digits."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_brief(each)}" for name, each in value.items()) + "}"
+    return f"{value:.6g}" if isinstance(value, float) else _SHORT.repr(value)
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Result):
@@ -40,9 +58,11 @@ def _plain(value: Any) -> Any:
 # -- of the stages -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trained(Result):
     """A training, as result.json has it. Seconds and bytes are those of the process that trained."""
+
+    shown = ("steps", "tokens", "seconds", "parameters", "eval", "stopped", "model")
 
     steps: int
     tokens: int
@@ -82,7 +102,7 @@ class Trained(Result):
         return values | values.pop("others")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Proposed(Result):
     """The rates that a range test proposes, and the page with its curve."""
 
@@ -92,7 +112,7 @@ class Proposed(Result):
     report: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compared(Result):
     """Another model on the same text: its figures, and the difference, model minus this one."""
 
@@ -111,9 +131,11 @@ class Compared(Result):
     reason: str | None  # where none is
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluated(Result):
     """A model on a text. `loss` is in nats a token."""
+
+    shown = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "method", "model", "data")
 
     loss: float
     perplexity: float
@@ -128,9 +150,11 @@ class Evaluated(Result):
     against: Compared | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Generated(Result):
-    """The continuation of a prompt."""
+    """The continuation of a prompt: its text, and as `ids`, which are not in its JSON, its tokens."""
+
+    shown = ("prompt", "text", "tokens", "finish_reason")
 
     prompt: str
     text: str
@@ -138,9 +162,15 @@ class Generated(Result):
     finish_reason: str
     tokens_per_second: float
     prompt_tokens_per_second: float
+    ids: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        del values["ids"]
+        return values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Merged(Result):
     """A plain model made of an adapter and its base, and how far it is from them."""
 
@@ -153,9 +183,11 @@ class Merged(Result):
     difference_bits_per_byte: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Exported(Result):
     """A model in the format of another program. Without `bytes` and `parity` nothing was written."""
+
+    shown = ("out", "format", "type", "estimated_bytes", "bytes")
 
     out: str
     format: str
@@ -166,21 +198,21 @@ class Exported(Result):
     parity: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pushed(Result):
     """The address of a model on the hub."""
 
     url: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reported(Result):
     """The page that was written."""
 
     report: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Verified(Result):
     """The verdict on a folder compared with its manifest, or on a run that was trained again."""
 
@@ -192,9 +224,11 @@ class Verified(Result):
     fingerprint: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Finished(Result):
     """All stages of a recipe: the training's figures, and beside them what each later stage gave."""
+
+    shown = (*Trained.shown, "report")
 
     training: Trained | None
     evaluation: Evaluated | None = None

@@ -10,14 +10,16 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptworks.core.errors import Preempted, RunMismatch, StorageError, UsageError
+from gptworks.core.log import console
 
 if TYPE_CHECKING:
     import torch
@@ -143,10 +145,85 @@ def dtype_of(precision: str) -> "torch.dtype":
     return {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
+_visit = threading.local()  # .undo: an ExitStack of what the call at hand has changed in its host, if there is one
+
+
+@contextmanager
+def guest(quiet: bool) -> Iterator[None]:
+    """Leaves the process as it was, for a stage that is called in somebody's Python; `quiet` holds for that stage.
+
+    While the block runs, torch makes what it makes by default: float32, on the CPU, with gradients. All this is of the
+    thread that calls, the default type excepted; what a run changes besides is put back where one began (`apply`).
+    """
+    import torch
+
+    with ExitStack() as undo:
+        undo.callback(setattr, _visit, "undo", getattr(_visit, "undo", None))
+        _visit.undo = undo
+        undo.callback(vars(console).update, quiet=console.quiet, muted=console.muted)
+        console.quiet = quiet or console.quiet
+        usual_threads.cache_clear()  # the host may have set another number since
+        undo.callback(_set_threads, torch.get_num_threads())
+        if torch.is_inference_mode_enabled():
+            undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                undo.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            undo.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != torch.float32:
+            undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        yield
+
+
+def _set_threads(number: int) -> None:
+    import torch
+
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
+
+
+def _put_back_later(undo: ExitStack) -> None:
+    """Notes what a run changes in its process, to be put back when the call that it runs in ends."""
+    import numpy
+    import torch
+    from torch.utils import deterministic
+
+    undo.enter_context(warnings.catch_warnings())
+    undo.callback(_restore_environment, dict(os.environ))
+    undo.callback(random.setstate, random.getstate())
+    undo.callback(numpy.random.set_state, numpy.random.get_state())
+    undo.callback(torch.set_rng_state, torch.get_rng_state())
+    undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+    undo.callback(_set_compiler, getattr(sys.modules.get(_COMPILER), "deterministic", False))
+    fills = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    undo.callback(setattr, deterministic, "fill_uninitialized_memory", fills)
+    undo.callback(torch.set_flush_denormal, sys.float_info.min / 2 == 0)
+    undo.callback(_usual_memory)
+
+
+_COMPILER = "torch._inductor.config"  # three seconds to import
+
+
+def _set_compiler(deterministic: bool) -> None:
+    if _COMPILER in sys.modules:
+        sys.modules[_COMPILER].deterministic = deterministic  # type: ignore[attr-defined]
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 def apply(device: "torch.device", threads: int, deterministic: bool, compiles: bool) -> None:
     """Makes this process one of a run: its threads, its kernels, its memory. All that a run changes in a process."""
     import torch
 
+    if undo := getattr(_visit, "undo", None):
+        _put_back_later(undo)
     torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or products there differ from run to run
@@ -208,7 +285,11 @@ def returning_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        _mallopt(trim=64 << 20, mmap=32 << 20)
+        _usual_memory()
+
+
+def _usual_memory() -> None:
+    _mallopt(trim=64 << 20, mmap=32 << 20)
 
 
 def _mallopt(trim: int, mmap: int) -> None:
@@ -249,9 +330,9 @@ def matmul_rate(device: "torch.device", dtype: "torch.dtype", seconds: float = 0
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
 
-    best = 0.0
+    best, generator = 0.0, torch.Generator(device).manual_seed(0)
     for size in (4096, 8192) if device.type == "cuda" else (512, 1024):
-        a = torch.randn(size, size, device=device).to(dtype)  # products of zeros or ones would be faster
+        a = torch.randn(size, size, device=device, generator=generator).to(dtype)  # zeros or ones would be faster
         for _ in range(2):
             a @ a
         wait()

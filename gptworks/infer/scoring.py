@@ -3,7 +3,7 @@
 import lzma
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptworks.core.errors import NotFinite
 from gptworks.core.ranks import ALONE, Group
+from gptworks.core.results import Result
 from gptworks.core.workers import side_by_side
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
@@ -22,8 +23,8 @@ from gptworks.model.transformer import Transformer
 XZ_LIMIT = 64_000_000  # bytes; beyond it compressing would take longer than evaluating
 
 
-@dataclass(frozen=True)
-class Score:
+@dataclass(frozen=True, eq=False, repr=False)
+class Score(Result):
     """The scores of a whole text. `loss` is in nats a predicted token; every token after the first is predicted
     once."""
 
@@ -32,9 +33,6 @@ class Score:
     bits_per_byte: float
     tokens: int
     bytes: int
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def token_losses(model: Transformer, batch: Batch) -> Tensor:
