@@ -34,7 +34,7 @@ from gptworks.training.loop import StepMetrics
 from gptworks.training.metrics import Metrics
 from gptworks.training.problem import Evaluation, Evaluator, Problem, check_names, checked
 from gptworks.training.schedule import RunSchedule
-from gptworks.training.state import Saving, State, using
+from gptworks.training.state import Saving, State, Sums, using
 
 # Of a time budget: over which the pace of steps is measured, and over which another pace is noticed; between two plans;
 # at whose end any moment may have one.
@@ -62,43 +62,38 @@ class Logger:
         self.metrics, self.every, self.schedule, self.batches = metrics, every, schedule, batches
         self.to_bits = None if bytes_per_token is None else 1 / math.log(2) / bytes_per_token
         self.flops, self.rate = flops, rate
-        self._clear()
         self._said = 0.0
 
-    def _clear(self) -> None:
-        self._seconds = self._data = self._weight = self._loss = 0.0
-        self._tokens = 0
-        self._figures: dict[str, tuple[float, float]] = {}
-
     def __call__(self, state: State, m: StepMetrics) -> None:
-        self._seconds += m.seconds
+        sums = state.unlogged
         # The pace of about the last PACE_SECONDS, since a machine may be faster or slower than it was.
         weight = 1 - math.exp(-m.seconds / PACE_SECONDS)
         self._pace = m.seconds if not self._pace else self._pace + weight * (m.seconds - self._pace)
-        self._data += m.data_seconds
-        self._weight += m.weight
-        self._tokens += m.tokens
-        self._loss += m.loss * m.weight
+        sums.seconds += m.seconds
+        sums.data_seconds += m.data_seconds
+        sums.weight += m.weight
+        sums.tokens += m.tokens
+        sums.loss += m.loss * m.weight
         for name, (total, weight) in m.figures.items():
-            before = self._figures.get(name, (0.0, 0.0))
-            self._figures[name] = (before[0] + total, before[1] + weight)
+            before = sums.figures.get(name, (0.0, 0.0))
+            sums.figures[name] = (before[0] + total, before[1] + weight)
         if state.step % self.every and state.step != self.schedule.length and not state.stopped:
             return
-        loss = self._loss / self._weight
-        speed, scaled = self._tokens / self._seconds, state.model.dtype == torch.float16
+        loss = sums.loss / sums.weight
+        speed, scaled = sums.tokens / sums.seconds, state.model.dtype == torch.float16
         self.metrics.write(
             state.step,
             {
                 "train/loss": loss,
                 **({} if self.to_bits is None else {"train/bits_per_byte": loss * self.to_bits}),
-                **{f"train/{name}": total / weight for name, (total, weight) in self._figures.items() if weight},
+                **{f"train/{name}": total / weight for name, (total, weight) in sums.figures.items() if weight},
                 **({"train/grad_norm": m.grad_norm} if math.isfinite(m.grad_norm) else {}),
                 "train/learning_rate": m.lr,
                 "train/epoch": self.batches.epochs(state.cursor),
                 "train/tokens": state.tokens,
                 "train/tokens_per_second": speed,
                 "train/mfu": speed * self.flops / self.rate,
-                "train/data_wait": self._data / self._seconds,
+                "train/data_wait": sums.data_seconds / sums.seconds,
                 "train/seconds": state.seconds,
                 "train/memory_gib": peak_memory() / 2**30,
                 **({"train/skipped": state.skipped} if state.norms or scaled else {}),
@@ -106,7 +101,7 @@ class Logger:
             },
         )
         line = self._line(state, loss, speed)
-        self._clear()
+        state.unlogged = Sums()
         if console.terminal:
             console.live(line)
         last = state.step == self.schedule.length
@@ -118,10 +113,11 @@ class Logger:
         total = self.schedule.length
         left = (total - state.step) * self._pace + self.to_come(state)
         bits = "" if self.to_bits is None else f"{loss * self.to_bits:.3f} bits/byte  "
-        figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in self._figures.items() if w)
+        sums, waited = state.unlogged, state.unlogged.data_seconds / max(state.unlogged.seconds, 1e-9)
+        figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in sums.figures.items() if w)
         return (
             f"step {state.step:>{len(str(total))}}/{total}  loss {loss:.4f}  {bits}{figures}{count(speed)} tokens/s  "
-            f"{speed * self.flops / self.rate:.0%} of matmul rate  data {self._data / max(self._seconds, 1e-9):.1%}  "
+            f"{speed * self.flops / self.rate:.0%} of matmul rate  data {waited:.1%}  "
             f"{duration(left)} left"
         )
 

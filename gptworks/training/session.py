@@ -78,7 +78,8 @@ def _problem(config: Config) -> type[Problem]:
 
 
 def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
-    """Runs the main process, which does everything. Returns what result.json has."""
+    """Runs the main process, which does everything and holds the folder's lock. Returns what result.json has."""
+    folder.clear_up(out, out / "checkpoints")
     file, different = _continued(config, out)
     if file is None:
         _check_nothing_is_replaced(out)
@@ -86,9 +87,8 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         folder.foreign_files(out / "model")  # replaced at the end: what is not ours there is a reason not to begin
     finished = file is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
-        console.say(f"run      {out} is finished; --fresh starts it over")
         ranks.tell("plan", json.dumps({"finished": True}))
-        return Trained.read(out / "result.json")
+        return _as_it_was(out)
     known: Config = config if file is None else file.chosen
     check_wandb(known.train.wandb)  # a run of before may have one
     base = _base(known)
@@ -118,6 +118,18 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
     return _train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
+
+
+def _as_it_was(out: Path) -> Trained:
+    """The result of a finished run once more, and how it goes on."""
+    result = Trained.read(out / "result.json")
+    eval_of = result.eval if isinstance(result.eval, dict) else {}
+    figures = [f"{name} {value:.4g}" for name, value in eval_of.items() if isinstance(value, int | float)]
+    console.say(f"trained  {result.steps} steps: eval {', '.join(figures[:2])} -> {out / 'model'}")
+    console.say(
+        f"run      {out} is finished; train.max_steps={2 * result.steps} makes it longer, --fresh starts it over"
+    )
+    return result
 
 
 def run_worker(config: Config, out: Path) -> None:
@@ -206,11 +218,10 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
         return None, []
     file = RunFile.read(out / "config.yaml")
     if different := configuration.differences(file.asked, config, "fixed"):
-        key, old, new = different[0]
-        more = f" (and {len(different) - 1} more keys)" if different[1:] else ""
+        each = "; ".join(f"{key}={old}, now {key}={new}" for key, old, new in different)
         raise RunMismatch(
-            f"{out} was started with {key}={old}, now {key}={new}{more}; "
-            "use the old value, another --out, or --fresh to set the old run aside"
+            f"{out} was started with {each}; use the old value{'s' * (len(different) > 1)}, another --out, or --fresh "
+            "to set the old run aside"
         )
     today = {
         key: value

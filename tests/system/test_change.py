@@ -148,6 +148,25 @@ def test_what_can_no_longer_be_had_is_refused_and_loses_nothing(train, tmp_path,
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+def test_all_keys_that_keep_a_run_from_going_on_are_named(train):
+    train()
+    says = (
+        r"train\.seed=1, now train\.seed=2; train\.weight_decay=None, now train\.weight_decay=0\.3; use the old values"
+    )
+    with pytest.raises(RunMismatch, match=says):
+        train(**{"train.seed": 2, "train.weight_decay": 0.3})
+
+
+def test_a_finished_run_gives_its_result_again_and_says_how_it_goes_on(train, tmp_path, capsys):
+    first = train()
+    capsys.readouterr()
+    assert train() == first
+    said = capsys.readouterr().err
+    assert f"trained  12 steps: eval loss {first['eval']['loss']:.4g}" in said and f"{tmp_path}/run/model" in said
+    assert "is finished; train.max_steps=24 makes it longer, --fresh starts it over" in said
+    assert train(**{"train.max_steps": 24})["steps"] == 24
+
+
 def test_the_course_written_down_is_the_course_that_was_run(train, tmp_path):
     train()
     train(**{"train.max_steps": 20})
