@@ -27,7 +27,15 @@ from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.planning.budget import MOST_PLANS, SAVING_SECONDS, SLOWER, Pace, planned_end, steps_until
+from gptworks.planning.budget import (
+    MOST_PLANS,
+    SAVING_SECONDS,
+    SLOWER,
+    Pace,
+    planned_end,
+    steps_until,
+    with_evaluations,
+)
 from gptworks.planning.choices import Measured
 from gptworks.planning.choose import EVALUATION_SHARE
 from gptworks.training.loop import StepMetrics
@@ -152,7 +160,7 @@ class Evaluations:
         """Seconds that the evaluations after this step will take, each as long as the last."""
         if state.step == self.schedule.length:
             return 0.0
-        before = self.schedule.evaluations_before_the_last(state.step, self.train.eval_every)
+        before = self.schedule.evaluations_before_the_last(state.step)
         return self.seconds * (1 if self.schedule.evaluations_left_out() else before + 1)
 
     def final(self, state: State) -> Evaluation:
@@ -190,7 +198,7 @@ class Evaluations:
         return numbers
 
     def __call__(self, state: State, m: StepMetrics) -> str | None:
-        if not self.schedule.evaluates(state.step, self.train.eval_every):
+        if not self.schedule.evaluates(state.step):
             return None
         evaluation, total = self.measure(state), self.schedule.length
         if self.metrics:
@@ -326,7 +334,7 @@ class TimeBudget:
             return None  # the pace that it was made by is not yet known any better
         seconds, length = self._step_seconds(), self.schedule.length
         evaluated = not self.schedule.evaluations_left_out()
-        to_come = self.schedule.evaluations_before_the_last(step, self.train.eval_every)
+        to_come = self.schedule.evaluations_before_the_last(step, in_steps=not self.may_leave_out)
 
         def missed() -> tuple[float, float, Pace]:
             """Gives how far the plan's end is from the one to be planned for, that one, and the pace of now."""
@@ -346,7 +354,11 @@ class TimeBudget:
         # Those that nobody asked for go before steps do, and come back where there is time for them again.
         share = to_come * pace.evaluation / max(end - now, 1e-9)
         makes = not self.may_leave_out or share <= 2 * EVALUATION_SHARE * (1.0 if evaluated else 0.5)
-        steps = min(step + steps_until(end, now, pace=pace, evaluations=makes * to_come), self.most)
+        if self.may_leave_out:
+            fitting = steps_until(end, now, pace=pace, evaluations=makes * to_come)
+        else:  # each so many steps, however many there will be
+            fitting = steps_until(end, now, pace=with_evaluations(pace, self.train.eval_every), evaluations=0)
+        steps = min(step + fitting, self.most)
         if steps == length and makes == evaluated:
             return None
         why = f"{steps} steps fit into train.time_budget_s={self.budget:g}, not {length}"
@@ -354,7 +366,7 @@ class TimeBudget:
             why += ", without evaluations before the last"
         self.planned_at = now
         console.say(f"step {step}: {why}")
-        return Change(step=step, length=steps, pace=True, evaluations=makes, why=why)
+        return Change(step=step, length=steps, pace=True, evaluations=makes, in_steps=not self.may_leave_out, why=why)
 
 
 def _last_of(steps: Sequence[float], seconds: float) -> list[float]:
@@ -376,19 +388,20 @@ class Checkpointer:
 
     def __init__(
         self, path: Path, every: int, schedule: RunSchedule, facts: dict[str, Any], *,
-        verifying: Verifying | None = None,
+        verifying: Verifying | None = None, asked: bool = False,
     ) -> None:  # fmt: skip
-        """`verifying` is the data that is still compared with its hashes; nothing that was learned from it is kept
-        before that has ended, on any machine."""
+        """`asked` says that a person asked for `every`, which then counts the steps of the run as it is run.
+        `verifying` is the data that is still compared with its hashes; nothing that was learned from it is kept before
+        that has ended, on any machine."""
         self.path, self.every, self.schedule, self.facts = path, every, schedule, facts
         self.saving: Saving | None = None
-        self.verifying, self.verified = verifying, False
+        self.verifying, self.verified, self.asked = verifying, False, asked
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         stop = ranks.total(bool(interrupts.requested))[0] > 0  # all processes leave at the same step
         if self.verifying and self.verifying.ended:
             self.verifying.finish()
-        if stop or state.stopped or self.schedule.due(state.step, self.every):
+        if stop or state.stopped or self.schedule.due(state.step, self.every, in_steps=self.asked):
             if not self.verified:
                 if self.verifying:
                     self.verifying.finish()

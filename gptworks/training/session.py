@@ -110,7 +110,9 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         _change(run, file, asked=config, different=different, out=out)
     failpoint("run.configured")
     plan = {
+        "begun": file.chosen.model_dump(mode="json"),
         "config": run.config.model_dump(mode="json"),
+        "run_asked": _asked(file.asked),
         "changes": [change.model_dump(mode="json") for change in file.changes],
         "asked": _asked(config),
         "restore": str(newest) if newest else None,
@@ -149,7 +151,9 @@ def run_worker(config: Config, out: Path) -> None:
     verifying = kind.verify(chosen, place) if first else None
     run = reopened(chosen, opened(kind, chosen, place), base)
     changes = [Change.model_validate(change) for change in plan["changes"]]
-    file = RunFile(out / "config.yaml", chosen, asked=config, reasons={}, changes=changes)
+    begun = configuration.build(plan["begun"], "the main process's configuration", Chosen)
+    asked: Config = configuration.build(plan["run_asked"], "what the main process's run was asked")
+    file = RunFile(out / "config.yaml", begun, asked=asked, reasons={}, changes=changes)
     if plan["restore"]:
         folder.verify(Path(plan["restore"]))
         _restore(run, Path(plan["restore"]), file)
@@ -229,6 +233,8 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
         if (value := configuration.get(config, key)) is not None or configuration.is_unset(config, key)
     }
     file.chosen = configuration.with_values(file.chosen, today)
+    if (every := config.train.checkpoint_every) is not None:
+        file.asked = configuration.with_values(file.asked, {"train.checkpoint_every": every})
     return file, configuration.differences(file.asked, config, "flexible")
 
 
@@ -316,7 +322,7 @@ def _train(
     if train.patience is None:
         state.best = {}  # of when there was one
     work = run.start()
-    schedule = RunSchedule(train, file.changes)
+    schedule = RunSchedule(file.chosen.train, file.changes)
     facts = {
         "data": problem.identity, "threads": train.threads, "versions": runtime.versions(),
         "parents": _frozen_parents(run), "problem": _own_file(config.problem.kind),
@@ -341,8 +347,9 @@ def _train(
         told=budget.time_evaluation,
     )
     checkpointer = Checkpointer(
-        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying
-    )
+        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying,
+        asked=file.asked.train.checkpoint_every is not None,
+    )  # fmt: skip
     if decided:
         evaluations.seconds = decided.measured.eval_seconds
     hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
@@ -438,7 +445,7 @@ def replay(out: Path) -> Verified:
     _check_agreement(run, restore(run.state, older))
     target = assemble(config, problem, base).state
     restore(target, newer)
-    train, schedule, first = config.train, RunSchedule(config.train, file.changes), run.state.step
+    train, schedule, first = config.train, RunSchedule(file.chosen.train, file.changes), run.state.step
     work = run.start()
     evaluations = Evaluations(work.evaluate, problem, train=train, schedule=schedule)
 

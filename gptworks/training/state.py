@@ -42,7 +42,7 @@ BESIDE = ("seconds", "stopped", "unlogged")  # what no step depends on
 
 @dataclass
 class Sums:
-    """What was measured in the steps since the last logged row."""
+    """The measurements of the steps since the last logged row, added up."""
 
     loss: float = 0.0  # times the weight
     weight: float = 0.0
