@@ -163,10 +163,7 @@ def test_the_smaller_of_steps_and_a_budget_holds_and_is_said():
 
 
 def test_a_number_of_tokens_is_of_those_that_are_trained_on_and_padding_is_said():
-    for fill, steps, says in (
-        (0.52, 187, "train.max_tokens=100000; 48% padding"),
-        (0.995, 97, "train.max_tokens=100000"),
-    ):
+    for fill, steps, padding in ((0.52, 187, "; 48% padding"), (0.995, 97, "")):
         facts = replace(FACTS, measured=Measured(fill=fill))
         choices = choose(asked(max_steps=None, max_tokens=100_000), facts, tiny.MACHINE)
         assert choices.chosen.train.max_steps == steps
