@@ -32,7 +32,7 @@ from gptworks.training.assemble import Run, assemble
 from gptworks.training.change import asked_change
 from gptworks.training.decide import Decided, decide, provisional, reopened
 from gptworks.training.hooks import Checkpointer, Evaluations, Logger, Sampler, TimeBudget
-from gptworks.training.metrics import Metrics, check_wandb, logged_lines
+from gptworks.training.metrics import Metrics, check_login, check_wandb, logged_lines
 from gptworks.training.optim import OPTIMIZERS
 from gptworks.training.outcome import finish, parameters, result_of, step_flops
 from gptworks.training.problem import Place, Problem, Work, opened
@@ -90,7 +90,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         ranks.tell("plan", json.dumps({"finished": True}))
         return _as_it_was(out)
     known: Config = config if file is None else file.chosen
-    check_wandb(known.train.wandb)  # a run of before may have one
+    check_login(known.train.wandb)
     base = _base(known)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
