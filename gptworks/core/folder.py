@@ -74,9 +74,7 @@ def commit_file(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover, _ in _leftovers(path):
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
+        _clear_up(path)
         try:
             yield aside
             fsync(aside)
@@ -147,19 +145,34 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+ASIDE = re.compile(r"\.(.+)\.([0-9]+)(\.old)?\.tmp")  # the name under which something is written first
+
+
 def _leftovers(path: Path) -> list[tuple[Path, bool]]:
     """Leftovers of `path` from processes that died; True beside those that are an old folder about to be replaced."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.([0-9]+)(\.old)?\.tmp")
-    named = [(entry, name.fullmatch(entry.name)) for entry in path.parent.iterdir()]
-    return [(entry, bool(match[2])) for entry, match in named if match and not _alive(int(match[1]))]
+    named = [(entry, ASIDE.fullmatch(entry.name)) for entry in path.parent.iterdir()]
+    return [
+        (entry, bool(match[3]))
+        for entry, match in named
+        if match and match[1] == path.name and not _alive(int(match[2]))
+    ]
+
+
+def clear_up(*folders: Path) -> None:
+    """Mends what processes that died left in these folders, whatever it was to become."""
+    for folder in folders:
+        aside = [ASIDE.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
+        for name in {match[1] for match in aside if match}:
+            with storage_errors(folder):
+                _clear_up(folder / name)
 
 
 def _clear_up(path: Path) -> None:
-    """Mends what a process that died in `commit` left: the old folder goes back, a half-filled one goes away."""
+    """Mends what a process that died while it wrote `path` left: the old folder goes back, what is half goes away."""
     for leftover, old in _leftovers(path):
-        if not leftover.is_dir():
-            continue
-        if old and not path.exists():
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
+        elif old and not path.exists():
             os.rename(leftover, path)
         else:
             shutil.rmtree(leftover, ignore_errors=True)

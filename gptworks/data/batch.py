@@ -101,6 +101,11 @@ class Batches(ABC):
         """The number of rows in the first epoch; None where the data has no end."""
         return None
 
+    @property
+    def fill(self) -> float:
+        """The share of the places in the rows that have a target, by which `train.max_tokens` becomes steps."""
+        return 1.0
+
     def rows_in(self, epochs: float) -> int:
         """The number of rows in the first `epochs` epochs. Raises UsageError where the data has no end."""
         if self.epoch_rows is None:

@@ -235,11 +235,15 @@ class Loader(Batches):
         rows = sum(len(self.plan(epoch)) for epoch in range(whole))
         return rows + (round((epochs - whole) * len(self.plan(whole))) if epochs > whole else 0)
 
+    @property
+    def fill(self) -> float:
+        """The share of the places in the rows of the first epoch that have a target."""
+        plan = self.plan(0)
+        return int(plan.lengths.sum()) / max(len(plan) * self.context, 1)
+
     def report(self) -> str:
         """One line on how the first epoch was packed."""
-        plan = self.plan(0)
-        used = int(plan.lengths.sum())
-        padding = 1 - used / max(len(plan) * self.context, 1)
+        plan, padding = self.plan(0), 1 - self.fill
         cut = plan.cut_documents
         what = "1 document longer than a row was" if cut == 1 else f"{cut:,} documents longer than a row were"
         return f"{len(plan):,} rows of {self.context}, {padding:.2%} padding, {what} cut, no token dropped"

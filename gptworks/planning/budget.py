@@ -5,7 +5,7 @@ five times slower or faster at any moment. Once that is noticed, a step, an eval
 five times as long as planned. So the end is planned early enough for them, and the plan is changed as the pace changes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MOST_PLANS = 20  # in a run; each is written into config.yaml
 SLOWER = 5.0  # how much slower a machine may become
@@ -26,6 +26,11 @@ class Pace:
     def finish(self) -> float:
         """Seconds from the last step to the written model folder."""
         return self.evaluation + self.saving
+
+
+def with_evaluations(pace: Pace, every: int) -> Pace:
+    """The pace of steps of which each `every` are followed by an evaluation."""
+    return replace(pace, step=pace.step + pace.evaluation / every)
 
 
 def planned_end(budget: float, pace: Pace, slower: float = SLOWER) -> float:

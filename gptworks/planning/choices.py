@@ -30,6 +30,7 @@ class Measured:
     step_seconds: float = 0.0  # median; these and the next two where there is a time budget
     eval_seconds: float = 0.0
     left_seconds: float = 0.0  # of the budget, when the timing ended
+    fill: float = 1.0  # share of the places of a row that are trained on, where train.max_tokens counts them
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Facts:
     vocab_size: int | None = None  # ids of the tokenizer
     epoch_tokens: int | None = None  # of the training data
     endless: bool = False  # data that has no epochs
+    eval_tokens: int | None = None  # of an evaluation
     base: Base | None = None
     unit: int = 1  # rows that are never divided
     beside_bytes: int = 0  # of a second model, which is not trained

@@ -13,7 +13,7 @@ from gptworks.core.config import Adapter, Config
 from gptworks.core.errors import OutOfMemory, UsageError
 from gptworks.core.log import duration
 from gptworks.model.config import ModelConfig, parameter_count
-from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until
+from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until, with_evaluations
 from gptworks.planning.choices import Choices, Facts, Measured, needed
 from gptworks.planning.cost import Memory, Trainable, flops_per_token, step_memory
 from gptworks.planning.dial import derive_shape, derive_training
@@ -30,7 +30,9 @@ CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly 
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
 # Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
 PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
-EVALUATION_SHARE = 0.08  # of a time budget, for evaluations; one there is always
+EVALUATION_SHARE = 0.08  # of a run, for evaluations that nobody asked for; one there is always
+EVALUATION_COST = 1 / 3  # of a token that is trained on
+PADDING_COUNTED = 0.01  # of the places of a row; less is no part of a number of tokens
 ELEMENT = {"fp32": 4}  # bytes of a value in the passes; 2 in any other precision
 
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
@@ -61,7 +63,7 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     choices.trainable = trainable_part(choices.config, architecture, facts.bytes_per_weight)
     _share_out(choices, architecture, facts=facts, machine=machine)
     _limit(choices, facts, machine)
-    _set_intervals(choices, architecture, facts=facts, machine=machine)
+    set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
 
 
@@ -286,40 +288,47 @@ def batch_rows(config: Config) -> int:
     return train.batch_tokens // train.context
 
 
-def limits(config: Config, rows_in_epochs: int | None) -> list[tuple[int, str]]:
-    """The steps that each of the limits comes to, and which it is. `rows_in_epochs` are those of `train.max_epochs`."""
+def limits(config: Config, measured: Measured) -> list[tuple[int, str]]:
+    """The steps that each of the limits comes to, and which it is."""
     train = config.train
     allowed: list[tuple[int, str]] = []
     if train.max_steps:
         allowed.append((train.max_steps, f"train.max_steps={train.max_steps}"))
     if train.max_tokens:
-        steps = train.max_tokens // (batch_rows(config) * needed(train.context))
-        allowed.append((max(1, steps), f"train.max_tokens={train.max_tokens}"))
+        padding = 1 - measured.fill
+        counted, why = (measured.fill, f"; {padding:.0%} padding") if padding > PADDING_COUNTED else (1.0, "")
+        steps = int(train.max_tokens / (batch_rows(config) * needed(train.context) * counted))
+        allowed.append((max(1, steps), f"train.max_tokens={train.max_tokens}{why}"))
     if train.max_epochs:
         if train.batch_tokens == "full":
             steps = math.ceil(train.max_epochs)
         else:
-            steps = math.ceil(needed(rows_in_epochs) / batch_rows(config))
+            steps = math.ceil(needed(measured.rows) / batch_rows(config))
         allowed.append((max(1, steps), f"train.max_epochs={train.max_epochs:g}"))
     return allowed
 
 
-def most_steps(config: Config, rows_in_epochs: int | None) -> int:
+def most_steps(config: Config, measured: Measured) -> int:
     """The steps that limits other than the clock allow."""
-    return min(limits(config, rows_in_epochs), default=(10**15, ""))[0]
+    return min(limits(config, measured), default=(10**15, ""))[0]
 
 
 def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
     """Turns tokens, epochs and a time budget into `train.max_steps`, the smallest of all limits."""
     config, train, measured = choices.config, choices.config.train, facts.measured
-    if measured is None and (train.time_budget_s or train.max_epochs or not train.max_steps):
+    if measured is None and (train.time_budget_s or train.max_epochs or train.max_tokens or not train.max_steps):
         choices.leave("train.max_steps", "decided once rows are counted and steps are timed")
         return
-    allowed = limits(config, measured.rows if measured else None)
+    steps, why = min(limits(config, measured or Measured()), default=(10**15, ""))
     if train.time_budget_s:
-        allowed.append(_steps_in_budget(choices, needed(measured)))
-    steps, why = min(allowed)
-    if train.max_steps != steps:
+        fitting, pace = _steps_in_budget(choices, needed(measured))
+        asked, budget = f"{steps} steps" if steps == train.max_steps else why, train.time_budget_s
+        if steps <= fitting:
+            why = f"{asked}, within train.time_budget_s={budget:g}"
+        else:
+            steps, why = fitting, f"{pace}{f'; fewer than {why}' if why else ''}"
+        choices.set("train.max_steps", steps, why)
+    elif train.max_steps != steps:
         choices.set("train.max_steps", steps, why)
 
 
@@ -330,9 +339,7 @@ def _steps_in_budget(choices: Choices, measured: Measured) -> tuple[int, str]:
     pace = Pace(seconds, measured.eval_seconds)
     end = planned_end(budget, pace)
     if train.eval_every:
-        fitting = steps_until(
-            end, budget - left, pace=replace(pace, step=seconds + pace.evaluation / train.eval_every), evaluations=0
-        )
+        fitting = steps_until(end, budget - left, pace=with_evaluations(pace, train.eval_every), evaluations=0)
     else:
         fitting = steps_until(end, budget - left, pace=pace, evaluations=evaluations(budget, pace.evaluation) - 1)
     if fitting < 1:
@@ -354,9 +361,9 @@ def evaluations(budget: float, seconds: float) -> int:
     return max(1, min(5, int(EVALUATION_SHARE * budget / max(seconds, 1e-9))))
 
 
-def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
+def set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
     """Sets how often to evaluate and save, and whether compiling pays, now that the length is known."""
-    config, train, measured = choices.config, choices.config.train, facts.measured
+    config, train = choices.config, choices.config.train
     if "train.max_steps" in choices.open or "train.batch_tokens" in choices.open:
         why = "follows from the number of steps"
         for name in ("eval_every", "checkpoint_every"):
@@ -374,12 +381,7 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
         passes = total * math.ceil(batch_rows(config) / processes / needed(train.micro_batch))
         expected = max(expected, passes * architecture.num_hidden_layers * BLOCK_SECONDS.get(machine.device, 0.0))
     if train.eval_every is None:
-        times = 10
-        if train.time_budget_s:
-            times = evaluations(train.time_budget_s, needed(measured).eval_seconds)
-        apart = max(1, math.ceil(total / times))
-        count = math.ceil(total / apart)
-        choices.set("train.eval_every", apart, f"{count} evaluations" if count > 1 else "one evaluation, at the end")
+        _space_evaluations(choices, architecture, facts=facts)
     if train.checkpoint_every is None:
         between, why = total / 10, "at most ten, of which two are kept"
         if not train.time_budget_s and not full:
@@ -393,6 +395,29 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
     elif train.compile and not machine.compiles:
         needs = "Triton and a C compiler" if machine.device == "cuda" else "a C++ compiler (g++ or clang++)"
         raise UsageError(f"train.compile=true needs {needs} here; install what is missing or use auto")
+
+
+def _space_evaluations(choices: Choices, architecture: ModelConfig, facts: Facts) -> None:
+    """Ten evaluations in a run, or as many as take EVALUATION_SHARE of it: of a time budget by the clock, else by
+    arithmetic, so that equal commands stay equal. Where evaluations are to end the run, all ten."""
+    config, train, steps = choices.config, choices.config.train, needed(choices.config.train.max_steps)
+    times, cost, why = 10, 0.0, ""
+    if train.time_budget_s:
+        times = evaluations(train.time_budget_s, needed(facts.measured).eval_seconds)
+    elif facts.eval_tokens:
+        full = train.batch_tokens == "full"
+        step = needed(facts.epoch_tokens) if full else batch_rows(config) * needed(train.context)
+        passes = 2 if architecture.num_experts else 1  # the use of experts is looked at in another
+        cost = EVALUATION_COST * facts.eval_tokens * passes / (steps * step)
+        if train.patience is None and train.target_loss is None:
+            times = max(1, min(times, int(EVALUATION_SHARE / (1 - EVALUATION_SHARE) / cost)))
+    apart = math.ceil(steps / times)
+    count = math.ceil(steps / apart)
+    if cost:
+        share = count * cost / (1 + count * cost)
+        why = f", {100 * share:.0f} % of the run" if share >= 0.01 else ", less than 1 % of the run"
+    said = f"{count} evaluations" if count > 1 else "one evaluation, at the end"
+    choices.set("train.eval_every", apart, said + why)
 
 
 def _compile(choices: Choices, architecture: ModelConfig, machine: Machine, expected: float) -> None:

@@ -34,6 +34,7 @@ def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
         vocab_size=len(problem.tokenizer),
         epoch_tokens=problem.epoch_tokens,
         endless=problem.epoch_tokens is None,
+        eval_tokens=problem.eval_tokens,
         base=None if base is None else Base(base.name, base.model.config, base.adapter),
         unit=problem.unit,
         beside_bytes=problem.beside.bytes,
@@ -67,7 +68,7 @@ def decide(
         facts=facts,
         machine=machine,
         measured=measured,
-        most_steps=most_steps(first.config, measured.rows),
+        most_steps=most_steps(first.config, measured),
     )
 
 

@@ -27,14 +27,22 @@ from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
-from gptworks.planning.budget import MOST_PLANS, SAVING_SECONDS, SLOWER, Pace, planned_end, steps_until
+from gptworks.planning.budget import (
+    MOST_PLANS,
+    SAVING_SECONDS,
+    SLOWER,
+    Pace,
+    planned_end,
+    steps_until,
+    with_evaluations,
+)
 from gptworks.planning.choices import Measured
 from gptworks.planning.choose import EVALUATION_SHARE
 from gptworks.training.loop import StepMetrics
 from gptworks.training.metrics import Metrics
 from gptworks.training.problem import Evaluation, Evaluator, Problem, check_names, checked
 from gptworks.training.schedule import RunSchedule
-from gptworks.training.state import Saving, State, using
+from gptworks.training.state import Saving, State, Sums, using
 
 # Of a time budget: over which the pace of steps is measured, and over which another pace is noticed; between two plans;
 # at whose end any moment may have one.
@@ -62,43 +70,38 @@ class Logger:
         self.metrics, self.every, self.schedule, self.batches = metrics, every, schedule, batches
         self.to_bits = None if bytes_per_token is None else 1 / math.log(2) / bytes_per_token
         self.flops, self.rate = flops, rate
-        self._clear()
         self._said = 0.0
 
-    def _clear(self) -> None:
-        self._seconds = self._data = self._weight = self._loss = 0.0
-        self._tokens = 0
-        self._figures: dict[str, tuple[float, float]] = {}
-
     def __call__(self, state: State, m: StepMetrics) -> None:
-        self._seconds += m.seconds
+        sums = state.unlogged
         # The pace of about the last PACE_SECONDS, since a machine may be faster or slower than it was.
         weight = 1 - math.exp(-m.seconds / PACE_SECONDS)
         self._pace = m.seconds if not self._pace else self._pace + weight * (m.seconds - self._pace)
-        self._data += m.data_seconds
-        self._weight += m.weight
-        self._tokens += m.tokens
-        self._loss += m.loss * m.weight
+        sums.seconds += m.seconds
+        sums.data_seconds += m.data_seconds
+        sums.weight += m.weight
+        sums.tokens += m.tokens
+        sums.loss += m.loss * m.weight
         for name, (total, weight) in m.figures.items():
-            before = self._figures.get(name, (0.0, 0.0))
-            self._figures[name] = (before[0] + total, before[1] + weight)
+            before = sums.figures.get(name, (0.0, 0.0))
+            sums.figures[name] = (before[0] + total, before[1] + weight)
         if state.step % self.every and state.step != self.schedule.length and not state.stopped:
             return
-        loss = self._loss / self._weight
-        speed, scaled = self._tokens / self._seconds, state.model.dtype == torch.float16
+        loss = sums.loss / sums.weight
+        speed, scaled = sums.tokens / sums.seconds, state.model.dtype == torch.float16
         self.metrics.write(
             state.step,
             {
                 "train/loss": loss,
                 **({} if self.to_bits is None else {"train/bits_per_byte": loss * self.to_bits}),
-                **{f"train/{name}": total / weight for name, (total, weight) in self._figures.items() if weight},
+                **{f"train/{name}": total / weight for name, (total, weight) in sums.figures.items() if weight},
                 **({"train/grad_norm": m.grad_norm} if math.isfinite(m.grad_norm) else {}),
                 "train/learning_rate": m.lr,
                 "train/epoch": self.batches.epochs(state.cursor),
                 "train/tokens": state.tokens,
                 "train/tokens_per_second": speed,
                 "train/mfu": speed * self.flops / self.rate,
-                "train/data_wait": self._data / self._seconds,
+                "train/data_wait": sums.data_seconds / sums.seconds,
                 "train/seconds": state.seconds,
                 "train/memory_gib": peak_memory() / 2**30,
                 **({"train/skipped": state.skipped} if state.norms or scaled else {}),
@@ -106,7 +109,7 @@ class Logger:
             },
         )
         line = self._line(state, loss, speed)
-        self._clear()
+        state.unlogged = Sums()
         if console.terminal:
             console.live(line)
         last = state.step == self.schedule.length
@@ -118,10 +121,11 @@ class Logger:
         total = self.schedule.length
         left = (total - state.step) * self._pace + self.to_come(state)
         bits = "" if self.to_bits is None else f"{loss * self.to_bits:.3f} bits/byte  "
-        figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in self._figures.items() if w)
+        sums, waited = state.unlogged, state.unlogged.data_seconds / max(state.unlogged.seconds, 1e-9)
+        figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in sums.figures.items() if w)
         return (
             f"step {state.step:>{len(str(total))}}/{total}  loss {loss:.4f}  {bits}{figures}{count(speed)} tokens/s  "
-            f"{speed * self.flops / self.rate:.0%} of matmul rate  data {self._data / max(self._seconds, 1e-9):.1%}  "
+            f"{speed * self.flops / self.rate:.0%} of matmul rate  data {waited:.1%}  "
             f"{duration(left)} left"
         )
 
@@ -156,7 +160,7 @@ class Evaluations:
         """Seconds that the evaluations after this step will take, each as long as the last."""
         if state.step == self.schedule.length:
             return 0.0
-        before = self.schedule.evaluations_before_the_last(state.step, self.train.eval_every)
+        before = self.schedule.evaluations_before_the_last(state.step)
         return self.seconds * (1 if self.schedule.evaluations_left_out() else before + 1)
 
     def final(self, state: State) -> Evaluation:
@@ -194,7 +198,7 @@ class Evaluations:
         return numbers
 
     def __call__(self, state: State, m: StepMetrics) -> str | None:
-        if not self.schedule.evaluates(state.step, self.train.eval_every):
+        if not self.schedule.evaluates(state.step):
             return None
         evaluation, total = self.measure(state), self.schedule.length
         if self.metrics:
@@ -330,7 +334,7 @@ class TimeBudget:
             return None  # the pace that it was made by is not yet known any better
         seconds, length = self._step_seconds(), self.schedule.length
         evaluated = not self.schedule.evaluations_left_out()
-        to_come = self.schedule.evaluations_before_the_last(step, self.train.eval_every)
+        to_come = self.schedule.evaluations_before_the_last(step, in_steps=not self.may_leave_out)
 
         def missed() -> tuple[float, float, Pace]:
             """Gives how far the plan's end is from the one to be planned for, that one, and the pace of now."""
@@ -350,7 +354,11 @@ class TimeBudget:
         # Those that nobody asked for go before steps do, and come back where there is time for them again.
         share = to_come * pace.evaluation / max(end - now, 1e-9)
         makes = not self.may_leave_out or share <= 2 * EVALUATION_SHARE * (1.0 if evaluated else 0.5)
-        steps = min(step + steps_until(end, now, pace=pace, evaluations=makes * to_come), self.most)
+        if self.may_leave_out:
+            fitting = steps_until(end, now, pace=pace, evaluations=makes * to_come)
+        else:  # each so many steps, however many there will be
+            fitting = steps_until(end, now, pace=with_evaluations(pace, self.train.eval_every), evaluations=0)
+        steps = min(step + fitting, self.most)
         if steps == length and makes == evaluated:
             return None
         why = f"{steps} steps fit into train.time_budget_s={self.budget:g}, not {length}"
@@ -358,7 +366,7 @@ class TimeBudget:
             why += ", without evaluations before the last"
         self.planned_at = now
         console.say(f"step {step}: {why}")
-        return Change(step=step, length=steps, pace=True, evaluations=makes, why=why)
+        return Change(step=step, length=steps, pace=True, evaluations=makes, in_steps=not self.may_leave_out, why=why)
 
 
 def _last_of(steps: Sequence[float], seconds: float) -> list[float]:
@@ -380,19 +388,20 @@ class Checkpointer:
 
     def __init__(
         self, path: Path, every: int, schedule: RunSchedule, facts: dict[str, Any], *,
-        verifying: Verifying | None = None,
+        verifying: Verifying | None = None, asked: bool = False,
     ) -> None:  # fmt: skip
-        """`verifying` is the data that is still compared with its hashes; nothing that was learned from it is kept
-        before that has ended, on any machine."""
+        """`asked` says that a person asked for `every`, which then counts the steps of the run as it is run.
+        `verifying` is the data that is still compared with its hashes; nothing that was learned from it is kept before
+        that has ended, on any machine."""
         self.path, self.every, self.schedule, self.facts = path, every, schedule, facts
         self.saving: Saving | None = None
-        self.verifying, self.verified = verifying, False
+        self.verifying, self.verified, self.asked = verifying, False, asked
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         stop = ranks.total(bool(interrupts.requested))[0] > 0  # all processes leave at the same step
         if self.verifying and self.verifying.ended:
             self.verifying.finish()
-        if stop or state.stopped or self.schedule.due(state.step, self.every):
+        if stop or state.stopped or self.schedule.due(state.step, self.every, in_steps=self.asked):
             if not self.verified:
                 if self.verifying:
                     self.verifying.finish()

@@ -1,10 +1,12 @@
 """The log of a run: metrics.jsonl always, and the same values where a person looks at them."""
 
-import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from gptworks.core import folder
 from gptworks.core.config import Config
 from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.core.failpoint import failpoint
+from gptworks.core.log import console
 
+WANDB_ID = "wandb_id.txt"  # of the run at Weights & Biases; goes with the folder
 # What is logged of every step under train/, besides the figures of its objective.
 LOGGED = frozenset({
     "loss", "bits_per_byte", "grad_norm", "learning_rate", "epoch", "tokens", "tokens_per_second", "mfu", "data_wait",
@@ -37,7 +41,17 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1 if from_step else None)
-        self.wandb: Any = _wandb(wandb, run) if wandb else None
+        self.wandb: Any = None
+        if wandb:
+            self.wandb = self._at_wandb(lambda: _wandb(wandb, run))
+
+    def _at_wandb(self, act: Callable[[], Any]) -> Any:
+        """Does something at Weights & Biases. Where that fails, the run goes on without it, which is said once."""
+        try:
+            return act()
+        except Exception as error:  # of another program's, and of its network
+            self.wandb = None
+            console.warn(f"Weights & Biases failed, and hears no more of this run: {type(error).__name__}: {error}")
 
     def _trim(self, from_step: int) -> None:
         kept = []
@@ -65,7 +79,8 @@ class Metrics:
             for tag, value in values.items():
                 self.board.add_scalar(tag, value, step)
         if self.wandb:
-            self.wandb.log({**values, "step": step})  # by a metric of our own, so that a resumed run may go back
+            row = {**values, "step": step}  # by a metric of our own, so that a resumed run may go back
+            self._at_wandb(lambda: self.wandb.log(row))
 
     def text(self, step: int, tag: str, text: str) -> None:
         self.file.write(json.dumps({"step": step, tag: text}, ensure_ascii=False) + "\n")
@@ -82,7 +97,7 @@ class Metrics:
             if value is not None
         }
         if self.wandb:
-            self.wandb.config.update(flat, allow_val_change=True)
+            self._at_wandb(lambda: self.wandb.config.update(flat, allow_val_change=True))
         if not self.board:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -98,7 +113,7 @@ class Metrics:
         if self.board:
             self.board.close()
         if self.wandb:
-            self.wandb.finish()
+            self._at_wandb(lambda: self.wandb.finish())
 
 
 def logged_lines(path: Path) -> list[str]:
@@ -118,11 +133,30 @@ def check_wandb(project: str | None) -> None:
         raise UsageError(f'train.wandb={project}: wandb is not installed; pip install "gptworks[wandb]"')
 
 
-def _wandb(project: str, run: Path) -> Any:
-    """A Weights & Biases run that goes on where the run in this folder does."""
+def check_login(project: str | None) -> None:
+    """Raises UsageError where Weights & Biases is asked for and nobody is logged in; on a terminal it asks first."""
+    check_wandb(project)
+    if project is None:
+        return
     import wandb
 
-    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    try:
+        wandb.login()
+    except Exception as error:
+        raise UsageError(
+            f"train.wandb={project}: {str(error).rstrip('.')}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from None
+
+
+def _wandb(project: str, run: Path) -> Any:
+    """A Weights & Biases run that goes on where the run in this folder does, under whatever name the folder has."""
+    import wandb
+
+    kept = run / WANDB_ID
+    name = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+    if not re.fullmatch(r"[0-9a-f]{16}", name):
+        name = secrets.token_hex(8)
+        folder.write_text(kept, name + "\n")
     board = wandb.init(project=project, id=name, name=run.name, resume="allow", dir=str(run))
     board.define_metric("*", step_metric="step")
     return board

@@ -123,6 +123,7 @@ class Problem(ABC):
     tokenizer: "Tokenizer"
     identity: str
     epoch_tokens: int | None = None  # None: the data has no end
+    eval_tokens: int | None = None  # of an evaluation; None: what one costs is not known
     bytes_per_token: float | None = None  # of text, where the loss can be told in bits per byte
     parents: tuple[Parent, ...] = ()
     beside: Beside = Beside()
@@ -170,7 +171,7 @@ def opened(kind: type[Problem], config: Config, place: Place) -> Problem:
         if not hasattr(problem, name):
             raise UsageError(f"{class_of(kind)} has no {name} once it is open: see gptworks/training/problem.py")
     checked(problem.identity, str, f"{class_of(kind)}.identity")
-    for name in ("unit", "epoch_tokens", "bytes_per_token"):
+    for name in ("unit", "epoch_tokens", "eval_tokens", "bytes_per_token"):
         value = getattr(problem, name)
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UsageError(f"{class_of(kind)}.{name} is {value!r}: it has to be a number above 0")

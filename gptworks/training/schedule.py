@@ -6,7 +6,7 @@ RunSchedule, which is a function of the configuration with the changes written i
 
 import math
 
-from gptworks.core.config import Change, Train
+from gptworks.core.config import Change, ChosenTrain, Train
 from gptworks.core.registry import resolve
 
 SCHEDULES = {
@@ -20,17 +20,20 @@ SCHEDULES = {
 }
 
 
+EVAL_EVERY = "train.eval_every"
+
+
 class RunSchedule:
-    """The length and the rates of one run.
+    """The length, the rates and the intervals of one run.
 
     A change of length or a decay bends the schedule: the rate goes on from where it stands, so there is no jump. A
     decay falls from there as 1 - sqrt(share); otherwise the rate moves in a straight line, over the share of a
     warm-up and at least 2 %, to what the schedule says for the new length. A new `lr` holds at once, as it is meant to.
     """
 
-    def __init__(self, train: Train, changes: list[Change] | None = None) -> None:
-        """`changes` is read and not copied: what is appended to the list holds at once. None: those of `train`."""
-        assert train.max_steps, "the length is decided before"
+    def __init__(self, train: ChosenTrain, changes: list[Change] | None = None) -> None:
+        """`train` is as the run began. `changes` is read and not copied: what is appended to the list holds at once.
+        None: those of `train`."""
         self.train, self.planned = train, train.max_steps
         self.changes = train.changes if changes is None else changes
 
@@ -82,9 +85,25 @@ class RunSchedule:
                 rates |= {name: value for name in ("lr", "adam_lr") if (value := getattr(change, name)) is not None}
         return rates
 
-    def due(self, step: int, every: int) -> bool:
-        """True where an interval of `every` planned steps ends, or the run. One that ended before a new plan does not
-        end again."""
+    def due(self, step: int, every: int, in_steps: bool = False) -> bool:
+        """True where an interval of `every` steps ends, or the run.
+
+        A new pace makes the intervals of the rest of a plan longer or shorter, so that there are as many, unless they
+        were asked for `in_steps`. After a length that a person asked for, a step is a step again.
+        """
+        if step == self.length:
+            return True
+        if in_steps or self._longer_by_hand(step):
+            return step % every == 0
+        return self._share_ends(step, every)
+
+    def _longer_by_hand(self, step: int) -> Change | None:
+        """The latest change of length before a step that no clock made."""
+        by_hand = (c for c in reversed(self.changes) if c.length and not (c.pace or c.stretch) and c.step < step)
+        return next(by_hand, None)
+
+    def _share_ends(self, step: int, every: int) -> bool:
+        """True where `every` steps of the first plan are passed. What ended before a new plan does not end again."""
 
         def ended(by: int, length: int) -> int:
             if any(change.pace for change in self.changes):
@@ -95,15 +114,33 @@ class RunSchedule:
         for change in self.changes:
             if change.stretch and change.length and change.step < step:
                 most, length = max(most, ended(change.step, length)), change.length
-        return step == self.length or ended(step, length) > max(most, ended(step - 1, length))
+        return ended(step, length) > max(most, ended(step - 1, length))
 
-    def evaluates(self, step: int, every: int) -> bool:
+    def eval_every(self, step: int) -> int:
+        """The steps between evaluations that hold for a step."""
+        return self._told_every(step) or self.train.eval_every
+
+    def _told_every(self, step: int) -> int | None:
+        """The steps between evaluations by a change before a step; None where no change has said so."""
+        told = (c.values[EVAL_EVERY] for c in reversed(self.changes) if c.step < step and EVAL_EVERY in c.values)
+        return next(told, None)
+
+    def _latest_pace(self, step: int) -> Change | None:
+        return next((c for c in reversed(self.changes) if c.pace and c.step < step), None)
+
+    def evaluates(self, step: int) -> bool:
         """True where an evaluation is due that no new pace has left out; the last never is."""
-        latest = next((c for c in reversed(self.changes) if c.pace and c.step < step), None)
-        return self.due(step, every) and (step == self.length or latest is None or latest.evaluations)
+        every, pace = self.eval_every(step), self._latest_pace(step)
+        if step == self.length or self._told_every(step) or (pace and pace.in_steps):
+            return step == self.length or step % every == 0
+        return self._share_ends(step, every) and (pace is None or pace.evaluations)
 
-    def evaluations_before_the_last(self, step: int, every: int) -> int:
-        """Evaluations that are still to come by the plan, whether or not a pace leaves them out."""
+    def evaluations_before_the_last(self, step: int, in_steps: bool = False) -> int:
+        """Evaluations that are still to come by the plan, whether or not a pace leaves them out; `in_steps` where they
+        were asked for so."""
+        every, pace = self.eval_every(step + 1), self._latest_pace(step + 1)
+        if in_steps or self._told_every(step + 1) or (pace and pace.in_steps):
+            return (self.length - 1) // every - step // every
         return max(math.ceil(self.planned_left(step) / every) - 1, 0)
 
     def evaluations_left_out(self) -> bool:
@@ -112,7 +149,9 @@ class RunSchedule:
         return latest is not None and not latest.evaluations
 
     def reaches(self, step: int, share: float) -> bool:
-        """True at the first step at which so large a share of the run is done."""
+        """True at the first step at which so large a share of the run is done, as long as it is by then."""
+        if longer := self._longer_by_hand(step):
+            return step == max(round(share * (longer.length or 0)), 1) or (share == 1 and step == self.length)
         wanted = max(round(share * self.planned), 1) - 1e-9
         return self._planned_step(step - 1) < wanted <= self._planned_step(step) or (share == 1 and step == self.length)
 

@@ -32,7 +32,7 @@ from gptworks.training.assemble import Run, assemble
 from gptworks.training.change import asked_change
 from gptworks.training.decide import Decided, decide, provisional, reopened
 from gptworks.training.hooks import Checkpointer, Evaluations, Logger, Sampler, TimeBudget
-from gptworks.training.metrics import Metrics, check_wandb, logged_lines
+from gptworks.training.metrics import Metrics, check_login, check_wandb, logged_lines
 from gptworks.training.optim import OPTIMIZERS
 from gptworks.training.outcome import finish, parameters, result_of, step_flops
 from gptworks.training.problem import Place, Problem, Work, opened
@@ -78,7 +78,8 @@ def _problem(config: Config) -> type[Problem]:
 
 
 def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
-    """Runs the main process, which does everything. Returns what result.json has."""
+    """Runs the main process, which does everything and holds the folder's lock. Returns what result.json has."""
+    folder.clear_up(out, out / "checkpoints")
     file, different = _continued(config, out)
     if file is None:
         _check_nothing_is_replaced(out)
@@ -86,11 +87,10 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         folder.foreign_files(out / "model")  # replaced at the end: what is not ours there is a reason not to begin
     finished = file is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
-        console.say(f"run      {out} is finished; --fresh starts it over")
         ranks.tell("plan", json.dumps({"finished": True}))
-        return Trained.read(out / "result.json")
+        return _as_it_was(out)
     known: Config = config if file is None else file.chosen
-    check_wandb(known.train.wandb)  # a run of before may have one
+    check_login(known.train.wandb)
     base = _base(known)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
@@ -110,7 +110,9 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         _change(run, file, asked=config, different=different, out=out)
     failpoint("run.configured")
     plan = {
+        "begun": file.chosen.model_dump(mode="json"),
         "config": run.config.model_dump(mode="json"),
+        "run_asked": _asked(file.asked),
         "changes": [change.model_dump(mode="json") for change in file.changes],
         "asked": _asked(config),
         "restore": str(newest) if newest else None,
@@ -118,6 +120,18 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
     return _train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
+
+
+def _as_it_was(out: Path) -> Trained:
+    """The result of a finished run once more, and how it goes on."""
+    result = Trained.read(out / "result.json")
+    eval_of = result.eval if isinstance(result.eval, dict) else {}
+    figures = [f"{name} {value:.4g}" for name, value in eval_of.items() if isinstance(value, int | float)]
+    console.say(f"trained  {result.steps} steps: eval {', '.join(figures[:2])} -> {out / 'model'}")
+    console.say(
+        f"run      {out} is finished; train.max_steps={2 * result.steps} makes it longer, --fresh starts it over"
+    )
+    return result
 
 
 def run_worker(config: Config, out: Path) -> None:
@@ -137,7 +151,9 @@ def run_worker(config: Config, out: Path) -> None:
     verifying = kind.verify(chosen, place) if first else None
     run = reopened(chosen, opened(kind, chosen, place), base)
     changes = [Change.model_validate(change) for change in plan["changes"]]
-    file = RunFile(out / "config.yaml", chosen, asked=config, reasons={}, changes=changes)
+    begun = configuration.build(plan["begun"], "the main process's configuration", Chosen)
+    asked: Config = configuration.build(plan["run_asked"], "what the main process's run was asked")
+    file = RunFile(out / "config.yaml", begun, asked=asked, reasons={}, changes=changes)
     if plan["restore"]:
         folder.verify(Path(plan["restore"]))
         _restore(run, Path(plan["restore"]), file)
@@ -206,11 +222,10 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
         return None, []
     file = RunFile.read(out / "config.yaml")
     if different := configuration.differences(file.asked, config, "fixed"):
-        key, old, new = different[0]
-        more = f" (and {len(different) - 1} more keys)" if different[1:] else ""
+        each = "; ".join(f"{key}={old}, now {key}={new}" for key, old, new in different)
         raise RunMismatch(
-            f"{out} was started with {key}={old}, now {key}={new}{more}; "
-            "use the old value, another --out, or --fresh to set the old run aside"
+            f"{out} was started with {each}; use the old value{'s' * (len(different) > 1)}, another --out, or --fresh "
+            "to set the old run aside"
         )
     today = {
         key: value
@@ -218,6 +233,8 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
         if (value := configuration.get(config, key)) is not None or configuration.is_unset(config, key)
     }
     file.chosen = configuration.with_values(file.chosen, today)
+    if (every := config.train.checkpoint_every) is not None:
+        file.asked = configuration.with_values(file.asked, {"train.checkpoint_every": every})
     return file, configuration.differences(file.asked, config, "flexible")
 
 
@@ -305,7 +322,7 @@ def _train(
     if train.patience is None:
         state.best = {}  # of when there was one
     work = run.start()
-    schedule = RunSchedule(train, file.changes)
+    schedule = RunSchedule(file.chosen.train, file.changes)
     facts = {
         "data": problem.identity, "threads": train.threads, "versions": runtime.versions(),
         "parents": _frozen_parents(run), "problem": _own_file(config.problem.kind),
@@ -330,8 +347,9 @@ def _train(
         told=budget.time_evaluation,
     )
     checkpointer = Checkpointer(
-        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying
-    )
+        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying,
+        asked=file.asked.train.checkpoint_every is not None,
+    )  # fmt: skip
     if decided:
         evaluations.seconds = decided.measured.eval_seconds
     hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
@@ -427,7 +445,7 @@ def replay(out: Path) -> Verified:
     _check_agreement(run, restore(run.state, older))
     target = assemble(config, problem, base).state
     restore(target, newer)
-    train, schedule, first = config.train, RunSchedule(config.train, file.changes), run.state.step
+    train, schedule, first = config.train, RunSchedule(file.chosen.train, file.changes), run.state.step
     work = run.start()
     evaluations = Evaluations(work.evaluate, problem, train=train, schedule=schedule)
 

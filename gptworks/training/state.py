@@ -8,6 +8,7 @@ and a reader takes the newest that verifies. There is no random state to store: 
 import hashlib
 import json
 import math
+import operator
 import re
 import shutil
 import threading
@@ -36,6 +37,26 @@ COUNTERS: dict[str, Any] = {
     "step": int, "tokens": int, "best_figure": float | None, "evals_since_best": int, "skipped": int, "norms": list,
     "seconds": float, "stopped": str | None, "scale": float, "steps_since_scaled": int, "values": dict,
 }  # fmt: skip
+BESIDE = ("seconds", "stopped", "unlogged")  # what no step depends on
+
+
+@dataclass
+class Sums:
+    """The measurements of the steps since the last logged row, added up."""
+
+    loss: float = 0.0  # times the weight
+    weight: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0  # of those, waiting for batches
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the objective: sum and weight
+
+    @classmethod
+    def of(cls, values: Any) -> "Sums":
+        """Those that a checkpoint keeps. Raises TypeError, ValueError."""
+        plain = {name: float(value) for name, value in values.items() if name not in ("tokens", "figures")}
+        figures = {str(name): (float(total), float(weight)) for name, (total, weight) in values["figures"].items()}
+        return cls(**plain, tokens=operator.index(values["tokens"]), figures=figures)
 
 
 @dataclass
@@ -58,6 +79,7 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the best figure (train.patience), else empty
     seconds: float = 0.0  # of training, over all of the run's processes
     stopped: str | None = None  # why the run ended, once it has
+    unlogged: Sums = field(default_factory=Sums)  # so that a resumed run logs what one that was not stopped does
     reader: "Saving | None" = None  # a checkpoint in the making, which still reads the tensors
 
     def settle(self) -> None:
@@ -86,7 +108,8 @@ class State:
     def counters(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in COUNTERS}
         own = json.loads(json.dumps(self.values, allow_nan=False))  # as a checkpoint gives them back
-        return values | {"cursor": asdict(self.cursor), "norms": list(self.norms), "values": own}
+        plain = {"cursor": asdict(self.cursor), "unlogged": asdict(self.unlogged)}
+        return values | plain | {"norms": list(self.norms), "values": own}
 
     def fingerprint(self) -> str:
         """SHA-256 over every bit that decides the next step: all tensors and counters, not the clock."""
@@ -95,7 +118,7 @@ class State:
             for name in sorted(tensors):
                 digest.update(f"{group} {name}".encode())
                 digest.update(_bits(tensors[name]))
-        counters = {key: value for key, value in self.counters().items() if key not in ("seconds", "stopped")}
+        counters = {key: value for key, value in self.counters().items() if key not in BESIDE}
         digest.update(json.dumps(counters, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -113,7 +136,7 @@ class State:
                     return f"{kind} {name} differs by up to {most:.3g}"
         counters, others = self.counters(), other.counters()
         for key in counters:
-            if counters[key] != others[key] and key not in ("seconds", "stopped"):
+            if counters[key] != others[key] and key not in BESIDE:
                 return f"{key} is {counters[key]} and {others[key]}"
         return None
 
@@ -256,7 +279,7 @@ def restore(state: State, path: Path) -> dict[str, Any]:
     facts = folder.read_json(path / "state.json")
     if not isinstance(facts, dict):
         raise DataError(f"{path}: not a checkpoint of this version: {type(facts).__name__}")
-    added = {"scale": state.scale, "steps_since_scaled": 0, "values": {}}  # since version 0.1.0
+    added = {"scale": state.scale, "steps_since_scaled": 0, "values": {}, "unlogged": asdict(Sums())}  # since 0.1.0
     facts = added | {"best_figure" if key == "best_loss" else key: value for key, value in facts.items()}
     parameters = state.trained()
     try:
@@ -265,8 +288,8 @@ def restore(state: State, path: Path) -> dict[str, Any]:
                 raise TypeError(f"{key} is {str(facts[key])[:80]}")
         if not all(isinstance(norm, float) for norm in facts["norms"]):
             raise TypeError("norms")
-        cursor = Cursor(**facts["cursor"])
-    except (KeyError, TypeError) as error:
+        cursor, unlogged = Cursor(**facts["cursor"]), Sums.of(facts["unlogged"])
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise DataError(f"{path}: not a checkpoint of this version: {type(error).__name__}: {error}") from None
     weights = _weights(path / "model.safetensors", parameters)
     average, best = (
@@ -284,7 +307,7 @@ def restore(state: State, path: Path) -> dict[str, Any]:
         state.optimizers[number].state[parameter][slot] = value.to(parameter.device)
     for key in COUNTERS:
         setattr(state, key, facts[key])
-    state.cursor = cursor
+    state.cursor, state.unlogged = cursor, unlogged
     return facts
 
 

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from gptworks.core.config import Config
 from gptworks.core.log import console
 from gptworks.core.runtime import interrupts
+from gptworks.data.batch import Batches
 from gptworks.model.transformer import Transformer
 from gptworks.planning.choices import Measured
 from gptworks.training.assemble import Run, trial_of
@@ -20,14 +22,11 @@ ENOUGH_SECONDS = 1.0  # of steps: the plan that is made of them is changed by th
 
 
 def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
-    """Counts the rows of `train.max_epochs`, and where there is a time budget times a few steps and a part of an
-    evaluation on a copy of the model. `clock` gives the seconds since the command began."""
-    options = run.config.train
-    rows = None
-    if options.max_epochs and options.batch_tokens != "full":
-        rows = work.batches.rows_in(options.max_epochs)
+    """Counts rows, and where there is a time budget times a few steps and a part of an evaluation on a copy of the
+    model. `clock` gives the seconds since the command began."""
+    options, counted = run.config.train, measured_rows(work.batches, run.config)
     if not options.time_budget_s:
-        return Measured(rows)
+        return counted
     console.live("timing a few steps")
     trial = trial_of(run)
     trial_work = run.start(trial)
@@ -48,12 +47,19 @@ def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
     train(
         trial, trial_work.batches, trial_work.objective, train=options, layout=layout, schedule=endless, hooks=[timer]
     )
-    return Measured(
-        rows,
-        statistics.median(times[1:]),
+    return replace(
+        counted,
+        step_seconds=statistics.median(times[1:]),
         eval_seconds=statistics.median(evaluations[1:]),  # the first has what is allocated once
         left_seconds=options.time_budget_s - clock(),
     )
+
+
+def measured_rows(batches: Batches, config: Config) -> Measured:
+    """Counts the rows that epochs come to, and how full rows are where tokens are counted."""
+    train = config.train
+    rows = batches.rows_in(train.max_epochs) if train.max_epochs and train.batch_tokens != "full" else None
+    return Measured(rows, fill=batches.fill if train.max_tokens else 1.0)
 
 
 def evaluation_seconds(evaluate: Evaluator, model: Transformer) -> float:

@@ -152,6 +152,42 @@ def test_the_smallest_limit_counts():
     assert full.chosen.train.max_steps == 3
 
 
+def test_the_smaller_of_steps_and_a_budget_holds_and_is_said():
+    measured = replace(FACTS, measured=Measured(None, step_seconds=0.1, eval_seconds=2.0, left_seconds=90.0))
+    for steps, holds, says in (
+        (60, 60, "60 steps, within train.time_budget_s=100"),
+        (5000, 802, "1 min 30 s of 100 s left, 100 ms a step; fewer than train.max_steps=5000"),
+    ):
+        choices = choose(asked(max_steps=steps, time_budget_s=100), measured, tiny.MACHINE)
+        assert choices.chosen.train.max_steps == holds and choices.reasons["train.max_steps"] == says
+    by_tokens = choose(asked(max_steps=None, max_tokens=2048, time_budget_s=100), measured, tiny.MACHINE)
+    assert by_tokens.reasons["train.max_steps"] == "train.max_tokens=2048, within train.time_budget_s=100"
+
+
+def test_a_number_of_tokens_is_of_those_that_are_trained_on_and_padding_is_said():
+    for fill, steps, padding in ((0.52, 187, "; 48% padding"), (0.995, 97, "")):
+        facts = replace(FACTS, measured=Measured(fill=fill))
+        choices = choose(asked(max_steps=None, max_tokens=100_000), facts, tiny.MACHINE)
+        assert choices.chosen.train.max_steps == steps
+        assert choices.reasons["train.max_steps"] == f"train.max_tokens=100000{padding}"
+
+
+def test_evaluations_that_nobody_asked_for_take_a_twelfth_of_a_run_at_most():
+    """A third of what training on as many tokens costs; 100 steps of 1,024 tokens."""
+    for tokens, every, says in (
+        (1_000, 10, "10 evaluations, 3 % of the run"),
+        (8_000, 34, "3 evaluations, 7 % of the run"),
+        (300, 10, "10 evaluations, less than 1 % of the run"),
+        (200_000, 100, "one evaluation, at the end, 39 % of the run"),
+    ):
+        choices = choose(asked(), replace(FACTS, eval_tokens=tokens), tiny.MACHINE)
+        assert (choices.config.train.eval_every, choices.reasons["train.eval_every"]) == (every, says)
+    large = replace(FACTS, eval_tokens=200_000)
+    assert choose(asked(eval_every=3), large, tiny.MACHINE).config.train.eval_every == 3
+    for ends in ({"patience": 2}, {"target_loss": 1.0}):  # by its evaluations
+        assert choose(asked(**ends), large, tiny.MACHINE).config.train.eval_every == 10
+
+
 def test_a_budget_that_is_used_up_is_refused():
     late = replace(FACTS, measured=Measured(None, step_seconds=1.0, eval_seconds=0.1, left_seconds=1.5))
     with pytest.raises(UsageError, match="give more time or a smaller model"):

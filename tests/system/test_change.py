@@ -62,6 +62,48 @@ def test_a_finished_run_is_extended_without_a_jump_in_the_rate(train, tmp_path, 
     assert lifecycle.verify(run)["identical"]
 
 
+def evaluated(run: Path) -> list[int]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "eval/loss" in row]
+
+
+OPEN = {"train.eval_every": None, "train.checkpoint_every": None}
+
+
+def test_what_followed_from_the_length_follows_from_the_new_one(train, tmp_path, monkeypatch):
+    """A fault that was seen: a run of 10 steps made 300 was evaluated, and saved, at each of them."""
+    train(**OPEN, **{"train.max_steps": 4})
+    first, run = evaluated(tmp_path / "run"), tmp_path / "run"
+    train(**OPEN, **{"train.max_steps": 40}, stop=13)
+    result = train(**OPEN, **{"train.max_steps": 40})
+    file = RunFile.read(run / "config.yaml")
+    every = file.changes[0].values["train.eval_every"]
+    assert file.chosen.train.eval_every < every and file.at(40).train.eval_every == every
+    assert evaluated(run) == [*first, *range(every * (4 // every + 1), 40, every), 40] and len(evaluated(run)) < 12
+    assert f"train.eval_every={every}, was {file.chosen.train.eval_every}" in result["changes"][0]
+    assert file.chosen.train.checkpoint_every >= 4 and lifecycle.verify(run)["identical"]
+
+
+def test_evaluations_may_be_asked_for_otherwise_with_a_change_or_on_the_way(train, tmp_path):
+    train(stop=7)
+    train(**{"train.eval_every": 2})
+    train(**{"train.eval_every": 5, "train.max_steps": 21})
+    assert evaluated(tmp_path / "run") == [6, 8, 10, 12, 15, 20, 21]
+    assert lifecycle.verify(tmp_path / "run")["identical"]
+    with pytest.raises(RunMismatch, match="train.eval_every=3: the run is finished at step 21"):
+        train(**{"train.eval_every": 3, "train.max_steps": 21})
+
+
+def test_a_run_of_padded_rows_has_about_the_tokens_that_were_asked_for_and_goes_on(train, tmp_path):
+    """A fault that was seen: 52,000 tokens of 100,000, and 80,000 were refused as done."""
+    (tmp_path / "padded.jsonl").write_text("".join(f'{{"text": "{"the king " * 3}{n}"}}\n' for n in range(400)))
+    texts = {"data.train": str(tmp_path / "padded.jsonl"), "train.max_steps": None, "tokenizer.kind": "bytes",
+             "train.context": 48}  # fmt: skip
+    for tokens in (3000, 5000):
+        result = train(**texts, **{"train.max_tokens": tokens})
+        assert abs(result["tokens"] - tokens) < 256
+
+
 def test_tokens_extend_a_run_that_steps_had_limited(train):
     train()
     result = train(**{"train.max_tokens": 256 * 20})
@@ -146,6 +188,25 @@ def test_what_can_no_longer_be_had_is_refused_and_loses_nothing(train, tmp_path,
         train(**settings)
     assert refused.value.code == 78
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_all_keys_that_keep_a_run_from_going_on_are_named(train):
+    train()
+    says = (
+        r"train\.seed=1, now train\.seed=2; train\.weight_decay=None, now train\.weight_decay=0\.3; use the old values"
+    )
+    with pytest.raises(RunMismatch, match=says):
+        train(**{"train.seed": 2, "train.weight_decay": 0.3})
+
+
+def test_a_finished_run_gives_its_result_again_and_says_how_it_goes_on(train, tmp_path, capsys):
+    first = train()
+    capsys.readouterr()
+    assert train() == first
+    said = capsys.readouterr().err
+    assert f"trained  12 steps: eval loss {first['eval']['loss']:.4g}" in said and f"{tmp_path}/run/model" in said
+    assert "is finished; train.max_steps=24 makes it longer, --fresh starts it over" in said
+    assert train(**{"train.max_steps": 24})["steps"] == 24
 
 
 def test_the_course_written_down_is_the_course_that_was_run(train, tmp_path):

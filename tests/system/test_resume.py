@@ -15,6 +15,7 @@ from gptworks import lifecycle
 from gptworks.core import folder, runtime
 from gptworks.core.errors import DataError, Preempted, RunMismatch, StorageError
 from gptworks.model import build
+from gptworks.training import hooks
 from gptworks.training.hooks import Checkpointer
 from gptworks.training.metrics import Metrics
 from gptworks.training.state import listing
@@ -87,6 +88,15 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["train/loss"], row["train/grad_norm"]) for row in rows if "train/loss" in row]
 
 
+CLOCK = ("train/tokens_per_second", "train/mfu", "train/data_wait", "train/seconds", "train/memory_gib")
+
+
+def logged(run: Path) -> list[dict[str, object]]:
+    """All that was logged but what a clock or the memory says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
+
+
 # -- resume ------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +121,47 @@ def test_resume_is_bitwise_equal_to_straight_run(
         assert losses(out) == losses(expected)
         assert result["eval"] == folder.read_json(expected / "result.json")["eval"]
         assert torch.get_num_threads() == threads
+
+
+def test_a_resumed_run_logs_what_the_straight_one_logs(tiny_config, tmp_path, interrupt, monkeypatch):
+    """Stopped at 7 and continued, then killed at 11 and continued from 8: neither is a multiple of the interval."""
+    config = tiny_config(**STEADY, **{"train.log_every": 5, "train.eval_every": 3})
+    lifecycle.train(config, tmp_path / "straight", "tiny")
+    stop_at(interrupt, 7, config, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(hooks.Logger, "__call__", _killed_at(11))
+        lifecycle.train(config, tmp_path / "run", "tiny")
+    lifecycle.train(config, tmp_path / "run", "tiny")
+    assert logged(tmp_path / "run") == logged(tmp_path / "straight")
+    assert lifecycle.verify(tmp_path / "run")["identical"]
+
+
+def _killed_at(step):
+    usual = hooks.Logger.__call__
+
+    def hooked(self, state, metrics):
+        if state.step == step:
+            raise KeyError
+        return usual(self, state, metrics)
+
+    return hooked
+
+
+def test_what_a_process_that_is_gone_left_half_written_goes_away(tiny_config, tmp_path, interrupt):
+    """A checkpoint in the making when a preemption ended in SIGKILL, and whatever else; that of a process that lives
+    stays, and an old model folder about to be replaced goes back."""
+    config, out, dead = tiny_config(), tmp_path / "run", 2**22 + 1
+    stop_at(interrupt, 5, config, out)
+    left = [out / "checkpoints" / f".step-00000004.{dead}.tmp", out / f".data.{dead}.tmp"]
+    for path in left:
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+    (text := out / f".config.yaml.{dead}.tmp").write_text("half")
+    (theirs := out / f".report.html.{os.getppid()}.tmp").write_text("half")
+    assert lifecycle.train(config, out, "tiny")["steps"] == STEPS
+    assert theirs.exists() and not [path for path in (*left, text) if path.exists()]
+    (out / "model").rename(out / f".model.{dead}.old.tmp")
+    assert lifecycle.train(config, out, "tiny")["steps"] == STEPS and (out / "model" / "config.json").is_file()
 
 
 def test_the_comparison_would_see_one_other_dropout_mask(straight, tiny_config, tmp_path):

@@ -57,7 +57,7 @@ def live(
         state.step += 1
         now += step * slowness() + dict(pauses).get(state.step, 0.0)
         budget(state, None)
-        if course.evaluates(state.step, train.eval_every) and state.step < course.length:
+        if course.evaluates(state.step) and state.step < course.length:
             seconds = evaluation * slowness()
             now += seconds
             budget.time_evaluation(seconds)
@@ -141,6 +141,13 @@ def test_evaluations_that_nobody_asked_for_are_left_out_before_steps_are():
     assert any(not change.evaluations for change in free.schedule.changes)
     first = next(change.step for change in free.schedule.changes if not change.evaluations)
     assert not [step for step in free.evaluated if step > first] and [step for step in asked.evaluated if step > first]
+
+
+@pytest.mark.parametrize("factor", [5.0, 0.2])
+def test_evaluations_that_were_asked_for_are_at_their_steps_of_the_run_as_it_was_run(factor):
+    run = live(moment=0.3, factor=factor, asked=20)
+    assert run.schedule.changes and run.evaluated == list(range(20, run.schedule.length, 20))
+    assert 0.9 * BUDGET <= run.end <= 1.1 * BUDGET
 
 
 def test_a_plan_recorded_by_an_earlier_version_keeps_its_meaning():

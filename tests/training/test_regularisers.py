@@ -1,7 +1,9 @@
 """What may be added to a training: z-loss, smoothed targets, averaged and best weights, left-out spikes."""
 
 import copy
+import importlib
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,14 +181,20 @@ def test_wandb_is_asked_for_only_where_it_is_installed(tiny_config, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_gets_every_logged_value(tiny_config, tmp_path, monkeypatch):
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A package of that name, which keeps what it is told."""
     package = tmp_path / "site" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(str(package.parent))
-    lifecycle.train(tiny_config(**{"train.wandb": "mine"}), tmp_path / "run")
-    import wandb
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield importlib.import_module("wandb")
+    sys.modules.pop("wandb")
 
+
+def test_wandb_gets_every_logged_value(tiny_config, tmp_path, wandb):
+    lifecycle.train(tiny_config(**{"train.wandb": "mine"}), tmp_path / "run")
     rows = [row for row in wandb.runs[0].rows if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 13)) and wandb.runs[0].finished
     assert wandb.runs[0].options["project"] == "mine" and wandb.runs[0].config.values["train.max_steps"] == 12
@@ -194,6 +202,51 @@ def test_wandb_gets_every_logged_value(tiny_config, tmp_path, monkeypatch):
         line for line in Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "train/loss" in line
     ]
     assert len(logged) == len(rows)
+
+
+def test_wandb_knows_a_run_by_its_folder_and_not_by_its_path(tmp_path, wandb):
+    """A fault that was seen: a fresh run was appended to the old one, a renamed one was two."""
+    names = []
+    for move in (None, "renamed", None, "fresh"):
+        if move == "renamed":
+            (tmp_path / "run").rename(tmp_path / "run.1")
+            (tmp_path / "run.1").rename(tmp_path / "other")
+            (tmp_path / "run").symlink_to(tmp_path / "other")
+        if move == "fresh":
+            (tmp_path / "run").unlink()
+        (tmp_path / "run").mkdir(exist_ok=True)
+        metrics.Metrics(tmp_path / "run", 0, tensorboard=False, wandb="mine").close()
+        names.append(wandb.runs[-1].options["id"])
+    assert names[0] == names[1] == names[2] != names[3] and all(len(name) == 16 for name in names)
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "update", "finish"])
+def test_wandb_that_fails_ends_no_training_and_is_said_once(tmp_path, wandb, monkeypatch, capsys, fails):
+    def broken(*_, **__):
+        raise ConnectionError("no network")
+
+    part = {"init": wandb, "update": wandb.Config}.get(fails, wandb.Run)
+    monkeypatch.setattr(part, fails, broken)
+    logged = metrics.Metrics(tmp_path, 0, tensorboard=False, wandb="mine")
+    logged.hyperparameters("", tiny.chosen_config())
+    for step in (1, 2):
+        logged.write(step, {"train/loss": 1.0})
+    logged.close()
+    said = capsys.readouterr().err
+    assert said == "warning: Weights & Biases failed, and hears no more of this run: ConnectionError: no network\n"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_missing_login_is_said_before_the_text_is_read(tiny_config, tmp_path, wandb, monkeypatch):
+    def nobody():
+        raise RuntimeError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "login", nobody)
+    with pytest.raises(
+        UsageError, match="train.wandb=mine: No API key configured; run `wandb login`, or set WANDB_MODE"
+    ):
+        lifecycle.train(tiny_config(**{"train.wandb": "mine"}), tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 FAKE_WANDB = """
@@ -206,6 +259,7 @@ class Run:
     def define_metric(self, name, step_metric): self.by = step_metric
     def log(self, row): self.rows.append(row)
     def finish(self): self.finished = True
+def login(): return True
 def init(**options):
     runs.append(Run(options))
     return runs[-1]

@@ -81,6 +81,25 @@ def test_a_time_budget_stretches_the_intervals_and_a_person_does_not():
     assert [s for s in range(1, 201) if by_hand.due(s, 25)] == list(range(25, 201, 25))
 
 
+def test_what_was_asked_in_steps_is_in_steps_whatever_the_pace():
+    asked = course(eval_every=20, changes=(Change(step=33, length=150, pace=True, in_steps=True),))
+    assert [s for s in range(1, 151) if asked.evaluates(s)] == [*range(20, 150, 20), 150]
+    assert asked.evaluations_before_the_last(33) == 6
+    plain = course(eval_every=20, changes=(Change(step=33, length=150, pace=True),))  # as the version before wrote it
+    assert [s for s in range(1, 151) if plain.evaluates(s)] == [20, 46, 81, 116, 150]
+    assert [s for s in range(1, 151) if plain.due(s, 20, in_steps=True)] == [*range(20, 150, 20), 150]
+
+
+def test_after_a_longer_length_that_a_person_asked_for_intervals_end_in_steps_again():
+    """A fault that was seen: a run whose pace had changed, made longer, had no checkpoint until its end."""
+    longer = Change(step=60, length=200, values={"train.eval_every": 30})
+    made = course(eval_every=25, changes=(Change(step=50, length=60, pace=True), longer))
+    assert [s for s in range(1, 201) if made.due(s, 25)] == [25, 50, 55, 60, *range(75, 200, 25), 200]
+    assert [s for s in range(1, 201) if made.evaluates(s)] == [25, 50, 55, 60, 90, 120, 150, 180, 200]
+    assert made.evaluations_before_the_last(100) == 3 and made.reaches(200, 1.0)
+    assert [s for s in range(61, 201) if made.reaches(s, 0.3) or made.reaches(s, 0.5)] == [100]
+
+
 def test_the_range_schedule_rises_in_equal_ratios():
     values = rates(course("range", 11, min_lr=1e-5, warmup=0.0))
     assert values[0] == pytest.approx(1e-5) and values[-1] == 1.0

@@ -256,6 +256,7 @@ class Change(Section):
     adam_lr: NonNegative | None = None
     pace: bool = False  # the length alone: rates and intervals stay as they were planned by share of the run
     evaluations: bool = True  # of a pace: whether those before the last are made
+    in_steps: bool = False  # of a pace: evaluations stay at the steps that train.eval_every asked for
     stretch: bool = False  # a pace of version 0.1.0: rates bend, intervals grow with the length
     values: dict[str, Any] = {}  # of other keys, by dotted name
     why: str = ""
@@ -275,7 +276,7 @@ PROBLEMS = {"pretraining": "gptworks.training.pretraining:Pretraining"}
 class Train(Section):
     seed: Natural = fixed(1, "initial weights, data order and dropout follow from it")
     max_steps: Count | None = flexible(None, "stop after so many optimizer steps")
-    max_tokens: Count | None = flexible(None, "stop after so many tokens")
+    max_tokens: Count | None = flexible(None, "stop after about so many tokens that are trained on")
     max_epochs: Positive | None = flexible(None, "stop after so many passes over the training text")
     target_loss: Positive | None = flexible(None, "stop once the evaluation loss (nats a token) is at or below this")
     time_budget_s: Positive | None = fixed(None, "seconds from process start to the model folder; becomes a step count")
@@ -327,7 +328,7 @@ class Train(Section):
     )
     timeout_s: Positive = free(300.0, "several processes: end them all where one makes no progress for so long")
     checkpoint_every: Count | None = free(None, "steps between checkpoints")
-    eval_every: Count | None = fixed(None, "steps between evaluations")
+    eval_every: Count | None = flexible(None, "steps between evaluations")
     log_every: Count = free(10, "steps between logged lines")
     tensorboard: bool = free(True, "write tensorboard/ beside metrics.jsonl")
     wandb: str | None = free(None, "also log to this Weights & Biases project")
