@@ -101,7 +101,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     if file is None:
         decided = decide(config, problem, base)
         run = decided.run
-        file = _written_down(decided, config, out)
+        file = _written_down(decided, config, out=out, recipe=recipe)
     else:
         run, decided = reopened(file.at(2**62), problem, base), None
     if newest:
@@ -183,13 +183,15 @@ def _base(config: Config) -> Loaded | None:
     return build.with_tokens(base, source.add_tokens) if source.add_tokens else base
 
 
-def _written_down(decided: Decided, config: Config, out: Path) -> RunFile:
+def _written_down(decided: Decided, config: Config, *, out: Path, recipe: str) -> RunFile:
     """Says what was chosen, and writes config.yaml and what it was decided from."""
     chosen, reasons = decided.run.config, decided.choices.reasons
     for key, reason in sorted(reasons.items()):
         console.say(f"chosen   {key}={configuration.get(chosen, key)}: {reason}")
     begun = configuration.with_values(chosen, {"train.changes": []})
-    file = RunFile(out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes))
+    file = RunFile(
+        out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes), recipe=recipe
+    )
     kept = {"facts": decided.facts.as_dict(), "machine": decided.machine.as_dict()}
     folder.write_json(out / CHOICES, kept)
     file.write()
