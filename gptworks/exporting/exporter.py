@@ -97,9 +97,12 @@ def export(
         return result
     place = folder.commit if exporter.is_folder else folder.commit_file
     with place(out) as aside:
+        console.live(f"writing {out}")
         exporter.write(aside)
+        console.live(f"comparing {out} with its source")
         written = sum(file.stat().st_size for file in ([aside] if aside.is_file() else aside.rglob("*")))
         parity = exporter.check(aside, rows)
+    console.clear()
     return replace(result, bytes=written, parity=asdict(parity) | {"line": parity.line()})
 
 

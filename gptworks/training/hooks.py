@@ -82,10 +82,12 @@ class Logger:
         for name, (total, weight) in m.figures.items():
             before = self._figures.get(name, (0.0, 0.0))
             self._figures[name] = (before[0] + total, before[1] + weight)
+        loss, speed = self._loss / self._weight, self._tokens / self._seconds
+        if console.terminal:
+            console.live(self._line(state, loss, speed))
         if state.step % self.every and state.step != self.schedule.length and not state.stopped:
             return
-        loss = self._loss / self._weight
-        speed, scaled = self._tokens / self._seconds, state.model.dtype == torch.float16
+        scaled = state.model.dtype == torch.float16
         self.metrics.write(
             state.step,
             {
@@ -107,8 +109,6 @@ class Logger:
         )
         line = self._line(state, loss, speed)
         self._clear()
-        if console.terminal:
-            console.live(line)
         last = state.step == self.schedule.length
         if time.perf_counter() - self._said > (10 if not console.terminal else 30) or last:
             self._said = time.perf_counter()

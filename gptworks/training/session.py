@@ -17,7 +17,7 @@ from gptworks.core import ranks as processes
 from gptworks.core.config import Change, Chosen, Config, RunFile
 from gptworks.core.errors import DataError, PeerLost, RunMismatch, UsageError
 from gptworks.core.failpoint import failpoint
-from gptworks.core.log import console, count
+from gptworks.core.log import console, count, plural
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import file_of, resolve
 from gptworks.core.results import Trained, Verified
@@ -86,7 +86,10 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         folder.foreign_files(out / "model")  # replaced at the end: what is not ours there is a reason not to begin
     finished = file is not None and (out / "result.json").is_file() and (out / "model").is_dir()
     if finished and not different:
-        console.say(f"run      {out} is finished; --fresh starts it over")
+        console.say(
+            f"run      {out} is finished; `gptworks continue {out} train.max_steps=N` makes it longer, "
+            "--fresh starts it over"
+        )
         ranks.tell("plan", json.dumps({"finished": True}))
         return Trained.read(out / "result.json")
     known: Config = config if file is None else file.chosen
@@ -186,8 +189,13 @@ def _base(config: Config) -> Loaded | None:
 def _written_down(decided: Decided, config: Config, *, out: Path, recipe: str) -> RunFile:
     """Says what was chosen, and writes config.yaml and what it was decided from."""
     chosen, reasons = decided.run.config, decided.choices.reasons
+    usual = [key for key, reason in reasons.items() if reason == f"{chosen.model.family}'s default"]
     for key, reason in sorted(reasons.items()):
-        console.say(f"chosen   {key}={configuration.get(chosen, key)}: {reason}")
+        if key not in usual:
+            console.say(f"chosen   {key}={configuration.get(chosen, key)}: {reason}")
+    if usual:
+        rest = plural(len(usual), "more is a default", "more are defaults")
+        console.say(f"chosen   {rest} of {chosen.model.family}: they stand in {out / 'config.yaml'}")
     begun = configuration.with_values(chosen, {"train.changes": []})
     file = RunFile(
         out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes), recipe=recipe
@@ -349,9 +357,11 @@ def _train(
                         schedule=schedule)
             )  # fmt: skip
     hooks.append(checkpointer)
+    console.live(f"step {state.step}/{schedule.length}")
     try:
         loop.run(state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule, hooks=hooks)
         checkpointer.finish()
+        console.clear()
         final = evaluations.final(state)
         ranks.end()
         with using(state.model, state.best or state.average):
@@ -435,8 +445,10 @@ def replay(out: Path) -> Verified:
 
     def evaluate(state: State, m: loop.StepMetrics) -> None:
         evaluations(state, m)  # and go on: what ends a run may have been asked for later
+        console.live(f"replaying  step {state.step}/{target.step}")
 
     run.state.stopped = None
+    console.live(f"replaying  step {first}/{target.step}")
     loop.run(
         run.state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule,
         hooks=[evaluate], until=target.step,
@@ -444,6 +456,7 @@ def replay(out: Path) -> Verified:
     if train.patience is None or not target.best:  # dropped, or asked for, since
         run.state.best, target.best = {}, {}
     difference = run.state.difference(target)
+    console.clear()
     return Verified(
         verdict="identical to the bit" if difference is None else difference,
         identical=difference is None,

@@ -69,7 +69,7 @@ def _range(bounds: tuple[Any, ...]) -> str:
 def explain(
     error: ValidationError | RecursionError, known: Mapping[str, FieldInfo], sections: list[str]
 ) -> list[tuple[str, str]]:
-    """What is wrong, as pairs of the key and a message that names it. `known` are the keys, `sections` group them."""
+    """Gives each mistake as the key and a message that names it. `known` are the keys, `sections` what groups them."""
     if isinstance(error, RecursionError):
         return [("", "nested too deeply")]
     by_key: dict[str, list[Any]] = {}

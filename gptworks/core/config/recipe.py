@@ -40,6 +40,10 @@ def recipe_text(recipe: str) -> str:
         return (resources.files("gptworks") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
+        if (path / "config.yaml").is_file():
+            raise UsageError(
+                f"{recipe} is a run: `gptworks continue {recipe}` goes on with it; {path / 'config.yaml'} is a recipe"
+            )
         close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(recipe_names())}"
         raise UsageError(f"unknown recipe {recipe!r}: {hint} (or a .yaml file of your own)")
@@ -169,9 +173,9 @@ def problem_of(tree: dict[str, Any]) -> Any:
 def build(
     tree: dict[str, Any],
     where: str,
-    kind: type[C] = Config,
+    kind: type[C] = Config,  # type: ignore[assignment]
     *,
-    origins: dict[str, str] | None = None,  # type: ignore[assignment]
+    origins: dict[str, str] | None = None,
 ) -> C:
     """Validates a nested mapping; the mistakes are one line that names the keys and where each stands: in `where`, or
     as `origins` has it, where a key without a place was said on the command line."""

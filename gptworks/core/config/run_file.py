@@ -84,7 +84,7 @@ class RunFile:
 
 
 def continued(run: Path, overrides: list[str] | dict[str, Any] | None = None) -> tuple[Config, str]:
-    """What was asked of a run, with what is asked otherwise now, and the name of its recipe: what continues it.
+    """Gives what continues a run: what was asked of it, with what is asked otherwise now, and the name of its recipe.
     Raises UsageError, DataError."""
     path = run / "config.yaml"
     if not path.is_file():
