@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gptworks.core.errors import DataError, GptworksError, Preempted, StorageError, UsageError
-from gptworks.core.log import PRINTABLE, console, count, table
+from gptworks.core.log import PRINTABLE, console, count, plural, table
 from gptworks.core.registry import text_of, users_place, users_problems
 from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Result
 
@@ -69,7 +69,10 @@ Overrides = Annotated[
     ),
 ]  # fmt: skip
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
-Out = Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The run folder; default runs/RECIPE, of a run's file runs/RUN-again.", show_default=False),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an old run in the folder aside and start over.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="On standard error, only warnings and errors.")]
@@ -184,7 +187,7 @@ def _stage(
             folder = Path(recipe)
         else:
             config, named = configuration.load(recipe, overrides), recipe
-            folder = out or Path("runs") / Path(recipe).stem
+            folder = out or configuration.usual_folder(recipe)
         from gptworks import lifecycle
 
         if machine and not dry_run:
@@ -298,7 +301,7 @@ def _evaluation(scores: Evaluated) -> str:
         ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
     ]
     lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
-    lines.append(f"{scores.tokens:,} tokens, {scores.bytes:,} bytes, {scores.method}")
+    lines.append(f"{plural(scores.tokens, 'token')}, {plural(scores.bytes, 'byte')}, {scores.method}")
     return "\n".join([*lines, _verdict(against)] if against else lines)
 
 
@@ -308,7 +311,7 @@ def _verdict(against: Compared) -> str:
     if against.interval:
         said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against.interval)
     conclusion = f"{against.better} is better" if against.better else against.reason
-    return f"{said}, {against.pairs:,} pairs: {conclusion}"
+    return f"{said}, {plural(against.pairs, 'pair')}: {conclusion}"
 
 
 @app.command()
@@ -362,7 +365,7 @@ def generate(
                 _put(part)
             _put("\n")
             speed = f"{generation.tokens_per_second:.0f} tokens/s"
-            console.say(f"[{len(generation.tokens)} tokens, {speed}, {generation.finish_reason}]")
+            console.say(f"[{plural(len(generation.tokens), 'token')}, {speed}, {generation.finish_reason}]")
 
     _do(work, debug)
 
@@ -422,7 +425,7 @@ def _merged(merged: Merged) -> str:
     return (
         f"{merged.model}\nmerged {merged.bits_per_byte:.5f} bits/byte, adapter beside its base "
         f"{merged.adapter_bits_per_byte:.5f}, difference {merged.difference_bits_per_byte:+.2g} "
-        f"over {merged.tokens:,} tokens"
+        f"over {plural(merged.tokens, 'token')}"
     )
 
 
@@ -539,13 +542,15 @@ def compare(
 def _compared(result: ComparedRuns) -> str:
     """Two tables: what came out, and where the runs differ."""
 
+    from gptworks.core import config as configuration
+
     def cell(value: Any, form: Callable[[Any], str] = str) -> str:
         return "-" if value is None else form(value)
 
     head = ["run", "recipe", "steps", "parameters", "tokens", "seconds", "nats/token", "bits/byte"]
     rows = [
         [
-            each.run, Path(each.recipe).stem or "-",
+            each.run, configuration.usual_folder(each.recipe).name if each.recipe else "-",
             f"{each.steps}" if each.finished else f"{each.steps} of {each.planned_steps}",
             cell(each.parameters, count), cell(each.tokens, count), cell(each.seconds, "{:.0f}".format),
             cell(each.loss, "{:.4f}".format), cell(each.bits_per_byte, "{:.4f}".format),
@@ -639,7 +644,7 @@ def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a name or a text may have what its encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="gptworks")
     except Exception as error:  # typer's own: unknown command or option, missing argument
         if type(error).__name__ in ("Abort", "Exit"):
             raise SystemExit(getattr(error, "exit_code", 75)) from None

@@ -17,7 +17,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core.config import Config, Data
 from gptworks.core.errors import DataError, UsageError
-from gptworks.core.log import Progress, console, count
+from gptworks.core.log import Progress, console, count, plural
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 from gptworks.core.results import (
@@ -421,7 +421,7 @@ def _evaluate(running: _Running) -> _Running:
     xz, unigrams = scores.baselines["xz"], scores.baselines["unigram"] or {}
     console.say(
         f"scores   {scores.loss:.4f} nats/token, perplexity {scores.perplexity:.2f}, "
-        f"{scores.bits_per_byte:.3f} bits/byte over {scores.tokens:,} tokens in {scores.method}"
+        f"{scores.bits_per_byte:.3f} bits/byte over {plural(scores.tokens, 'token')} in {scores.method}"
     )
     packed = f"; xz -9e {xz['bits_per_byte']:.3f}" if xz else ""
     console.say(f"scores   bits/byte for scale: unigrams {unigrams['bits_per_byte']:.3f}{packed}")
@@ -443,7 +443,7 @@ def _generate(running: _Running) -> _Running:
     samples = generate(running.out / "model", options.prompts, how, max_new_tokens=options.max_new_tokens)
     running.add(generation=samples)
     for sample in samples:
-        console.say(f"sample   {sample.tokens} tokens, {sample.tokens_per_second:.0f} tokens/s")
+        console.say(f"sample   {plural(sample.tokens, 'token')}, {sample.tokens_per_second:.0f} tokens/s")
         console.say((sample.prompt + sample.text).strip())
     return running
 

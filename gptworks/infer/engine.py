@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptworks.core.errors import DataError, UsageError
+from gptworks.core.log import plural
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.attention import KeyValueCache
@@ -54,7 +55,7 @@ class Engine:
     def _fitting(self, ids: list[int]) -> list[int]:
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
+            raise DataError(f"the prompt has {plural(len(ids), 'token')}; this model takes fewer than {limit:,}")
         return ids
 
     def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:

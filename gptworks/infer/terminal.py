@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptworks.core import folder
 from gptworks.core.errors import GptworksError, Preempted, UsageError
-from gptworks.core.log import PRINTABLE, console
+from gptworks.core.log import PRINTABLE, console, plural
 from gptworks.core.runtime import interrupts
 from gptworks.infer.chat import Conversation
 from gptworks.infer.engine import Generation
@@ -134,7 +134,7 @@ class Terminal:
             raise UsageError("/save needs a file: /save FILE")
         path, messages = Path(argument).expanduser(), self.conversation.messages
         folder.write_text(path, "".join(json.dumps(message, ensure_ascii=False) + "\n" for message in messages))
-        console.say(f"[{len(messages)} messages -> {path}]")
+        console.say(f"[{plural(len(messages), 'message')} -> {path}]")
 
     def _help(self, argument: str) -> None:
         console.say(HELP)

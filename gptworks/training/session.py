@@ -383,7 +383,7 @@ def _say_what_is_trained(run: Run, work: Work, rate: float) -> None:
     where = f"{ranks.world} x {layout.device.type}" if ranks.world > 1 else layout.device.type
     console.say(
         f"model    {config.family}, {count(parameters(run))} parameters{trained}, width {config.hidden_size}, "
-        f"{config.num_hidden_layers} layers; {where} {str(layout.dtype).removeprefix('torch.')}, "
+        f"{plural(config.num_hidden_layers, 'layer')}; {where} {str(layout.dtype).removeprefix('torch.')}, "
         f"{rate / 1e9:.0f} GFLOP/s in a matmul"
     )
     for line in work.lines:

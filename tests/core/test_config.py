@@ -527,6 +527,12 @@ def test_changes_of_a_run_have_one_place_and_are_read_back(tmp_path: Path) -> No
     assert again.chosen.train.patience is None and "# because" in again.text()
 
 
+def test_the_folder_of_a_run_is_named_after_its_recipe_and_never_the_run_whose_file_is_one() -> None:
+    assert [str(recipe.usual_folder(name)) for name in ("laptop", "my/own.yaml", "runs/novels/config.yaml")] == [
+        "runs/laptop", "runs/own", "runs/novels-again"
+    ]  # fmt: skip
+
+
 def test_a_runs_file_as_a_recipe_gives_its_values_but_those_of_its_machine(tmp_path: Path) -> None:
     made = config.load("laptop", ["train.precision=fp32", "model.parameters=null", "model.depth=1"])
     file = config.RunFile(tmp_path / "config.yaml", resolved(made), made, {"train.lr": "because"}, recipe="laptop")

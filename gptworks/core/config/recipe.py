@@ -55,6 +55,12 @@ def recipe_text(recipe: str) -> str:
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
 
 
+def usual_folder(recipe: str) -> Path:
+    """The run folder of a recipe for which none is named; that of a run's file is not the run's own."""
+    path = Path(recipe)
+    return Path("runs") / (f"{path.absolute().parent.name}-again" if path.name == "config.yaml" else path.stem)
+
+
 Pairs = list[tuple[str, Any]]
 
 

@@ -28,7 +28,7 @@ def matching(pattern: str | None) -> list[str]:
 
 
 def described(key: str) -> dict[str, Any]:
-    """What is known of a key, as `--json` prints it."""
+    """Tells what is known of a key, as `--json` prints it."""
     field = keys()[key]
     return {
         "takes": takes_of(field),
@@ -44,7 +44,7 @@ def overview() -> str:
     for key in keys():
         section, _, name = key.rpartition(".")
         sections.setdefault(section, []).append(name)
-    lines = [_wrapped(f"{section or '(none)':<11}", " ".join(names)) for section, names in sections.items()]
+    lines = [_wrapped(f"{section:<11}", " ".join(names)) for section, names in sections.items()]
     return "\n".join([*lines, "", "Tell me more: gptworks keys train.lr, gptworks keys data, gptworks keys lr", ""])
 
 
@@ -54,7 +54,7 @@ def details(chosen: list[str]) -> str:
     for key in chosen:
         known = described(key)
         default = "left open" if known["default"] is None else _shown(known["default"])
-        lines += [f"{key}={default}", _wrapped(" " * 4, known["meaning"])]
+        lines += [f"{key} = {default}", _wrapped(" " * 4, known["meaning"])]
         lines.append(_wrapped(" " * 4, f"({known['takes']}; {RESUME[known['resume']]})"))
     return "\n".join([*lines, ""])
 
