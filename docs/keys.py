@@ -2,33 +2,14 @@
 
 import re
 import sys
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from gptworks.core.config import Section, keys
+from gptworks.core.config import keys
+from gptworks.core.config.messages import takes
 
 PAGE = Path(__file__).parent / "commands.md"
 BLOCK = re.compile(r"(<!-- keys -->\n).*?(<!-- /keys -->)", re.DOTALL)
-NAMES = {int: "whole number", float: "number", str: "text", bool: "true, false"}
-
-
-def values(annotation: Any) -> str:
-    """What a key takes, in words."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return values(inner[0])
-    if origin is Literal:
-        return ", ".join(map(str, inner))
-    if origin in (Union, types.UnionType):
-        return ", ".join(dict.fromkeys(values(member) for member in inner if member is not type(None)))
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return f"{{{', '.join(annotation.model_fields)}}}"
-    if origin is list:
-        return "list of text" if inner[0] is str else f"list of {values(inner[0])}"
-    if origin is tuple:
-        return f"{len(inner)} numbers"
-    return NAMES[annotation]
 
 
 def shown(value: Any) -> str:
@@ -45,7 +26,7 @@ def table() -> str:
     rows = ["| key | takes | default | on resume | meaning |", "|---|---|---|---|---|"]
     for key, field in keys().items():
         # Pydantic moves a lone Annotated's constraints into the field, so `annotation` is the plain type there.
-        cells = [f"`{key}`", values(field.annotation), shown(field.default), field.json_schema_extra["resume"]]
+        cells = [f"`{key}`", takes(field.annotation), shown(field.default), field.json_schema_extra["resume"]]
         rows.append("| " + " | ".join([*cells, field.description]).replace("|w|", "abs(w)") + " |")
     return "\n".join(rows) + "\n"
 

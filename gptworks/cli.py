@@ -11,15 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from gptworks.core.errors import DataError, GptworksError, StorageError, UsageError
-from gptworks.core.log import PRINTABLE, console
+from gptworks.core.errors import DataError, GptworksError, Preempted, StorageError, UsageError
+from gptworks.core.log import PRINTABLE, console, count, plural, table
 from gptworks.core.registry import text_of, users_place, users_problems
-from gptworks.core.results import Compared, Evaluated, Exported, Merged, Result
+from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Result
 
 app = typer.Typer(
     help="Train, evaluate, use and export GPT-style language models: from a text to a folder that other tools open.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,12 +41,38 @@ def everywhere(
 ) -> None: ...
 
 
-Recipe = Annotated[str, typer.Argument(help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False)]
+def _known_recipes(incomplete: str) -> list[str]:
+    """Built-in recipes for the shell's completion; files are its own."""
+    from gptworks.core.config import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _known_keys(incomplete: str) -> list[str]:
+    """Configuration keys for the shell's completion."""
+    from gptworks.core.config import keys
+
+    return [f"{key}=" for key in keys() if key.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A built-in name (`gptworks recipes`) or a YAML file.", show_default=False, autocompletion=_known_recipes
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings as key=value, for example train.max_steps=100.", show_default=False),
+    typer.Argument(
+        help="Settings as key=value, for example train.max_steps=100; `gptworks keys` lists them.",
+        show_default=False, autocompletion=_known_keys,
+    ),
+]  # fmt: skip
+Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The run folder; default runs/RECIPE, of a run's file runs/RUN-again.", show_default=False),
 ]
-Out = Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE.", show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an old run in the folder aside and start over.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="On standard error, only warnings and errors.")]
@@ -106,7 +131,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     who = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-    console.fail(f"{who}{_one_line(message)}")
+    console.fail(f"{who}{_one_line(message)}", asked=code == Preempted.code)
     if ranks.world > 1 or interrupts.left_behind():  # neither a broken group nor work on its way may hold up the end
         sys.stdout.flush()
         os._exit(code)
@@ -129,7 +154,9 @@ def _json(value: Any) -> str:
 
 
 def _put(text: str) -> None:
-    """Writes to standard output. Raises StorageError; a reader who has seen enough (`| head -1`) is no error."""
+    """Writes to standard output, without a live line in the way. Raises StorageError; a reader who has seen enough
+    (`| head -1`) is no error."""
+    console.clear()
     try:
         print(text.translate(PRINTABLE) if sys.stdout and sys.stdout.isatty() else text, end="", flush=True)
     except OSError as error:
@@ -156,8 +183,12 @@ def _stage(
                 raise UsageError(f"{path!r}: the name is not valid UTF-8, as the run writes it down; choose another")
         from gptworks.core import config as configuration
 
-        config = configuration.load(recipe, overrides)
-        folder = out or Path("runs") / Path(recipe).stem
+        if name == "continue":
+            config, named = configuration.continued(Path(recipe), overrides)
+            folder = Path(recipe)
+        else:
+            config, named = configuration.load(recipe, overrides), recipe
+            folder = out or configuration.usual_folder(recipe)
         from gptworks import lifecycle
 
         if machine and not dry_run:
@@ -165,7 +196,8 @@ def _stage(
         if dry_run:
             _put(_dry_run(lifecycle.choices(config, machine), as_json) + "\n")
             return
-        result = getattr(lifecycle, name)(config, folder, recipe, fresh)
+        stage = lifecycle.train if name == "train" else lifecycle.run
+        result = stage(config, folder, named, fresh=fresh)
         if as_json and result:
             _put(_json(result) + "\n")
 
@@ -187,7 +219,10 @@ def _dry_run(choices: Any, as_json: bool) -> str:
 def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
         quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False,
         machine: MachineFile = None) -> None:  # fmt: skip
-    """Do every stage the recipe names; run it again and it continues. --json prints the result."""
+    """Do every stage of a recipe; run it again and it continues.
+
+    --json prints the result. `gptworks keys` lists all settings.
+    """
     _stage(
         "run", recipe, overrides, out=out, fresh=fresh, as_json=json, quiet=quiet, debug=debug, dry_run=dry_run,
         machine=machine,
@@ -198,10 +233,27 @@ def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fre
 def train(recipe: Recipe, overrides: Overrides = None, out: Out = None, fresh: Fresh = False, json: Json = False,
           quiet: Quiet = False, debug: Debug = False, dry_run: DryRun = False,
           machine: MachineFile = None) -> None:  # fmt: skip
-    """Make tokenizer and shards where missing, then train; run it again and it continues. --json prints the result."""
+    """Train on a text; run it again and it continues.
+
+    Tokenizer and shards are made where they are missing. --json prints the result. `gptworks keys` lists all settings.
+    """
     _stage(
         "train", recipe, overrides, out=out, fresh=fresh, as_json=json, quiet=quiet, debug=debug, dry_run=dry_run,
         machine=machine,
+    )  # fmt: skip
+
+
+@app.command(name="continue")
+def continue_(run: Run, overrides: Overrides = None, json: Json = False, quiet: Quiet = False,
+              debug: Debug = False) -> None:  # fmt: skip
+    """Go on with a run, as it was asked for or changed.
+
+    It needs nothing but the run's folder. Settings given here change it from now on: train.max_steps=2000 makes a
+    finished run longer.
+    """
+    _stage(
+        "continue", str(run), overrides, out=None, fresh=False, as_json=json, quiet=quiet, debug=debug, dry_run=False,
+        machine=None,
     )  # fmt: skip
 
 
@@ -215,18 +267,23 @@ def evaluate(
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
     encoding: Annotated[str | None, typer.Option(help="Of the text, if neither UTF-8 nor told by its bytes.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Another model folder, on the same text.")] = None,
+    against: Annotated[list[Path] | None, typer.Option(help="Another model folder, on the same text.")] = None,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Exact loss, perplexity and bits per byte of a text, beside simple baselines or another model."""
+    """Score a text: exact loss, perplexity, bits per byte.
+
+    Beside them stands what simple methods reach, or another model.
+    """
     console.quiet = quiet
 
     def work() -> Any:
         from gptworks import lifecycle
 
+        if len(against or []) > 1:
+            raise UsageError("--against takes one model: compare with one after another")
         return lifecycle.evaluate(
             folder, data, context=context, stride=stride, rows=batch, separator=separator, text_column=text_column,
-            encoding=encoding, against=against,
+            encoding=encoding, against=against[0] if against else None,
         )  # fmt: skip
 
     _do(lambda: _print(work(), json, _evaluation), debug)
@@ -246,7 +303,7 @@ def _evaluation(scores: Evaluated) -> str:
         ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
     ]
     lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
-    lines.append(f"{scores.tokens:,} tokens, {scores.bytes:,} bytes, {scores.method}")
+    lines.append(f"{plural(scores.tokens, 'token')}, {plural(scores.bytes, 'byte')}, {scores.method}")
     return "\n".join([*lines, _verdict(against)] if against else lines)
 
 
@@ -256,7 +313,7 @@ def _verdict(against: Compared) -> str:
     if against.interval:
         said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against.interval)
     conclusion = f"{against.better} is better" if against.better else against.reason
-    return f"{said}, {against.pairs:,} pairs: {conclusion}"
+    return f"{said}, {plural(against.pairs, 'pair')}: {conclusion}"
 
 
 @app.command()
@@ -311,7 +368,7 @@ def generate(
                 _put(part)
             _put("\n")
             speed = f"{generation.tokens_per_second:.0f} tokens/s"
-            console.say(f"[{len(generation.tokens)} tokens, {speed}, {generation.finish_reason}]")
+            console.say(f"[{plural(len(generation.tokens), 'token')}, {speed}, {generation.finish_reason}]")
 
     _do(work, debug)
 
@@ -353,7 +410,10 @@ def merge(
     lossy: Annotated[bool, typer.Option("--lossy", help="Write it even if it differs noticeably.")] = False,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Add an adapter to its base: one plain model, compared with the two before it is written."""
+    """Make one plain model of an adapter and its base.
+
+    It is compared with the two before it is written.
+    """
     console.quiet = quiet
 
     def work() -> Any:
@@ -368,7 +428,7 @@ def _merged(merged: Merged) -> str:
     return (
         f"{merged.model}\nmerged {merged.bits_per_byte:.5f} bits/byte, adapter beside its base "
         f"{merged.adapter_bits_per_byte:.5f}, difference {merged.difference_bits_per_byte:+.2g} "
-        f"over {merged.tokens:,} tokens"
+        f"over {plural(merged.tokens, 'token')}"
     )
 
 
@@ -388,7 +448,7 @@ def export(
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the size and write nothing.")] = False,
 ) -> None:  # fmt: skip
-    """Write the model in the format of another program, and compare what was written with the source."""
+    """Write a model as GGUF or ONNX, and compare the file with it."""
     console.quiet = quiet
 
     def work() -> Any:
@@ -412,7 +472,10 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")] = False,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Put a model folder on the Hugging Face hub, with the token you are logged in with."""
+    """Put a model folder on the Hugging Face hub.
+
+    It takes the token you are logged in with.
+    """
     console.quiet = quiet
 
     def work() -> Any:
@@ -425,7 +488,7 @@ def push(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    folder: Run,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write the run's report.html, one page that opens offline."""
@@ -444,7 +507,10 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A run, model, data or checkpoint folder.", show_default=False)],
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Replay a run between its checkpoints, bit for bit; or check a folder against its hashes."""
+    """Replay a run bit for bit, or check a folder's hashes.
+
+    A run is trained again from its older checkpoint to its newer, and compared.
+    """
     console.quiet = quiet
 
     def work() -> Any:
@@ -456,6 +522,74 @@ def verify(
 
     if not _do(work, debug):
         raise SystemExit(65)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.", show_default=False)],
+    json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Put runs side by side: results, and what differs in settings.
+
+    It reads their files alone; `gptworks evaluate --against` compares two models on one text.
+    """
+
+    def work() -> Any:
+        from gptworks.reporting.compare import compare as side_by_side
+
+        return side_by_side(runs)
+
+    _do(lambda: _print(work(), json, _compared), debug)
+
+
+def _compared(result: ComparedRuns) -> str:
+    """Two tables: what came out, and where the runs differ."""
+
+    from gptworks.core import config as configuration
+
+    def cell(value: Any, form: Callable[[Any], str] = str) -> str:
+        return "-" if value is None else form(value)
+
+    head = ["run", "recipe", "steps", "parameters", "tokens", "seconds", "nats/token", "bits/byte"]
+    rows = [
+        [
+            each.run, configuration.usual_folder(each.recipe).name if each.recipe else "-",
+            f"{each.steps}" if each.finished else f"{each.steps} of {each.planned_steps}",
+            cell(each.parameters, count), cell(each.tokens, count), cell(each.seconds, "{:.0f}".format),
+            cell(each.loss, "{:.4f}".format), cell(each.bits_per_byte, "{:.4f}".format),
+        ]
+        for each in result.runs
+    ]  # fmt: skip
+    keys = [[key, *(_shortened(json.dumps(each)) for each in values)] for key, values in result.differences.items()]
+    if not keys:
+        return "\n".join([*table([head, *rows]), "", "no setting differs"])
+    return "\n".join([*table([head, *rows]), "", *table([["differs in", *(each.run for each in result.runs)], *keys])])
+
+
+def _shortened(text: str, most: int = 32) -> str:
+    text = text.strip('"')
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+@app.command()
+def keys(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a key (lr), a section (data), or train.*_every.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """List the settings of a run, with type, default and meaning."""
+
+    def work() -> None:
+        from gptworks.core.config import reference
+
+        chosen = reference.matching(pattern)
+        if json:
+            _put(_json({key: reference.described(key) for key in chosen}) + "\n")
+        else:
+            _put(reference.overview() if pattern is None else reference.details(chosen))
+
+    _do(work, False)
 
 
 @app.command()
@@ -513,7 +647,7 @@ def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a name or a text may have what its encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="gptworks")
     except Exception as error:  # typer's own: unknown command or option, missing argument
         if type(error).__name__ in ("Abort", "Exit"):
             raise SystemExit(getattr(error, "exit_code", 75)) from None

@@ -17,7 +17,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core.config import Config, Data
 from gptworks.core.errors import DataError, UsageError
-from gptworks.core.log import console
+from gptworks.core.log import Progress, console, count, plural
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 from gptworks.core.results import (
@@ -82,6 +82,7 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> T
                 session.call_off()
             raise
         finally:
+            console.clear()
             ranks.end()
 
 
@@ -192,7 +193,11 @@ def _score(
         raise DataError(f"{source}: too little text to evaluate")
     shard_folder.check_ids(stream, loaded.tokenizer, rows=loaded.model.config.vocab_size, what=source)
     start = time.perf_counter()
-    losses = list(stream_losses(loaded.model, stream, context, rows=rows, stride=stride))
+    progress, losses = Progress(f"scoring {loaded.name}", len(stream.tokens) - 1, "tokens"), []
+    for part in stream_losses(loaded.model, stream, context, rows=rows, stride=stride):
+        losses.append(part)
+        progress.add(len(part))
+    console.clear()
     seconds = time.perf_counter() - start
     scores = total(losses, stream)
     method = f"windows of {context} every {stride}" if stride and stride != context else f"blocks of {context}"
@@ -441,10 +446,16 @@ def _evaluate(running: _Running) -> _Running:
     xz, unigrams = scores.baselines["xz"], scores.baselines["unigram"] or {}
     console.say(
         f"scores   {scores.loss:.4f} nats/token, perplexity {scores.perplexity:.2f}, "
-        f"{scores.bits_per_byte:.3f} bits/byte over {scores.tokens:,} tokens in {scores.method}"
+        f"{scores.bits_per_byte:.3f} bits/byte over {plural(scores.tokens, 'token')} in {scores.method}"
     )
     packed = f"; xz -9e {xz['bits_per_byte']:.3f}" if xz else ""
     console.say(f"scores   bits/byte for scale: unigrams {unigrams['bits_per_byte']:.3f}{packed}")
+    if scores.loss > unigrams["loss"] and running.finished.training:
+        seen = count(running.finished.training.tokens)
+        console.say(
+            f"note     worse than counting tokens, after {seen} of them: more time (train.time_budget_s) or a smaller "
+            "model (model.parameters) would help most"
+        )
     return running
 
 
@@ -457,7 +468,7 @@ def _generate(running: _Running) -> _Running:
     samples = generate(running.out / "model", options.prompts, how, max_new_tokens=options.max_new_tokens)
     running.add(generation=samples)
     for sample in samples:
-        console.say(f"sample   {sample.tokens} tokens, {sample.tokens_per_second:.0f} tokens/s")
+        console.say(f"sample   {plural(sample.tokens, 'token')}, {sample.tokens_per_second:.0f} tokens/s")
         console.say((sample.prompt + sample.text).strip())
     return running
 

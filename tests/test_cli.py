@@ -55,10 +55,10 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def refused(outcome: Outcome, code: int, *words: str) -> None:
-    """One line on standard error that holds `words`, nothing on standard output."""
+    """One line on standard error that holds `words`, nothing on standard output; being told to stop is no error."""
     assert outcome.code == code, outcome.err
     assert outcome.out == ""
-    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in outcome.err.splitlines() if line.startswith("stopped " if code == 75 else "error: ")]
     assert len(errors) == 1 and outcome.err.splitlines()[-1] == errors[0]
     assert "Traceback" not in outcome.err
     for word in words:
@@ -294,6 +294,140 @@ def test_a_dry_run_leaves_a_shape_open_that_follows_from_the_text(
 ) -> None:
     outcome = cli("train", "laptop", f"tokenizer.kind={kind}", "--dry-run", "--json")
     assert outcome.code == 0 and (json.loads(outcome.out)["model"]["hidden_size"] is not None) == known
+
+
+# -- continue, again, compare, keys -------------------------------------------------------------------------------
+
+
+def test_continue_needs_nothing_but_the_folder(
+    cli: Callable[..., Outcome], tiny_run: Path, finished_run: Path, tiny_overrides: list[str]
+) -> None:
+    """A finished run made longer, then one that was interrupted: as with the whole command."""
+    longer = ["train.max_steps=14", "stages=train"]
+    result = one_object(cli("continue", tiny_run, *longer, "--json"))
+    assert (result["steps"], result["recipe"]) == (14, "tiny") and result["changes"] == ["train.max_steps=14, was 12"]
+    (tiny_run / "result.json").unlink()
+    shutil.rmtree(tiny_run / "checkpoints" / "step-00000014")
+    again = one_object(cli("continue", tiny_run, "--json"))
+    assert again["steps"] == 14 and again["eval"] == result["eval"]
+    shutil.copytree(finished_run, "other")
+    command = ["train", "../r.yaml", *tiny_overrides, *longer, "--out", "other", "--json"]
+    assert one_object(cli(*command))["eval"] == result["eval"]
+
+
+def test_continue_of_what_is_no_run_or_cannot_be_had_is_one_line(cli: Callable[..., Outcome], tiny_run: Path) -> None:
+    refused(cli("continue", "nowhere"), 65, "nowhere: no run to continue")
+    refused(cli("continue", tiny_run, "train.max_stesp=3"), 64, "did you mean train.max_steps")
+    refused(cli("continue", tiny_run, "train.seed=3"), 78, "train.seed=1, now train.seed=3")
+    refused(cli("train", tiny_run), 64, f"gptworks continue {tiny_run}", "config.yaml is a recipe")
+
+
+def test_a_finished_run_says_how_it_is_made_longer(cli: Callable[..., Outcome], tiny_run: Path) -> None:
+    assert f"gptworks continue {tiny_run} train.max_steps=" in cli("continue", tiny_run, "stages=train").err
+
+
+def test_a_runs_file_as_a_recipe_trains_the_same_model_in_a_folder_of_its_own(
+    cli: Callable[..., Outcome], finished_run: Path
+) -> None:
+    outcome = cli("train", finished_run / "config.yaml", "--json")
+    assert one_object(outcome)["steps"] == 12 and os.listdir("runs") == ["tiny-again"]
+    weights = "model/model.safetensors"
+    assert Path("runs/tiny-again", weights).read_bytes() == (finished_run / weights).read_bytes()
+    assert "chosen anew for this machine: train.workers, micro_batch, compile" in outcome.err
+
+
+def test_runs_are_compared_in_a_table_and_as_json(
+    cli: Callable[..., Outcome], finished_run: Path, tiny_run: Path
+) -> None:
+    file = tiny_run / "config.yaml"
+    file.write_text(file.read_text().replace("log_every: 1", "log_every: 7"))
+    head, first, second, _, *differing = cli("compare", finished_run, tiny_run).out.splitlines()
+    loss = json.loads((finished_run / "result.json").read_text())["eval"]["loss"]
+    assert head.split() == ["run", "recipe", "steps", "parameters", "tokens", "seconds", "nats/token", "bits/byte"]
+    assert first.split()[:3] == ["tiny", "tiny", "12"] and second.split()[-2] == f"{loss:.4f}"
+    assert [line.split() for line in differing] == [["differs", "in", "tiny", "run"], ["train.log_every", "1", "7"]]
+    found = one_object(cli("compare", finished_run, tiny_run, "--json"))
+    assert found["differences"] == {"train.log_every": [1, 7]} and found["runs"][0]["loss"] == loss
+    assert cli("compare", finished_run, finished_run).out.endswith("no setting differs\n")
+    refused(cli("compare", finished_run), 64, "two runs")
+
+
+def test_all_keys_fit_on_one_screen(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptworks.core import config
+
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = cli("keys").out
+    assert len(shown.splitlines()) <= 40 and max(map(len, shown.splitlines())) <= 80
+    words = set(shown.split())
+    assert all(key.rpartition(".")[2] in words for key in config.keys())  # noqa: SIM118  a function
+    assert set(one_object(cli("keys", "--json"))) == set(config.keys())
+
+
+def test_a_key_is_shown_with_type_default_and_meaning(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptworks.core import config
+
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli("keys", "train.warmup").out == (
+        "train.warmup = left open\n    share of the steps over which the rate rises from zero\n"
+        "    (number from 0 to 1; a run keeps it)\n"
+    )
+    key, rest = one_object(cli("keys", "top_k", "--json")).popitem()
+    assert (key, rest["takes"], rest["default"]) == ("generate.top_k", "whole number of 0 or more", 0)
+    asked = {"data": "data.", "train.*_every": "train.", "nucleus": "generate.top_p"}
+    for pattern, beginning in asked.items():
+        assert all(key.startswith(beginning) for key in one_object(cli("keys", pattern, "--json")))
+    for key in config.keys():  # noqa: SIM118  a function
+        assert max(map(len, cli("keys", key).out.splitlines())) <= 80
+    refused(cli("keys", "block_size"), 64, "did you mean train.context")
+
+
+def test_a_second_model_to_compare_with_is_refused(cli: Callable[..., Outcome], finished_run: Path) -> None:
+    model = finished_run / "model"
+    refused(cli("evaluate", model, "--data", "x", "--against", model, "--against", model), 64, "--against takes one")
+
+
+def test_a_model_that_is_worse_than_counting_is_told_what_would_help(
+    cli: Callable[..., Outcome], tiny_overrides: list[str]
+) -> None:
+    command = ["run", "../r.yaml", *tiny_overrides, "train.max_steps=1", "stages=train,evaluate", "--out", "run"]
+    assert "note     worse than counting tokens, after 25" in cli(*command).err
+    command = ["continue", "run", "train.max_steps=25", "train.lr=0.05"]
+    assert "counting tokens" not in cli(*command).err
+
+
+# -- help and completion -----------------------------------------------------------------------------------------
+
+
+def test_help_is_whole_at_80_columns(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptworks.cli import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    pages = [cli("--help").out, *(cli(c.name or c.callback.__name__, "--help").out for c in app.registered_commands)]
+    assert "..." not in pages[0].split("Commands:")[1]
+    for page in pages:
+        assert max(map(len, page.splitlines())) <= 80
+    assert all("gptworks keys" in cli(name, "--help").out for name in ("train", "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("gptworks cont", ["continue"]),
+        ("gptworks train lap", ["laptop"]),
+        ("gptworks train laptop train.max_s", ["train.max_steps="]),
+        ("gptworks continue runs/x train.patie", ["train.patience="]),
+    ],
+)
+def test_the_shell_completes_commands_recipes_and_keys(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, words: str, completions: list[str]
+) -> None:
+    monkeypatch.setenv("_GPTWORKS_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    outcome = cli()
+    assert outcome.code == 0 and outcome.out.split() == completions
 
 
 # -- --json ------------------------------------------------------------------------------------------------------
@@ -683,7 +817,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         # Python's readline misses a signal that comes while it shows a letter, until the next key.
         typist.wait_for("Ctrl-D or /exit leaves", again="\x03")
         typist.type("/nope\n")
-        typist.wait_for("warning: no command /nope")
+        typist.wait_for(" no command /nope")
         typist.type(f"/save {tmp_path / 'said.jsonl'}\n")
         typist.wait_for("said.jsonl]")  # whose arrow is not the prompt
         typist.wait_for("> ")

@@ -36,7 +36,7 @@ def command_lines(text: str) -> list[str]:
     """Every `gptworks ...` line of a page's sh blocks, and inline code of that form."""
     blocks = [line for kind, block in FENCE.findall(text) if kind == "sh" for line in block.splitlines()]
     inline = re.findall(r"`(gptworks [^`\n]+)`", FENCE.sub("", text))
-    return [line for line in blocks + inline if line.startswith("gptworks ") and line != "gptworks --help"]
+    return [line for line in blocks + inline if line.startswith("gptworks ") and not line.startswith("gptworks --")]
 
 
 def problem(line: str) -> str | None:

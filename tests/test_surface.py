@@ -13,7 +13,8 @@ from gptworks.core.config import schema
 from gptworks.core.results import Result
 
 COMMANDS = [
-    "chat", "env", "evaluate", "export", "generate", "merge", "push", "recipes", "report", "run", "train", "verify",
+    "chat", "compare", "continue", "env", "evaluate", "export", "generate", "keys", "merge", "push", "recipes",
+    "report", "run", "train", "verify",
 ]  # fmt: skip
 CODES = {
     "GptworksError": 70, "UsageError": 64, "DataError": 65, "StorageError": 74, "Preempted": 75, "NotFinite": 76,
@@ -37,7 +38,7 @@ METRICS = {
 
 
 def test_the_commands_are_these():
-    assert sorted(command.callback.__name__ for command in cli.app.registered_commands) == COMMANDS
+    assert sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands) == COMMANDS
 
 
 def test_the_exit_codes_are_these():

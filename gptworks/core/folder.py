@@ -33,8 +33,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         advice = {
             errno.ENOSPC: "the disk is full; free some space and run the same command again",
             errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
-            errno.EACCES: "permission denied; choose another --out",
-            errno.EROFS: "the file system is read-only; choose another --out",
+            errno.EACCES: "permission denied; allow writing there, or choose another place",
+            errno.EROFS: "the file system is read-only; choose another place",
         }.get(error.errno or 0, "check the disk, then run the same command again")
         raise StorageError(f"{path}: {error.strerror or error}: {advice}") from error
 

@@ -2,53 +2,126 @@
 
 import contextlib
 import os
+import re
+import shutil
 import sys
+import threading
 import time
+import unicodedata
 
 # A table for str.translate: control characters, with which a text could steer the terminal, become U+FFFD.
 PRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
+LABEL = re.compile(r"([a-z]+) +(?<=^.{9})(?=\S)")  # the word that many of our lines begin with, filled up to nine
+CYAN, YELLOW, RED, BOLD = "36", "33", "31;1", "1"
+DRAWN_APART, TICK = 0.1, 1.0  # seconds between two drawings of a live line; after which it moves by itself
+NOW_AND_THEN = 60.0
+
+
 class Console:
-    """Standard output belongs to results (`--json`), so everything here goes to standard error."""
+    """Standard output belongs to results (`--json`), so everything here goes to standard error.
+
+    On a terminal a live line stands below what was said until it is cleared. While nothing new comes a thread has it
+    tell how long that has been, so that a person sees that the work goes on.
+    """
 
     def __init__(self) -> None:
         self.quiet = False
         self.muted = False  # a process that leaves speaking to the main one
-        self._live = False
+        self._live = ""  # what the live line says; empty: there is none
+        self._since = 0.0  # when that was set
+        self._drawn = 0.0  # when it was last drawn; 0: it is not on the screen
+        self._ticker: threading.Thread | None = None
+        self._lock = threading.RLock()
+        self._said: dict[str, float] = {}  # what comes now and then: when it last did
 
     @property
     def terminal(self) -> bool:
-        return sys.stderr.isatty() and not self.quiet and not self.muted
+        """True where a person looks at a terminal that can move its cursor."""
+        return sys.stderr.isatty() and not self.quiet and not self.muted and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
         if not self.quiet and not self.muted:
-            self.clear()
-            self._write(text.translate(PRINTABLE) + "\n")
+            self._put_above(self._sober(text), text.translate(PRINTABLE))
+
+    def now_and_then(self, text: str) -> None:
+        """A line that stays, of a kind (its first word) that comes often: on a terminal once a minute at most."""
+        kind, now = text.partition(" ")[0], time.perf_counter()
+        if not self.terminal or now - self._said.get(kind, -NOW_AND_THEN) >= NOW_AND_THEN:
+            self._said[kind] = now
+            self.say(text)
 
     def warn(self, text: str) -> None:
         """A line that stays, even when quiet."""
-        if self.muted:
-            return
-        self.clear()
-        self._write(f"warning: {text.translate(PRINTABLE)}\n")
+        if not self.muted:
+            self._put_above(f"{self._painted('warning:', YELLOW)} {text.translate(PRINTABLE)}")
 
-    def fail(self, text: str) -> None:
-        """The last line of a command that fails."""
+    def fail(self, text: str, asked: bool = False) -> None:
+        """The last line of a command that fails, or was asked to stop."""
         self.clear()
-        self._write(f"error: {text}\n")
+        self._write(f"{text}\n" if asked else f"{self._painted('error:', RED)} {text}\n")
 
     def live(self, text: str) -> None:
         """A line that the next one overwrites; shown on a terminal only."""
-        if self.terminal:
-            self._write(f"\r\x1b[K{text.translate(PRINTABLE)}")
-            self._live = True
+        if not self.terminal:
+            return
+        with self._lock:
+            self._live, self._since = text.translate(PRINTABLE), time.perf_counter()
+            if self._since - self._drawn >= DRAWN_APART:
+                self._draw()
+            if self._ticker is None or not self._ticker.is_alive():
+                self._ticker = threading.Thread(target=self._tick, daemon=True, name="live line")
+                self._ticker.start()
 
     def clear(self) -> None:
-        if self._live:
-            self._live = False
+        """Takes the live line away."""
+        with self._lock:
+            self._live = ""
+            self._erase()
+
+    def _put_above(self, line: str, text: str = "") -> None:
+        """Writes a line above the live one, which is not drawn again at once where it says the same."""
+        with self._lock:
+            self._erase()
+            self._write(line + "\n")
+            if self._live and self._live != text:
+                self._draw()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._drawn = 0.0
             self._write("\r\x1b[K")
+
+    def _draw(self) -> None:
+        self._drawn = time.perf_counter()
+        waited = self._drawn - self._since
+        tail = f"  ({duration(int(waited))})" if waited >= TICK else ""
+        room = columns() - 1 - len(tail)
+        self._write(f"\r\x1b[K{cut(self._live, room) + tail if room > 0 else cut(self._live, columns() - 1)}")
+
+    def _tick(self) -> None:
+        while True:
+            time.sleep(TICK)
+            with self._lock:
+                if not self._live:
+                    self._ticker = None
+                    return
+                if time.perf_counter() - self._drawn >= TICK:
+                    self._draw()
+
+    def _painted(self, text: str, colour: str) -> str:
+        """A text in a colour, where the terminal shows one and nobody asked for none (no-color.org)."""
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+        return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+
+    def _sober(self, text: str) -> str:
+        """A text for the screen: no control characters but our own colours."""
+        text = text.translate(PRINTABLE)
+        if match := LABEL.match(text):
+            return self._painted(match[1], CYAN) + text[len(match[1]) :]
+        return self._painted(text, BOLD) if re.match(r"step +\d+/\d+  eval ", text) else text
 
     @staticmethod
     def _write(text: str) -> None:
@@ -64,26 +137,72 @@ console = Console()
 
 
 class Progress:
-    """Bytes done of a known total: MB/s and time left on a live line, ten times a second at most."""
+    """Things done of a known total: their rate and the time left on a live line, ten times a second at most."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, max(total, 1), 0
+    def __init__(self, what: str, total: int, unit: str = "bytes") -> None:
+        self.what, self.total, self.unit, self.done = what, max(total, 1), unit, 0
         self.start = time.perf_counter()
         self._shown = 0.0
 
     @property
     def rate(self) -> float:
-        """Bytes per second so far."""
+        """Things per second so far."""
         return self.done / max(time.perf_counter() - self.start, 1e-9)
 
-    def add(self, count: int) -> None:
-        self.done += count
+    def add(self, number: int) -> None:
+        """Counts what is done since the last time."""
+        self.done += number
         now = time.perf_counter()
         if now - self._shown > 0.1:
             self._shown = now
             share = min(self.done / self.total, 1.0)
-            left = max(self.total - self.done, 0) / max(self.rate, 1.0)
-            console.live(f"{self.what}  {share:4.0%}  {self.rate / 1e6:.0f} MB/s  {duration(left)} left")
+            left = max(self.total - self.done, 0) / max(self.rate, 1e-9)
+            speed = f"{self.rate / 1e6:.0f} MB/s" if self.unit == "bytes" else f"{count(self.rate)} {self.unit}/s"
+            console.live(f"{self.what}  {share:4.0%}  {speed}  {duration(left)} left")
+
+
+def columns() -> int:
+    """The width of the terminal that the console writes to."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def width(text: str) -> int:
+    """The columns that a text takes on a terminal: two for a Chinese character, none for an accent over another."""
+    return sum(_width(character) for character in text)
+
+
+def _width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def cut(text: str, room: int) -> str:
+    """The beginning of a text that takes at most so many columns, on one line."""
+    text, taken = text.replace("\n", " ").replace("\t", " "), 0
+    for place, character in enumerate(text):
+        taken += _width(character)
+        if taken > room:
+            return text[:place]
+    return text
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(width(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [" " * (most - width(cell)) + cell for most, cell in zip(widths[1:], others, strict=True)]
+        lines.append("  ".join([first + " " * (widths[0] - width(first)), *cells]).rstrip())
+    return lines
+
+
+def plural(number: int, noun: str, nouns: str = "") -> str:
+    """A number of things: 1 -> '1 step', 1200 -> '1,200 steps'. `nouns` is a plural that is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

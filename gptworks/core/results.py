@@ -213,6 +213,30 @@ class Reported(Result):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class ComparedRun(Result):
+    """A run beside others: what it gave so far. What its files do not tell is None."""
+
+    run: str
+    recipe: str
+    finished: bool
+    steps: int
+    planned_steps: int
+    parameters: int | None
+    tokens: float | None
+    seconds: float | None  # of training
+    loss: float | None  # nats a token, of the last evaluation
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComparedRuns(Result):
+    """Runs side by side, and the value of each in every configuration key in which they differ."""
+
+    runs: list[ComparedRun]
+    differences: dict[str, list[Any]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Verified(Result):
     """The verdict on a folder compared with its manifest, or on a run that was trained again."""
 

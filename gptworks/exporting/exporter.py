@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptworks.core import folder
 from gptworks.core.errors import DataError, UsageError
-from gptworks.core.log import console, size
+from gptworks.core.log import console, plural, size
 from gptworks.core.registry import nearest, resolve
 from gptworks.core.results import Exported
 from gptworks.data.batch import Batch
@@ -41,7 +41,7 @@ class Parity:
 
     def line(self) -> str:
         return (
-            f"{self.compared}; logits of {self.tokens:,} tokens differ by at most {self.logits:.2g}, "
+            f"{self.compared}; logits of {plural(self.tokens, 'token')} differ by at most {self.logits:.2g}, "
             f"loss {self.loss:.4f} -> {self.exported_loss:.4f} nats/token"
         )
 
@@ -97,9 +97,12 @@ def export(
         return result
     place = folder.commit if exporter.is_folder else folder.commit_file
     with place(out) as aside:
+        console.live(f"writing {out}")
         exporter.write(aside)
+        console.live(f"comparing {out} with its source")
         written = sum(file.stat().st_size for file in ([aside] if aside.is_file() else aside.rglob("*")))
         parity = exporter.check(aside, rows)
+    console.clear()
     return replace(result, bytes=written, parity=asdict(parity) | {"line": parity.line()})
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gptworks.core.errors import DataError
-from gptworks.core.log import console
+from gptworks.core.log import console, plural
 from gptworks.core.runtime import mix
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine, Generation
@@ -221,7 +221,7 @@ class Conversation:
                 if len(ids) + room <= limit or (start == len(self.turns) and len(ids) < limit):
                     self._drop(start)
                     return ids
-        raise DataError(f"this message takes {len(ids):,} tokens; this model takes fewer than {limit:,}")
+        raise DataError(f"this message takes {plural(len(ids), 'token')}; this model takes fewer than {limit:,}")
 
     def _drop(self, turns: int) -> None:
         if turns > self.dropped:

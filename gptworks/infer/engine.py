@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptworks.core.errors import DataError, UsageError
+from gptworks.core.log import plural
 from gptworks.core.workers import threads
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.sampling import Sampling, choose
@@ -64,7 +65,7 @@ class Engine:
     def _fitting(self, ids: list[int]) -> list[int]:
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise DataError(f"the prompt has {len(ids):,} tokens; this model takes fewer than {limit:,}")
+            raise DataError(f"the prompt has {plural(len(ids), 'token')}; this model takes fewer than {limit:,}")
         self.tokenizer.check_rows(max(ids, default=0), self.model.config.vocab_size, "the prompt")
         return ids
 

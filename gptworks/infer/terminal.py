@@ -7,7 +7,7 @@ from contextlib import closing
 
 from gptworks.core import folder
 from gptworks.core.errors import GptworksError, Preempted, UsageError
-from gptworks.core.log import PRINTABLE, console
+from gptworks.core.log import PRINTABLE, console, plural
 from gptworks.core.runtime import interrupts
 from gptworks.infer.chat import Conversation
 from gptworks.infer.engine import Generation
@@ -133,7 +133,7 @@ class Terminal:
             raise UsageError("/save needs a file: /save FILE")
         path, messages = folder.path(argument), self.conversation.messages
         folder.write_text(path, "".join(json.dumps(message, ensure_ascii=False) + "\n" for message in messages))
-        console.say(f"[{len(messages)} messages -> {path}]")
+        console.say(f"[{plural(len(messages), 'message')} -> {path}]")
 
     def _help(self, argument: str) -> None:
         console.say(HELP)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from gptworks.core.config import Adapter, Config
 from gptworks.core.errors import OutOfMemory, UsageError
-from gptworks.core.log import duration
+from gptworks.core.log import duration, plural
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until, with_evaluations
 from gptworks.planning.choices import Choices, Facts, Measured, needed
@@ -274,7 +274,7 @@ def _workers(config: Config, architecture: ModelConfig, machine: Machine, rows: 
         return 1, f"a step that {obstacle} has one"
     batches = rows // train.micro_batch if train.micro_batch else rows * needed(train.context) // WORKER_TOKENS
     workers = max(min(threads, rows, batches), 1)
-    return workers, f"{threads} threads, {rows * needed(train.context)} tokens a step"
+    return workers, f"{plural(threads, 'thread')}, {rows * needed(train.context)} tokens a step"
 
 
 def batch_rows(config: Config) -> int:

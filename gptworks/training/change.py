@@ -5,6 +5,7 @@ from typing import Any
 from gptworks.core import config as configuration
 from gptworks.core.config import Change, Config, RunFile
 from gptworks.core.errors import RunMismatch
+from gptworks.core.log import plural
 from gptworks.planning.choices import Choices
 from gptworks.planning.choose import LIMITS, limits, set_intervals
 from gptworks.planning.machine import here
@@ -85,5 +86,7 @@ def _new_length(run: Run, schedule: RunSchedule, asked: Config, limiting: set[st
     steps, reason = min(limits(config, measured))
     done = run.state.step
     if steps <= done and not (steps == done == schedule.length):
-        raise RunMismatch(f"{reason}: the run has already done {done} steps, which makes {run.state.tokens:,} tokens")
+        raise RunMismatch(
+            f"{reason}: the run has already done {plural(done, 'step')}, which makes {run.state.tokens:,} tokens"
+        )
     return steps

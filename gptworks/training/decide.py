@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from gptworks.core import runtime
 from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import UsageError
-from gptworks.core.log import console
+from gptworks.core.log import console, plural
 from gptworks.model.build import Loaded
 from gptworks.planning.choices import Base, Choices, Facts, Measured
 from gptworks.planning.choose import choose, free_memory, memory_of_step, most_steps
@@ -112,5 +112,5 @@ def _check_prompts(config: Config, problem: Problem, base: Loaded | None) -> Non
         size = len(problem.tokenizer.front + problem.tokenizer.encode(prompt))
         if size >= context:
             raise UsageError(
-                f"generate.prompts: {prompt[:40]!r} has {size:,} tokens; the model takes fewer than {context:,}"
+                f"generate.prompts: {prompt[:40]!r} has {plural(size, 'token')}; the model takes fewer than {context:,}"
             )

@@ -85,10 +85,12 @@ class Logger:
         for name, (total, weight) in m.figures.items():
             before = sums.figures.get(name, (0.0, 0.0))
             sums.figures[name] = (before[0] + total, before[1] + weight)
+        loss, speed = sums.loss / sums.weight, sums.tokens / sums.seconds
+        if console.terminal:
+            console.live(self._line(state, loss, speed))
         if state.step % self.every and state.step != self.schedule.length and not state.stopped:
             return
-        loss = sums.loss / sums.weight
-        speed, scaled = sums.tokens / sums.seconds, state.model.dtype == torch.float16
+        scaled = state.model.dtype == torch.float16
         self.metrics.write(
             state.step,
             {
@@ -110,8 +112,6 @@ class Logger:
         )
         line = self._line(state, loss, speed)
         state.unlogged = Sums()
-        if console.terminal:
-            console.live(line)
         last = state.step == self.schedule.length
         if time.perf_counter() - self._said > (10 if not console.terminal else 30) or last:
             self._said = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 from gptworks.core import folder, runtime
 from gptworks.core.config import Change
 from gptworks.core.failpoint import failpoint
-from gptworks.core.log import console, duration
+from gptworks.core.log import console, duration, plural
 from gptworks.core.ranks import ranks
 from gptworks.core.results import Trained
 from gptworks.model import build, card, hub
@@ -72,7 +72,7 @@ def finish(run: Run, out: Path, recipe: str, *, result: Trained, final: Evaluati
     result = replace(result, seconds=round(runtime.process_seconds(), 2))
     folder.write_json(out / "result.json", result.as_dict())
     figures = ", ".join(final.shown[:2])
-    console.say(f"trained  {state.step} steps in {duration(state.seconds)}: eval {figures} -> {model}")
+    console.say(f"trained  {plural(state.step, 'step')} in {duration(state.seconds)}: eval {figures} -> {model}")
     return result
 
 

@@ -17,7 +17,7 @@ from gptworks.core import ranks as processes
 from gptworks.core.config import Change, Chosen, Config, RunFile
 from gptworks.core.errors import DataError, PeerLost, RunMismatch, UsageError
 from gptworks.core.failpoint import failpoint
-from gptworks.core.log import console, count
+from gptworks.core.log import console, count, plural
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import file_of, resolve
 from gptworks.core.results import Trained, Verified
@@ -101,7 +101,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     if file is None:
         decided = decide(config, problem, base)
         run = decided.run
-        file = _written_down(decided, config, out)
+        file = _written_down(decided, config, out=out, recipe=recipe)
     else:
         run, decided = reopened(file.at(2**62), problem, base), None
     if newest:
@@ -129,7 +129,8 @@ def _as_it_was(out: Path) -> Trained:
     figures = [f"{name} {value:.4g}" for name, value in eval_of.items() if isinstance(value, int | float)]
     console.say(f"trained  {result.steps} steps: eval {', '.join(figures[:2])} -> {out / 'model'}")
     console.say(
-        f"run      {out} is finished; train.max_steps={2 * result.steps} makes it longer, --fresh starts it over"
+        f"run      {out} is finished; `gptworks continue {out} train.max_steps={2 * result.steps}` makes it longer, "
+        "--fresh starts it over"
     )
     return result
 
@@ -199,13 +200,20 @@ def _base(config: Config) -> Loaded | None:
     return build.with_tokens(base, source.add_tokens) if source.add_tokens else base
 
 
-def _written_down(decided: Decided, config: Config, out: Path) -> RunFile:
+def _written_down(decided: Decided, config: Config, *, out: Path, recipe: str) -> RunFile:
     """Says what was chosen, and writes config.yaml and what it was decided from."""
     chosen, reasons = decided.run.config, decided.choices.reasons
+    usual = [key for key, reason in reasons.items() if reason == f"{chosen.model.family}'s default"]
     for key, reason in sorted(reasons.items()):
-        console.say(f"chosen   {key}={configuration.get(chosen, key)}: {reason}")
+        if key not in usual:
+            console.say(f"chosen   {key}={configuration.get(chosen, key)}: {reason}")
+    if usual:
+        rest = plural(len(usual), "more is a default", "more are defaults")
+        console.say(f"chosen   {rest} of {chosen.model.family}: they stand in {out / 'config.yaml'}")
     begun = configuration.with_values(chosen, {"train.changes": []})
-    file = RunFile(out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes))
+    file = RunFile(
+        out / "config.yaml", begun, asked=config, reasons=reasons, changes=list(config.train.changes), recipe=recipe
+    )
     kept = {"facts": decided.facts.as_dict(), "machine": decided.machine.as_dict()}
     folder.write_json(out / CHOICES, kept)
     file.write()
@@ -365,9 +373,11 @@ def _train(
                         schedule=schedule)
             )  # fmt: skip
     hooks.append(checkpointer)
+    console.live(f"step {state.step}/{schedule.length}")
     try:
         loop.run(state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule, hooks=hooks)
         checkpointer.finish()
+        console.clear()
         final = evaluations.final(state)
         ranks.end()
         with using(state.model, state.best or state.average):
@@ -389,7 +399,7 @@ def _say_what_is_trained(run: Run, work: Work, rate: float) -> None:
     where = f"{ranks.world} x {layout.device.type}" if ranks.world > 1 else layout.device.type
     console.say(
         f"model    {config.family}, {count(parameters(run))} parameters{trained}, width {config.hidden_size}, "
-        f"{config.num_hidden_layers} layers; {where} {str(layout.dtype).removeprefix('torch.')}, "
+        f"{plural(config.num_hidden_layers, 'layer')}; {where} {str(layout.dtype).removeprefix('torch.')}, "
         f"{rate / 1e9:.0f} GFLOP/s in a matmul"
     )
     for line in work.lines:
@@ -451,8 +461,10 @@ def replay(out: Path) -> Verified:
 
     def evaluate(state: State, m: loop.StepMetrics) -> None:
         evaluations(state, m)  # and go on: what ends a run may have been asked for later
+        console.live(f"replaying  step {state.step}/{target.step}")
 
     run.state.stopped = None
+    console.live(f"replaying  step {first}/{target.step}")
     loop.run(
         run.state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule,
         hooks=[evaluate], until=target.step,
@@ -460,6 +472,7 @@ def replay(out: Path) -> Verified:
     if train.patience is None or not target.best:  # dropped, or asked for, since
         run.state.best, target.best = {}, {}
     difference = run.state.difference(target)
+    console.clear()
     return Verified(
         verdict="identical to the bit" if difference is None else difference,
         identical=difference is None,

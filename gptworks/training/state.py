@@ -187,7 +187,7 @@ class Saving(threading.Thread):
         try:
             if not (self.path.is_dir() and _is_good(self.path)):
                 self._write()
-            console.say(f"saved    {self.path}")
+            console.now_and_then(f"saved    {self.path}")
             for old in listing(self.checkpoints)[:-KEPT]:
                 failpoint("checkpoint.rotate")
                 shutil.rmtree(old, ignore_errors=True)

@@ -1,25 +1,32 @@
 """Recipes: YAML and `key=value` overrides become one frozen, fully checked Config.
 
-Nothing is guessed in silence: an unknown key is an error that names the nearest valid one.
+A recipe may extend another; a run's config.yaml is one too. Nothing is guessed in silence: an unknown key is an error
+that names the nearest valid one, and a mistake is blamed on where it stands.
 """
 
 import difflib
+import os
 import types
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from gptworks.core import folder
-from gptworks.core.config.messages import explain, shown
+from gptworks.core.config.messages import explain, shown, told
 from gptworks.core.config.schema import BESIDE_PATH, PROBLEMS, C, Chosen, Config, keys, with_problem
 from gptworks.core.errors import UsageError
+from gptworks.core.log import console
+from gptworks.core.ranks import ranks
 from gptworks.core.registry import resolve
 
 # Short forms: `model=FOLDER` is what people type for `model.path=FOLDER`.
 SHORT = {"model": "model.path", "adapter": "adapter.kind", "problem": "problem.kind"}
-ASIDE = ("asked", "reasons", "changes")  # sections of a run's config.yaml that are no recipe's
+ASIDE = ("asked", "reasons", "changes", "recipe")  # what a run's config.yaml has that is no recipe's
+# Of a run, what belongs to the machine that it was trained on; its time budget has become a number of steps.
+OF_A_MACHINE = ("threads", "workers", "micro_batch", "precision", "compile")
 BY_PROBLEM = ("data", "tokenizer", "generate")  # sections that a problem may not use
 
 
@@ -34,6 +41,10 @@ def recipe_text(recipe: str) -> str:
         return (resources.files("gptworks") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     path = folder.path(recipe)
     if path.suffix not in (".yaml", ".yml"):
+        if (path / "config.yaml").is_file():
+            raise UsageError(
+                f"{recipe} is a run: `gptworks continue {recipe}` goes on with it; {path / 'config.yaml'} is a recipe"
+            )
         close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"built in: {', '.join(recipe_names())}"
         raise UsageError(f"unknown recipe {recipe!r}: {hint} (or a .yaml file of your own)")
@@ -45,22 +56,31 @@ def recipe_text(recipe: str) -> str:
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
 
 
+def usual_folder(recipe: str) -> Path:
+    """The run folder of a recipe for which none is named; that of a run's file is not the run's own."""
+    path = Path(recipe)
+    return Path("runs") / (f"{path.absolute().parent.name}-again" if path.name == "config.yaml" else path.stem)
+
+
+Pairs = list[tuple[str, Any]]
+
+
 def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None) -> Config:
     """Reads a recipe and applies overrides, `["train.lr=3e-4", ...]` or `{"train.lr": 3e-4}`; raises UsageError.
 
     An overriding `model=FOLDER` takes the place of the recipe's model and tokenizer sections (what `BESIDE_PATH` names
     stays). Sections of the recipe that its problem does not use are dropped; overriding a key of theirs is an error.
     """
-    tree = (_parse(recipe_text(recipe), recipe) or {}) if recipe else {}
-    if not isinstance(tree, dict):
-        raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
-    tree = {name: section for name, section in tree.items() if name not in ASIDE}
-    pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
-    pairs = [(SHORT.get(key, key), value) for key, value in pairs]
+    origins: dict[str, str] = {}
+    tree = _tree(recipe, origins) if recipe else {}
+    return overridden(tree, pairs_of(overrides), where=recipe or "configuration", origins=origins)
+
+
+def overridden(tree: dict[str, Any], pairs: Pairs, where: str, origins: dict[str, str] | None = None) -> Config:
+    """The checked configuration of a nested mapping with overrides. `origins` has the file that each key stands in."""
+    origins = origins or {}
     if dict(pairs).get("model.path") is not None:
-        shape = tree.get("model")
-        tree["model"] = {k: v for k, v in shape.items() if k in BESIDE_PATH} if isinstance(shape, dict) else {}
-        tree.pop("tokenizer", None)
+        _make_room(tree)
     for key, value in pairs:  # first, since it says what other keys there are
         if key == "problem.kind":
             _assign(tree, key, value=value, kind=Config)
@@ -70,7 +90,73 @@ def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None
         if (section := key.partition(".")[0]) in unused:
             raise UsageError(f"{key}: {problem.__name__} does not use the section {section!r}; leave the key out")
         _assign(tree, key, value=value, kind=with_problem(Config, problem.Settings))
-    return build({name: section for name, section in tree.items() if name not in unused}, recipe or "configuration")
+        origins[key] = ""
+    if pairs:
+        origins[""] = f"{where}, with what overrides it"  # of what only several keys together are wrong in
+    return build({name: part for name, part in tree.items() if name not in unused}, where, origins=origins)
+
+
+def pairs_of(overrides: list[str] | dict[str, Any] | None) -> Pairs:
+    """Overrides as dotted keys with their values."""
+    pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
+    return [(SHORT.get(key, key), value) for key, value in pairs]
+
+
+def _make_room(tree: dict[str, Any]) -> None:
+    """Drops the shape and the tokenizer of a recipe, for a model that brings its own."""
+    shape = tree.get("model")
+    tree["model"] = {k: v for k, v in shape.items() if k in BESIDE_PATH} if isinstance(shape, dict) else {}
+    tree.pop("tokenizer", None)
+
+
+def _tree(recipe: str, origins: dict[str, str], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The sections of a recipe, over those of the one that it extends; notes in `origins` which key stands where.
+    `above` are the recipes that extend this one."""
+    tree = _parse(recipe_text(recipe), recipe) or {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
+    if "asked" in tree:
+        tree = _of_run(tree, recipe)
+    base: dict[str, Any] = {}
+    if (extended := tree.pop("extends", None)) is not None:
+        if not isinstance(extended, str):
+            raise UsageError(f"{recipe}: extends={shown(extended)}: name one recipe")
+        if extended not in recipe_names() and Path(extended).suffix in (".yaml", ".yml"):
+            extended = os.path.normpath(Path(recipe).parent / Path(extended).expanduser())  # beside this file
+        chain = (*above, recipe)
+        if extended in (os.path.normpath(each) for each in chain):
+            raise UsageError(f"{recipe}: extends {extended}, and so itself; name another recipe")
+        base = _tree(extended, origins, chain)
+    origins |= dict.fromkeys(_named(tree), recipe)
+    if isinstance(model := tree.get("model"), dict) and model.get("path") is not None:
+        _make_room(base)
+    for name, section in tree.items():
+        before = base.get(name)
+        base[name] = before | section if isinstance(before, dict) and isinstance(section, dict) else section
+    return base
+
+
+def _named(tree: dict[str, Any]) -> list[str]:
+    """The sections and dotted keys that a recipe names."""
+    inner = [f"{name}.{key}" for name, part in tree.items() if isinstance(part, dict) for key in part]
+    return [str(name) for name in tree] + inner
+
+
+def _of_run(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    """A run's config.yaml as a recipe: the values that the run had, with its changes, except those that belong to a
+    machine: of them what was asked stays, and the rest is chosen anew."""
+    sections = {name: section for name, section in tree.items() if name not in ASIDE}
+    asked, train = tree["asked"], sections.get("train")
+    if isinstance(train, dict):
+        spelled = asked["train"] if isinstance(asked, dict) and isinstance(asked.get("train"), dict) else {}
+        kept = {key: value for key, value in train.items() if key not in (*OF_A_MACHINE, "time_budget_s")}
+        kept |= {key: spelled[key] for key in OF_A_MACHINE if key in spelled}
+        sections["train"] = kept | ({"changes": tree["changes"]} if tree.get("changes") else {})
+        anew = [key for key in OF_A_MACHINE if key not in spelled]
+        rest = f"; chosen anew for this machine: train.{', '.join(anew)}" if anew else ""
+        if ranks.main:
+            console.say(f"recipe   {path} is a run's: its values and steps are taken{rest}")
+    return sections
 
 
 def problem_of(tree: dict[str, Any]) -> Any:
@@ -91,8 +177,15 @@ def problem_of(tree: dict[str, Any]) -> Any:
     return problem
 
 
-def build(tree: dict[str, Any], where: str, kind: type[C] = Config) -> C:  # type: ignore[assignment]
-    """Validates a nested mapping; every error is one line that names the key."""
+def build(
+    tree: dict[str, Any],
+    where: str,
+    kind: type[C] = Config,  # type: ignore[assignment]
+    *,
+    origins: dict[str, str] | None = None,
+) -> C:
+    """Validates a nested mapping; the mistakes are one line that names the keys and where each stands: in `where`, or
+    as `origins` has it, where a key without a place was said on the command line."""
     if isinstance(tree.get("problem"), str):
         tree = {**tree, "problem": {"kind": tree["problem"]}}
     complete = with_problem(kind, problem_of(tree).Settings)
@@ -100,7 +193,18 @@ def build(tree: dict[str, Any], where: str, kind: type[C] = Config) -> C:  # typ
         return complete.model_validate(tree)
     except (ValidationError, RecursionError) as error:
         sections = [name for name in kind.model_fields if name not in ("stages", "license")]
-        raise UsageError(f"{where}: {explain(error, list(keys(complete)), sections)}") from None
+        places: dict[str, list[str]] = {}
+        for key, message in explain(error, keys(complete), sections):
+            places.setdefault(_origin(key, where, origins or {}), []).append(message)
+        lines = [f"{place}: {told(each)}" if place else told(each) for place, each in places.items()]
+        raise UsageError("; ".join(lines)) from None
+
+
+def _origin(key: str, where: str, origins: dict[str, str]) -> str:
+    """The place of a key: its own, or that of what it is a part of."""
+    while key not in origins and "." in key:
+        key = key.rpartition(".")[0]
+    return origins.get(key, where)
 
 
 def with_values(config: C, values: dict[str, Any]) -> C:

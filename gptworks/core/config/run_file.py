@@ -1,7 +1,7 @@
 """config.yaml of a run: what was chosen and why, what was asked, and what changed on the way.
 
-Its top level is a recipe's, with `reasons`, `asked` and `changes` as sections beside, so that a run's file can be
-trained again as a recipe. It is data: everything is read back from the sections; the comments beside values are for
+Its top level is a recipe's, with `reasons`, `asked`, `changes` and the recipe's name beside, so that a run's file can
+be trained again as a recipe. It is data: everything is read back from the sections; the comments beside values are for
 people. One writer, `RunFile.write`; the changes of a run have no other place.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gptworks.core import folder
-from gptworks.core.config.recipe import BY_PROBLEM, Loader, build, problem_of, with_values
+from gptworks.core.config.recipe import BY_PROBLEM, Loader, build, overridden, pairs_of, problem_of, with_values
 from gptworks.core.config.schema import Change, Chosen, Config, get, keys, keys_of_kind
 from gptworks.core.errors import DataError
 
@@ -30,6 +30,7 @@ class RunFile:
     asked: Config
     reasons: dict[str, str] = field(default_factory=dict)  # by dotted key
     changes: list[Change] = field(default_factory=list)  # in the order of their steps
+    recipe: str = ""  # its name, as it was given
 
     @classmethod
     def read(cls, path: Path) -> "RunFile":
@@ -38,6 +39,7 @@ class RunFile:
         try:
             tree = Loader(path.read_text(encoding="utf-8")).get_single_data()
             asked, reasons = tree.pop("asked") or {}, tree.pop("reasons", None) or {}
+            recipe = str(tree.pop("recipe", None) or "")
             if "changes" in tree:
                 tree["train"]["changes"] = tree.pop("changes")
             if not isinstance(reasons, dict) or not isinstance(asked, dict):
@@ -47,7 +49,8 @@ class RunFile:
         chosen = build(tree, str(path), Chosen)
         changes = list(chosen.train.changes)
         chosen = with_values(chosen, {"train.changes": []})
-        return cls(path, chosen, build(asked, f"{path}: asked"), {str(k): str(v) for k, v in reasons.items()}, changes)
+        told = {str(key): str(reason) for key, reason in reasons.items()}
+        return cls(path, chosen, build(asked, f"{path}: asked"), reasons=told, changes=changes, recipe=recipe)
 
     def write(self) -> None:
         """Puts the file in place, whole or not at all. Raises StorageError."""
@@ -76,7 +79,19 @@ class RunFile:
         if self.reasons:
             lines += ["reasons:", *(f"  {key}: {_scalar(reason)}" for key, reason in sorted(self.reasons.items()))]
         asked = self.asked.model_dump(mode="json", exclude_unset=True)
+        lines += [f"recipe: {_scalar(self.recipe)}"] if self.recipe else []
         return "\n".join([*lines, *(_lines({"asked": asked}, {}, "") if asked else ["asked: {}"])]) + "\n"
+
+
+def continued(run: Path, overrides: list[str] | dict[str, Any] | None = None) -> tuple[Config, str]:
+    """Gives what continues a run: what was asked of it, with what is asked otherwise now, and the name of its recipe.
+    Raises UsageError, DataError."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise DataError(f"{run}: no run to continue: it has no config.yaml")
+    file = RunFile.read(path)
+    tree = file.asked.model_dump(mode="json", exclude_unset=True)
+    return overridden(tree, pairs_of(overrides), f"{path}: asked"), file.recipe
 
 
 def shown_tree(config: Config) -> dict[str, Any]:

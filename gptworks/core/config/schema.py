@@ -26,7 +26,7 @@ from pydantic import (
 )  # fmt: skip
 
 from gptworks.core import folder
-from gptworks.core.config.messages import shown
+from gptworks.core.config.messages import explain, shown
 from gptworks.core.errors import UsageError
 from gptworks.core.registry import class_of
 
@@ -152,9 +152,9 @@ class Data(Section):
             try:
                 entries.append(Weighted.model_validate(entry))
             except ValidationError as error:
-                worst = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key before all
-                problem = f"{worst['loc'][0]}: {worst['msg'].lower()}"
-                raise ValueError(f"{shown(entry.get('path'))}: {problem}") from None
+                problems = [text for _, text in explain(error, Weighted.model_fields, [])]
+                worst = min(problems, key=lambda text: not text.startswith("unknown"))  # a misspelt key before all
+                raise ValueError(f"{shown(entry.get('path'))}: {worst}") from None
         paths = [entry.path for entry in entries]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ValueError(f"{twice[0][:80]!r} is named twice: add the weights up")
@@ -369,7 +369,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _agree(self) -> "Config":
         if self.model.depth and self.model.parameters:
-            raise ValueError("model.depth and model.parameters are two forms of one dial: give one")
+            raise ValueError(
+                "model.depth and model.parameters are two forms of one dial: give one, and null for the other"
+            )
         if self.model.path and (beside := _differing(self.model) - BESIDE_PATH):
             raise ValueError(f"model.path={self.model.path[:80]} brings its own shape; remove model.{min(beside)}")
         if self.model.path and (beside := _differing(self.tokenizer)):
@@ -384,6 +386,9 @@ class Config(Section):
             raise ValueError("adapter=lora trains beside the weights of a model: add model=FOLDER")
         if self.train.batch_tokens == "full" and self.train.max_tokens:
             raise ValueError("train.batch_tokens=full counts epochs: use train.max_epochs in place of train.max_tokens")
+        order = list(get_args(STAGES))
+        if self.stages != sorted(set(self.stages), key=order.index):
+            raise ValueError(f"stages={','.join(self.stages)}: each comes once, in the order {', '.join(order)}")
         return self
 
 
