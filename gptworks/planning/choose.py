@@ -30,6 +30,8 @@ CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly 
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
 # Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
 PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
+# A curve wants so many points; a time budget may come to half the steps. Longer runs are logged every so many steps.
+LOGGED_POINTS, LOG_APART = 100, 10
 EVALUATION_SHARE = 0.08  # of a time budget, for evaluations; one there is always
 ELEMENT = {"fp32": 4}  # bytes of a value in the passes; 2 in any other precision
 
@@ -317,24 +319,27 @@ def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
         return
     allowed = limits(config, measured.rows if measured else None)
     if train.time_budget_s:
-        allowed.append(_steps_in_budget(choices, needed(measured)))
+        allowed.append(_steps_in_budget(choices, needed(measured), before=facts.base is not None))
     steps, why = min(allowed)
     if train.max_steps != steps:
         choices.set("train.max_steps", steps, why)
 
 
-def _steps_in_budget(choices: Choices, measured: Measured) -> tuple[int, str]:
-    """The steps that fit into what is left of a time budget, beside evaluations."""
+def _steps_in_budget(choices: Choices, measured: Measured, before: bool) -> tuple[int, str]:
+    """The steps that fit into what is left of a time budget, beside evaluations: one before step 1 too, where a run
+    starts from a model."""
     train = choices.config.train
     budget, left, seconds = needed(train.time_budget_s), measured.left_seconds, measured.step_seconds
     pace = Pace(seconds, measured.eval_seconds)
     end = planned_end(budget, pace)
     if train.eval_every:
         fitting = steps_until(
-            end, budget - left, pace=replace(pace, step=seconds + pace.evaluation / train.eval_every), evaluations=0
-        )
+            end, budget - left, pace=replace(pace, step=seconds + pace.evaluation / train.eval_every),
+            evaluations=before,
+        )  # fmt: skip
     else:
-        fitting = steps_until(end, budget - left, pace=pace, evaluations=evaluations(budget, pace.evaluation) - 1)
+        several = before + evaluations(budget, pace.evaluation) - 1
+        fitting = steps_until(end, budget - left, pace=pace, evaluations=several)
     if fitting < 1:
         raise UsageError(
             f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation "
@@ -359,7 +364,7 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
     config, train, measured = choices.config, choices.config.train, facts.measured
     if "train.max_steps" in choices.open or "train.batch_tokens" in choices.open:
         why = "follows from the number of steps"
-        for name in ("eval_every", "checkpoint_every"):
+        for name in ("eval_every", "log_every", "checkpoint_every"):
             if getattr(train, name) is None:
                 choices.leave(f"train.{name}", why)
         if train.compile == "auto":
@@ -380,6 +385,9 @@ def _set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, ma
         apart = max(1, math.ceil(total / times))
         count = math.ceil(total / apart)
         choices.set("train.eval_every", apart, f"{count} evaluations" if count > 1 else "one evaluation, at the end")
+    if train.log_every is None:
+        apart = min(max(total // LOGGED_POINTS, 1), LOG_APART)
+        choices.set("train.log_every", apart, f"about {total // apart} points of a curve")
     if train.checkpoint_every is None:
         between, why = total / 10, "at most ten, of which two are kept"
         if not train.time_budget_s and not full:

@@ -44,7 +44,7 @@ class Metrics:
         for line in logged_lines(self.path):
             try:
                 row = json.loads(line)
-                if row["step"] <= from_step:
+                if 0 < from_step >= row["step"]:  # a run that begins anew measures its step 0 anew
                     kept.append(line + "\n")
                     self.last_loss = row.get("train/loss", self.last_loss)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -348,6 +348,9 @@ def _train(
             )  # fmt: skip
     hooks.append(checkpointer)
     try:
+        if run.base and not state.step:
+            state.model.dtype = run.layout.dtype  # as the loop has it
+            evaluations.before_training(state)
         loop.run(state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule, hooks=hooks)
         checkpointer.finish()
         final = evaluations.final(state)

@@ -299,7 +299,7 @@ class Train(Section):
     timeout_s: Positive = free(300.0, "several processes: end them all where one makes no progress for so long")
     checkpoint_every: Count | None = free(None, "steps between checkpoints")
     eval_every: Count | None = fixed(None, "steps between evaluations")
-    log_every: Count = free(10, "steps between logged lines")
+    log_every: Count | None = free(None, "steps between logged lines; None: a hundred in a run, ten steps at most")
     tensorboard: bool = free(True, "write tensorboard/ beside metrics.jsonl")
     wandb: str | None = free(None, "also log to this Weights & Biases project")
 
@@ -374,6 +374,7 @@ class ChosenTrain(Train):
     workers: Count
     checkpoint_every: Count
     eval_every: Count
+    log_every: Count
 
 
 class Chosen(Config):
