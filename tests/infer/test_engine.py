@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptworks.core.errors import DataError
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.infer.engine import Engine, Generation, Decoding
+from gptworks.infer.engine import Decoding, Engine, Generation
 from gptworks.infer.sampling import Sampling
 from gptworks.model.transformer import Output
 
