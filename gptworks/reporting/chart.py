@@ -79,7 +79,7 @@ def chart(
     for x in steps:
         drawn.append(f'<line class="tick" x1="{across(x)}%" x2="{across(x)}%" y1="100%" y2="100%"/>')
     for row, (name, text_of) in enumerate((("step" if axes.below else "", across_label or label), *axes.below)):
-        drawn.append(f'<text class="y" x="-8" y="100%" dy="{18 + 16 * row}">{html.escape(name)}</text>' if row else "")
+        drawn.append(f'<text class="y" x="-20" y="100%" dy="{18 + 16 * row}">{html.escape(name)}</text>' if row else "")
         for x in steps:
             text = html.escape(text_of(x))
             drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="{18 + 16 * row}">{text}</text>')
@@ -87,7 +87,7 @@ def chart(
     for number, (place, name, y) in enumerate(places):
         crowded = any(abs(place - other) < CLOSE for other, _, _ in places[:number])
         drawn.append(f'<line class="level" x1="0" x2="100%" y1="{place}%" y2="{place}%"/>')
-        said = f"{name} {y:.3g}" if not axes.factor else f"{name} {y * axes.factor:.3f}"
+        said = f"{name} {y:.4g} {axes.unit}" if not axes.factor else f"{name} {y * axes.factor:.3f} {axes.other_unit}"
         text = (
             f'<text class="level" x="100%" dx="-4" y="{place}%" dy="{14 if crowded else -5}">{html.escape(said)}</text>'
         )
@@ -123,7 +123,7 @@ def _hover(
 
     def head(x: float) -> str:
         first = across_label(x) if across_label else f"step {x:,.0f}"
-        return " · ".join([first, *(f"{text_of(x)}" for _, text_of in axes.below)])
+        return " · ".join([first, *(text_of(x) + (name != "time") * f" {name}" for name, text_of in axes.below)])
 
     def told(y: float) -> str:
         more = f" · {y * axes.factor:.3f} {axes.other_unit}" if axes.factor else ""

@@ -23,7 +23,8 @@ KNOWN = {
 }  # fmt: skip
 LABELS = {"data": "trained on", "data_sha256": "SHA-256 of the data", "parents": "parent"}
 TIMES = ("preparing", "training", "evaluating", "sampling", "saving")
-LEVELS = 8  # of colour above the first, each a nat
+LEVELS = 8  # of colour above the first
+LEVEL_NATS = (0.25, 0.5, 1.0, 1.5, 2.0)  # that a level may be
 PACES = 3  # changes of a time budget's plan, of which more are folded
 
 
@@ -66,10 +67,13 @@ def write_range_test(path: Path, rates: list[float], smoothed: list[float], lr: 
 def headline(run: Run) -> str:
     result = run.result
     if result:
-        end = f"({result['stopped']})" if result.get("stopped") else None
+        end = str(result.get("stopped") or "")
+        end = f"({end})" if end and not end.startswith("reached step") else ""
         how = joined(" ", show(result.get("steps"), "{:,.0f} steps"), end)
     else:
-        total = show(run.config.get("train.max_steps"), " of {:,.0f}") or ""
+        lengths = (change.get("length") for change in reversed(run.changes))
+        length = next((one for one in lengths if number(one)), run.config.get("train.max_steps"))
+        total = show(length, " of {:,.0f}") or ""
         how = f"not finished: step {run.step:,.0f}{total}" if run.rows else "not finished: no step logged yet"
     loss = show(get(result, "eval", "loss") or run.last("eval/loss"), "{:.4f}")
     bits = show(get(result, "eval", "bits_per_byte") or run.last("eval/bits_per_byte"), "{:.3f}")
@@ -105,14 +109,14 @@ def what_it_is(run: Run) -> str:
     known = get(base, "architecture") or {}
     family = config.get("model.family") or get(known, "family") or "GPT"
 
-    def size(name: str, form: str) -> str | None:
+    def size(name: str, form: Callable[[float], str]) -> str | None:
         return show(config.get(f"model.{name}") or get(known, name), form)
 
     shape = joined(
         ", ",
-        size("hidden_size", "width {:,.0f}"),
-        size("num_hidden_layers", "{:.0f} layers"),
-        size("num_attention_heads", "{:.0f} heads"),
+        size("hidden_size", "width {:,.0f}".format),
+        size("num_hidden_layers", lambda layers: f"{layers:.0f} layer{'s' * (layers != 1)}"),
+        size("num_attention_heads", lambda heads: f"{heads:.0f} head{'s' * (heads != 1)}"),
     )
     model = f"{family} model{f' ({shape})' if shape else ''}"
     text, path = places(config.get("data.train")), config.get("model.path")
@@ -134,7 +138,7 @@ def gain(run: Run) -> str:
     for tag, name, form in (("bits_per_byte", "bits/byte", "{:.3f}"), ("loss", "nats/token", "{:.4f}")):
         before, now = run.before(f"eval/{tag}"), number(get(run.result, "eval", tag)) or run.last(f"eval/{tag}")
         if before is not None and now is not None and run.step:
-            change = f" ({now / before - 1:+.0%})" if before > 0 and not parts else ""
+            change = f" ({now / before - 1:+.0%})".replace("-", "\u2212") if before > 0 and not parts else ""
             parts.append(f"from {form.format(before)} to {form.format(now)} {name}{change}")
     return f"training took the held-out text {' and '.join(parts)}" if parts else ""
 
@@ -159,7 +163,7 @@ def curves(run: Run) -> str:
         best = sentence(f"the lowest evaluation loss was {lowest:.4f}, at step {step:,.0f} of {run.step:,.0f}")
     lines = [Series("training", "train", run.series("train/loss")), Series("evaluation", "eval", evals, dots=True)]
     factor = bits_for_nats(run)
-    below = [("tokens", run.series("train/tokens"), count), ("time", run.series("train/seconds"), duration)]
+    below = [("tokens", run.series("train/tokens"), count), ("time", run.series("train/seconds"), short_time)]
     axes = Axes(
         "nats/token",
         "bits/byte",
@@ -216,6 +220,13 @@ def between(points: list[Point], form: Callable[[float], str]) -> Callable[[floa
     return at
 
 
+def short_time(seconds: float) -> str:
+    """A time in few characters: "79 s", "3.3 min"."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
 def changes(run: Run) -> str:
     """What the run did otherwise from some step on."""
     lines = [(change.get("pace") is True, change_in_words(change)) for change in run.changes]
@@ -251,14 +262,14 @@ def change_in_words(change: Any) -> str:
 def held_out(run: Run) -> str:
     """Held-out text, each token coloured by its loss."""
     pieces = run.passage.get("pieces")
-    drawn: list[str] = []
+    drawn: list[tuple[str, list[float]]] = []
     losses: list[float] = []
     text = ""
     for piece in pieces if isinstance(pieces, list) else ():
         match piece:
             case [str(part), list(own)]:
                 values = [value for each in own if (value := number(each)) is not None]
-                drawn.append(token(part, values))
+                drawn.append((part, values))
                 losses += values
                 text += part
     if not losses:
@@ -266,25 +277,29 @@ def held_out(run: Run) -> str:
     at = show(run.passage.get("step"), " after step {:,.0f}") or ""
     mean = sum(losses) / len(losses)
     told = (
-        f"the beginning of the held-out text, which the model was not trained on, as it reads it{at}: the darker a "
-        f"token, the more it surprised; {mean:.2f} nats on average over {len(losses):,} tokens"
+        f"the beginning of the held-out text, which the model was not trained on, as it reads it{at}: the stronger a "
+        f"token's colour, the more it surprised; {mean:.2f} nats on average over {len(losses):,} tokens"
     )
-    names = [*(str(level) for level in range(LEVELS)), f"{LEVELS} and more nats"]
+    most = sorted(losses)[int(0.95 * (len(losses) - 1))]
+    nats = next((size for size in LEVEL_NATS if most < LEVELS * size), LEVEL_NATS[-1])
+    names = [*(f"{nats * level:g}" for level in range(LEVELS)), f"{nats * LEVELS:g} and more nats"]
     scale = "".join(f'<span class="l{level}">{name}</span>' for level, name in enumerate(names))
     return section(
         "Held-out text, token by token",
         sentence(told),
         f'<div class="scale"><span class="told">0: known beforehand</span>{scale}</div>',
-        f'<div class="passage"{language(text)} dir="auto">{"".join(drawn)}</div>',
+        f'<div class="passage"{language(text)} dir="auto">{"".join(token(*piece, nats) for piece in drawn)}</div>',
     )
 
 
-def token(text: str, losses: list[float]) -> str:
-    """A piece of text on the colour of its loss, which stands in the title."""
+def token(text: str, losses: list[float], nats: float) -> str:
+    """A piece of text on the colour of its loss, of which a level is so many nats and which stands in the title."""
     whole = sum(losses)
-    level = min(max(int(whole), 0), LEVELS)
+    level = min(max(int(whole / nats), 0), LEVELS)
     several = f" in {len(losses)} tokens" if len(losses) > 1 else ""
-    style = joined(" ", f"l{level}" if losses and level else None, "n" if text.startswith("\n") else None)
+    style = joined(
+        " ", f"l{level}" if losses and level else None if losses else "first", "n" if text.startswith("\n") else None
+    )
     title = f' title="{whole:.2f} nats{several}"' if losses else ""
     return f"<span{f' class={chr(34)}{style}{chr(34)}' if style else ''}{title}>{h(text)}</span>"
 
@@ -383,10 +398,10 @@ def time_bar(spent: list[tuple[str, float]]) -> str:
     spent = [(name, seconds) for name, seconds in spent if seconds > 0]
     whole = sum(seconds for _, seconds in spent)
     parts = "".join(f'<span class="{name}" style="width:{100 * s / whole:.2f}%"></span>' for name, s in spent)
-    names = "".join(
-        f'<li class="{name}">{name} <b>{h(duration(seconds))}</b> <small>{seconds / whole:.0%}</small></li>'
-        for name, seconds in spent
-    )
+    names = ""
+    for name, seconds in spent:
+        share = f"{seconds / whole:.0%}" if seconds / whole >= 0.005 else "under 1%"
+        names += f'<li class="{name}">{name} <b>{h(duration(seconds))}</b> <small>{share}</small></li>'
     spoken = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent)
     return f'<div class="times" role="img" aria-label="{h(spoken)}">{parts}</div><ul class="legend">{names}</ul>'
 
@@ -409,7 +424,8 @@ def data(run: Run) -> str:
 
 def found_in(sources: list[dict[str, Any]]) -> str:
     """The table of what reading found in each source."""
-    spread = ("p5", "p50", "p95", "max")
+    many = any((number(source.get("documents")) or 0) > 1 for source in sources)
+    spread = ("p5", "p50", "p95", "max") if many else ()
 
     def cells(source: dict[str, Any]) -> tuple[Any, ...]:
         sizes = [source.get("documents"), source.get("bytes"), source.get("tokens")]
@@ -424,7 +440,7 @@ def found_in(sources: list[dict[str, Any]]) -> str:
     head = ("source", "documents", "bytes", "tokens", *spread, "copies", "letters")
     drawn = table("found", map(cells, sources), *head)
     note = "p5, p50, p95 and max are tokens of a document: of a hundred, five are at most as long as p5, half as p50"
-    return f"{drawn}<p><small>{h(note)}.</small></p>" if drawn else ""
+    return drawn + (f"<p><small>{h(note)}.</small></p>" if drawn and many else "")
 
 
 def configuration(run: Run) -> str:
@@ -459,7 +475,8 @@ def configuration(run: Run) -> str:
         row = setting(key, value), why or Html('<span class="default">default</span>')
         groups[group].append((code(name), *row))
         if asked and asked != "recipe":
-            own.append((code(key), setting(key, value), run.reasons.get(key, "") or spelled))
+            differs = Html(f"asked for{spelled}") if spelled else ""
+            own.append((code(key), setting(key, value), run.reasons.get(key, "") or differs))
     parts = []
     for group, rows in groups.items():
         parts.append(f"<h3>{h(group or 'recipe')}</h3>{table('config', rows)}")
