@@ -25,7 +25,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands around a chart besides its steps and values."""
+    """The things that stand around a chart besides its steps and values."""
 
     unit: str = ""  # of the values
     other_unit: str = ""  # of the right side, if it has one
@@ -119,7 +119,7 @@ def _hover(
     series: list[Series], axes: Axes, *, across: Callable[[float], float], down: Callable[[float], float],
     across_label: Callable[[float], str] | None,
 ) -> str:  # fmt: skip
-    """What a pointer shows, as JSON: a line of text at each place, and the point of each series with its value."""
+    """Gives what a pointer shows, as JSON: a line of text at each place, each series' points with their values."""
 
     def head(x: float) -> str:
         first = across_label(x) if across_label else f"step {x:,.0f}"

@@ -133,7 +133,7 @@ def what_it_is(run: Run) -> str:
 
 
 def gain(run: Run) -> str:
-    """What tuning gained, where a run started from a model: the figures before its first step and now."""
+    """Says what tuning gained, where a run started from a model: the figures before its first step and now."""
     parts: list[str] = []
     for tag, name, form in (("bits_per_byte", "bits/byte", "{:.3f}"), ("loss", "nats/token", "{:.4f}")):
         before, now = run.before(f"eval/{tag}"), number(get(run.result, "eval", tag)) or run.last(f"eval/{tag}")
@@ -164,12 +164,8 @@ def curves(run: Run) -> str:
     lines = [Series("training", "train", run.series("train/loss")), Series("evaluation", "eval", evals, dots=True)]
     factor = bits_for_nats(run)
     below = [("tokens", run.series("train/tokens"), count), ("time", run.series("train/seconds"), short_time)]
-    axes = Axes(
-        "nats/token",
-        "bits/byte",
-        factor,
-        tuple((name, between(points, form)) for name, points, form in below if len(points) > 1),
-    )
+    rows = tuple((name, between(points, form)) for name, points, form in below if len(points) > 1)
+    axes = Axes(unit="nats/token", other_unit="bits/byte", factor=factor, below=rows)
     loss = chart("Loss by step", lines, run.step, levels=levels(run, factor), axes=axes)
     small = "".join(
         chart(name, [Series(name, "train", run.series(f"train/{tag}"))], last_step=run.step, from_zero=from_zero)
@@ -197,7 +193,7 @@ def bits_for_nats(run: Run) -> float | None:
 
 
 def levels(run: Run, factor: float | None) -> list[tuple[str, float]]:
-    """What simpler methods need for the held-out text, in nats/token."""
+    """Gives what simpler methods need for the held-out text, in nats/token."""
     known = []
     for name, score in mappings(get(run.result, "evaluation", "baselines")):
         bits = number(score.get("bits_per_byte"))
@@ -228,7 +224,7 @@ def short_time(seconds: float) -> str:
 
 
 def changes(run: Run) -> str:
-    """What the run did otherwise from some step on."""
+    """Tells what the run did otherwise from some step on."""
     lines = [(change.get("pace") is True, change_in_words(change)) for change in run.changes]
     if not lines:
         told = run.result.get("changes")
@@ -280,7 +276,7 @@ def held_out(run: Run) -> str:
         f"the beginning of the held-out text, which the model was not trained on, as it reads it{at}: the stronger a "
         f"token's colour, the more it surprised; {mean:.2f} nats on average over {len(losses):,} tokens"
     )
-    most = sorted(losses)[int(0.95 * (len(losses) - 1))]
+    most = sorted(losses)[int(0.95 * len(losses))]
     nats = next((size for size in LEVEL_NATS if most < LEVELS * size), LEVEL_NATS[-1])
     names = [*(f"{nats * level:g}" for level in range(LEVELS)), f"{nats * LEVELS:g} and more nats"]
     scale = "".join(f'<span class="l{level}">{name}</span>' for level, name in enumerate(names))
@@ -311,7 +307,7 @@ def passage(prompt: str, text: str, *caption: str | None) -> str:
 
 
 def samples(run: Run) -> str:
-    """What the model wrote on its way."""
+    """Shows what the model wrote on its way."""
     prompts, loss = run.config.get("generate.prompts"), None
     prompt = str(prompts[0]) if isinstance(prompts, list) and prompts else ""
     items = []
@@ -324,7 +320,7 @@ def samples(run: Run) -> str:
 
 
 def finished(run: Run) -> str:
-    """What the finished model wrote."""
+    """Shows what the finished model wrote."""
     items = []
     for generation in listed(run.result.get("generation")):
         facts = (
@@ -369,7 +365,7 @@ def evaluation(run: Run) -> str:
 
 
 def times(run: Run) -> str:
-    """Where the time went, how fast it was, and the memory that it took."""
+    """Shows where the time went, how fast it was, and the memory that it took."""
     result, waits = run.result, [value for _, value in run.series("train/data_wait")]
     rate = show(result.get("matmul_gflops"), "of the {:,.1f} GFLOP/s that a matmul reached on this machine")
     steps, whole = number(result.get("train_seconds")), number(result.get("seconds"))
@@ -444,7 +440,7 @@ def found_in(sources: list[dict[str, Any]]) -> str:
 
 
 def configuration(run: Run) -> str:
-    """What the person asked for, and folded below it every value with its reason."""
+    """Lists what the person asked for, and folded below it every value with its reason."""
     recipe = run.asked_by_recipe()
 
     def who(key: str) -> str | None:
@@ -501,10 +497,10 @@ def setting(key: str, value: Any) -> Html:
 def lineage(run: Run) -> str:
     rows: list[tuple[str, Any]] = []
     for key, value in run.lineage.items():
-        for one in value if isinstance(value, list) else [value]:
-            if key not in ("config", "metrics", "split") and one not in (None, "", {}):
-                told = joined(" · ", *map(str, one.values())) if isinstance(one, dict) else one
-                rows.append((LABELS.get(key, key), code(told)))
+        parts = value if isinstance(value, list) else [value]
+        parts = [] if key in ("config", "metrics", "split") else [one for one in parts if one not in (None, "", {})]
+        lines = [code(joined(" · ", *map(str, one.values())) if isinstance(one, dict) else one) for one in parts]
+        rows.append((LABELS.get(key, key), Html("<br>".join(lines)) if lines else None))
     if run.lineage and not run.lineage.get("parents"):
         rows.append(("parent", "none, trained from scratch"))
     weights = [

@@ -134,7 +134,7 @@ class Account:
             self.add(what, time.perf_counter() - begun)
 
     def timed(self, what: str, hook: Callable[P, T]) -> Callable[P, T]:
-        """The same function, whose seconds are counted."""
+        """Makes the same function, whose seconds are counted."""
 
         def call(*arguments: P.args, **options: P.kwargs) -> T:
             with self.spent(what):

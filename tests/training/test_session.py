@@ -10,6 +10,7 @@ from gptworks.core import config, folder
 from gptworks.core.config import RunFile
 from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.training import session
+from gptworks.training.metrics import Account
 from gptworks.training.state import listing
 
 
@@ -110,3 +111,40 @@ def test_a_run_that_starts_from_a_model_is_measured_before_its_first_step(
 
 def full():
     raise StorageError("the disk is full")
+
+
+def test_a_run_leaves_what_its_report_shows(finished_run):
+    passage = json.loads((finished_run / "passage.json").read_text())
+    losses = [loss for _, own in passage["pieces"] for loss in own]
+    assert passage["step"] == 12 and passage["tokens"] == len(losses) > 100
+    assert passage["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    account = json.loads((finished_run / "run.json").read_text())
+    result = json.loads((finished_run / "result.json").read_text())
+    assert account["recipe"] == "tiny" and set(account["seconds"]) == {
+        "preparing", "training", "evaluating", "sampling", "saving",
+    }  # fmt: skip
+    assert account["seconds"]["training"] == pytest.approx(result["train_seconds"], abs=0.01)
+
+
+def test_the_time_of_a_run_is_counted_over_its_processes_and_a_damaged_account_begins_anew(tmp_path):
+    first = Account(tmp_path, "laptop")
+    first.add("training", 2.0)
+    first.write()
+    second = Account(tmp_path)
+    second.add("training", 1.5)
+    with second.spent("saving"):
+        pass
+    assert second.recipe == "laptop" and second.seconds["training"] == 3.5 and second.seconds["saving"] < 0.5
+    assert second.timed("sampling", lambda value: value + 1)(1) == 2 and "sampling" in second.seconds
+    for damaged in ("{", "[1]", '{"seconds": 3, "recipe": null}', '{"seconds": {"training": "x"}}'):
+        first.path.write_text(damaged)
+        again = Account(tmp_path)
+        again.add("training", 1.0)
+        assert again.seconds == {"training": 1.0} and again.recipe == ""
+
+
+@pytest.mark.parametrize(("every", "steps"), [(5, [1, 5, 10, 12]), (None, list(range(1, 13)))])
+def test_the_first_and_the_last_step_are_logged_whatever_the_interval(every, steps, tiny_config, tmp_path):
+    settings = {"train.log_every": every, "train.eval_every": 12, "generate.prompts": []}
+    lifecycle.train(tiny_config(**settings), tmp_path / "run")
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "train/loss" in row] == steps
