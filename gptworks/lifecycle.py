@@ -5,7 +5,8 @@ again and it continues, or says that it is done.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from gptworks.planning.choose import choose
 from gptworks.planning.machine import Machine, here
 from gptworks.training import session
 from gptworks.training.hooks import sampling
+from gptworks.training.metrics import Account
 
 # -- train -------------------------------------------------------------------------------------------------------
 
@@ -395,6 +397,15 @@ class _Running:
         """Keeps what a stage gave."""
         self.finished = replace(self.finished, **results)
 
+    @contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """Counts the seconds of the block among the run's, where this process trained it."""
+        account = Account(self.out)
+        with account.spent(what):
+            yield
+        if self.trained:
+            account.write()
+
     def write(self) -> None:
         """A result.json says that the training is finished, so there is none without its figures. Time and memory are
         those of the process that trained, and of the stages in it, not of one that came later."""
@@ -441,7 +452,8 @@ def _evaluate(running: _Running) -> _Running:
     if not held_out.is_file():
         console.say(f"scores   no text to score: {config.problem.kind} holds none out")
         return running
-    scores = evaluate(out / "model", str(held_out), context=config.train.context)
+    with running.spent("evaluating"):
+        scores = evaluate(out / "model", str(held_out), context=config.train.context)
     running.add(evaluation=scores)
     xz, unigrams = scores.baselines["xz"], scores.baselines["unigram"] or {}
     console.say(
@@ -465,7 +477,8 @@ def _generate(running: _Running) -> _Running:
         console.say(f"sample   none: {config.problem.kind} has no prompts")
         return running
     how = sampling(options, config.train.seed)
-    samples = generate(running.out / "model", options.prompts, how, max_new_tokens=options.max_new_tokens)
+    with running.spent("sampling"):
+        samples = generate(running.out / "model", options.prompts, how, max_new_tokens=options.max_new_tokens)
     running.add(generation=samples)
     for sample in samples:
         console.say(f"sample   {plural(sample.tokens, 'token')}, {sample.tokens_per_second:.0f} tokens/s")

@@ -92,6 +92,7 @@ def settings(**values: Any) -> ChosenTrain:
         "optimizer": "adamw", "lr": 3e-3, "adam_lr": 3e-3, "momentum": 0.9, "weight_decay": 0.1, "warmup": 0.1,
         "batch_tokens": 8 * CONTEXT, "micro_batch": 8, "context": CONTEXT, "max_steps": 12, "precision": "fp32",
         "compile": False, "deterministic": True, "threads": 1, "workers": 1, "checkpoint_every": 12, "eval_every": 12,
+        "log_every": 1,
     }  # fmt: skip
     return ChosenTrain.model_validate({**usual, **values})
 

@@ -122,7 +122,7 @@ class Engine:
         step = Step(self.model, recorded=device.type == "cuda" and can_record(self.model))
         generator = torch.Generator().manual_seed(how.seed if how.seed is not None else secrets.randbits(63))
         control = set(self.tokenizer.control_tokens.values())
-        text = _Text(self.tokenizer, stop, [i for i in ids if i not in control])
+        text = Decoding(self.tokenizer, stop, [i for i in ids if i not in control])
         result.prompt_tokens = len(ids)
         window, feed = list(ids), ids  # what the model sees, and what of it the cache does not have yet
         seen = torch.tensor(sorted(set(ids)) if how.repetition_penalty != 1.0 else [])
@@ -215,7 +215,7 @@ class Step:
         self.cache, self.room = cache, cache.room
 
 
-class _Text:
+class Decoding:
     """Decodes ids as they come; keeps back half a character and anything that may become a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], context: list[int] | None = None) -> None:

@@ -17,6 +17,8 @@ from gptworks.core.workers import side_by_side
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
+from gptworks.data.tokenizer import Tokenizer
+from gptworks.infer.engine import Decoding
 from gptworks.model.experts import expert_load
 from gptworks.model.transformer import Transformer
 
@@ -95,6 +97,29 @@ def stream_losses(
                 yield losses
     finally:
         model.train(was_training)
+
+
+PASSAGE = 600  # tokens, which a person reads in two minutes
+
+
+def passage(model: Transformer, stream: Stream, tokenizer: Tokenizer, context: int) -> list[tuple[str, list[float]]]:
+    """The beginning of a stream in pieces of whole characters, each with the losses of its tokens; that of the first
+    token is not known. Every token after the first window has half the context before it."""
+    ids = np.asarray(stream.tokens[: PASSAGE + 1])
+    part = Stream(ids, stream.documents[stream.documents < len(ids)], stream.bytes)
+    parts = list(stream_losses(model, part, context=context, stride=max(context // 2, 1)))
+    losses = [math.nan, *(np.concatenate(parts).tolist() if parts else [])]
+    pieces: list[tuple[str, list[float]]] = []
+    decoding, waiting = Decoding(tokenizer, ()), list[float]()
+    for token, loss in zip(ids.tolist(), losses, strict=True):
+        if math.isfinite(loss):
+            waiting.append(round(loss, 3))
+        if text := "".join(decoding.add(token)):
+            pieces.append((text, waiting))
+            waiting = []
+    if text := "".join(decoding.finish()):
+        pieces.append((text, waiting))
+    return pieces
 
 
 def score(

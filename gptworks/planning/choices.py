@@ -10,7 +10,10 @@ from gptworks.planning.cost import Trainable
 
 T = TypeVar("T")
 # What stays open until rows are counted and steps are timed.
-PROVISIONAL = {"train.max_steps": 1, "train.eval_every": 1, "train.checkpoint_every": 1, "train.compile": False}
+PROVISIONAL = {
+    "train.max_steps": 1, "train.eval_every": 1, "train.log_every": 1, "train.checkpoint_every": 1,
+    "train.compile": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

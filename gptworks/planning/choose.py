@@ -32,6 +32,8 @@ WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its produc
 PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
 EVALUATION_SHARE = 0.08  # of a run, for evaluations that nobody asked for; one there is always
 EVALUATION_COST = 1 / 3  # of a token that is trained on
+# A curve wants so many points; a time budget may come to half the steps. Longer runs are logged every so many steps.
+LOGGED_POINTS, LOG_APART = 100, 10
 PADDING_COUNTED = 0.01  # of the places of a row; less is no part of a number of tokens
 ELEMENT = {"fp32": 4}  # bytes of a value in the passes; 2 in any other precision
 
@@ -321,7 +323,7 @@ def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
         return
     steps, why = min(limits(config, measured or Measured()), default=(10**15, ""))
     if train.time_budget_s:
-        fitting, pace = _steps_in_budget(choices, needed(measured))
+        fitting, pace = _steps_in_budget(choices, needed(measured), before=facts.base is not None)
         asked, budget = f"{steps} steps" if steps == train.max_steps else why, train.time_budget_s
         if steps <= fitting:
             why = f"{asked}, within train.time_budget_s={budget:g}"
@@ -332,16 +334,18 @@ def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
         choices.set("train.max_steps", steps, why)
 
 
-def _steps_in_budget(choices: Choices, measured: Measured) -> tuple[int, str]:
-    """The steps that fit into what is left of a time budget, beside evaluations."""
+def _steps_in_budget(choices: Choices, measured: Measured, before: bool) -> tuple[int, str]:
+    """The steps that fit into what is left of a time budget, beside evaluations: one before step 1 too, where a run
+    starts from a model."""
     train = choices.config.train
     budget, left, seconds = needed(train.time_budget_s), measured.left_seconds, measured.step_seconds
     pace = Pace(seconds, measured.eval_seconds)
     end = planned_end(budget, pace)
     if train.eval_every:
-        fitting = steps_until(end, budget - left, pace=with_evaluations(pace, train.eval_every), evaluations=0)
+        fitting = steps_until(end, budget - left, pace=with_evaluations(pace, train.eval_every), evaluations=before)
     else:
-        fitting = steps_until(end, budget - left, pace=pace, evaluations=evaluations(budget, pace.evaluation) - 1)
+        several = before + evaluations(budget, pace.evaluation) - 1
+        fitting = steps_until(end, budget - left, pace=pace, evaluations=several)
     if fitting < 1:
         raise UsageError(
             f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation "
@@ -366,7 +370,7 @@ def set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, mac
     config, train = choices.config, choices.config.train
     if "train.max_steps" in choices.open or "train.batch_tokens" in choices.open:
         why = "follows from the number of steps"
-        for name in ("eval_every", "checkpoint_every"):
+        for name in ("eval_every", "log_every", "checkpoint_every"):
             if getattr(train, name) is None:
                 choices.leave(f"train.{name}", why)
         if train.compile == "auto":
@@ -382,6 +386,9 @@ def set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, mac
         expected = max(expected, passes * architecture.num_hidden_layers * BLOCK_SECONDS.get(machine.device, 0.0))
     if train.eval_every is None:
         _space_evaluations(choices, architecture, facts=facts)
+    if train.log_every is None:
+        apart = min(max(total // LOGGED_POINTS, 1), LOG_APART)
+        choices.set("train.log_every", apart, f"about {total // apart} points of a curve")
     if train.checkpoint_every is None:
         between, why = total / 10, "at most ten, of which two are kept"
         if not train.time_budget_s and not full:

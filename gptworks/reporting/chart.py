@@ -1,6 +1,7 @@
 """Line charts as inline SVG. Positions are percentages, text and strokes keep their size, so a chart fits any width."""
 
 import html
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 from gptworks.core.log import count
 
 Point = tuple[float, float]
-MOST_POINTS = 2000  # more are thinned to the lowest and highest of each bucket
+MOST_POINTS = 500  # more are thinned to the lowest and highest of each bucket
+CLOSE = 7.0  # per cent of the height, at which the names of two levels would lie on each other
 
 
 @dataclass(frozen=True)
@@ -21,40 +23,75 @@ class Series:
     dots: bool = False
 
 
+@dataclass(frozen=True)
+class Axes:
+    """The things that stand around a chart besides its steps and values."""
+
+    unit: str = ""  # of the values
+    other_unit: str = ""  # of the right side, if it has one
+    factor: float | None = None  # from a value to that of the right side
+    below: tuple[tuple[str, Callable[[float], str]], ...] = ()  # named rows of labels under the steps
+
+
 def chart(
     title: str,
     series: list[Series],
     last_step: float = 0.0,
     from_zero: bool = False,
     across_label: Callable[[float], str] | None = None,
+    *,
+    levels: list[tuple[str, float]] | None = None,
+    axes: Axes | None = None,
 ) -> str:
-    """A figure with axes, ticks and, for two lines or more, a legend; "" if there is nothing to draw.
+    """A figure with axes, ticks and, for two lines or more, a legend; "" if there is nothing to draw. `levels` are
+    named values to compare with.
 
     The value axis is linear; it is logarithmic where positive values span a factor of 50 and it need not start at zero.
+    What a pointer over it shows lies beside it, for the script of the page.
     """
     series = [Series(one.name, one.style, points=thin(one.points), dots=one.dots) for one in series if one.points]
     if not series:
         return ""
-    values = [y for one in series for _, y in one.points]
+    axes, levels = axes or Axes(), levels or []
+    values = [y for one in series for _, y in one.points] + [y for _, y in levels]
     low, high = min(values), max(values)
     log = not from_zero and low > 0 and high / low > 50
     marks = decades(low, high) if log else ticks(min(low, 0.0) if from_zero else low, high)
     right = max([last_step, 1.0, *(x for one in series for x, _ in one.points)])
 
     def across(x: float) -> float:
-        return round(100 * x / right, 3)
+        return round(100 * x / right, 2)
 
     def down(y: float) -> float:
         bottom, top, y = (math.log10(v) if log else v for v in (marks[0], marks[-1], y))
-        return round(100 - 100 * (y - bottom) / (top - bottom), 3)
+        return round(100 - 100 * (y - bottom) / (top - bottom), 2)
 
     drawn = []
     for y in marks:
         drawn.append(f'<line class="grid" x1="0" x2="100%" y1="{down(y)}%" y2="{down(y)}%"/>')
         drawn.append(f'<text class="y" x="-8" y="{down(y)}%" dy="4">{label(y)}</text>')
-    for x in (x for x in ticks(0.0, right) if x <= right):
+        if axes.factor:
+            shown = f"{y * axes.factor:.2f}"
+            drawn.append(f'<text class="r" x="100%" dx="8" y="{down(y)}%" dy="4">{shown}</text>')
+    for name, side in ((axes.unit, 'class="u" x="-44"'), (axes.other_unit, 'class="r u" x="100%" dx="44"')):
+        drawn.append(f'<text {side} y="0" dy="-16">{html.escape(name)}</text>' if name else "")
+    steps = [x for x in ticks(0.0, right) if x <= right]
+    for x in steps:
         drawn.append(f'<line class="tick" x1="{across(x)}%" x2="{across(x)}%" y1="100%" y2="100%"/>')
-        drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="18">{(across_label or label)(x)}</text>')
+    for row, (name, text_of) in enumerate((("step" if axes.below else "", across_label or label), *axes.below)):
+        drawn.append(f'<text class="y" x="-20" y="100%" dy="{18 + 16 * row}">{html.escape(name)}</text>' if row else "")
+        for x in steps:
+            text = html.escape(text_of(x))
+            drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="{18 + 16 * row}">{text}</text>')
+    places = sorted((down(y), name, y) for name, y in levels)
+    for number, (place, name, y) in enumerate(places):
+        crowded = any(abs(place - other) < CLOSE for other, _, _ in places[:number])
+        drawn.append(f'<line class="level" x1="0" x2="100%" y1="{place}%" y2="{place}%"/>')
+        said = f"{name} {y:.4g} {axes.unit}" if not axes.factor else f"{name} {y * axes.factor:.3f} {axes.other_unit}"
+        text = (
+            f'<text class="level" x="100%" dx="-4" y="{place}%" dy="{14 if crowded else -5}">{html.escape(said)}</text>'
+        )
+        drawn.append(text)
     for one in series:
         path = " ".join(f"{across(x)},{down(y)}" for x, y in one.points)
         line = f'<polyline class="{one.style}" points="{path}" vector-effect="non-scaling-stroke"/>'
@@ -67,10 +104,38 @@ def chart(
     names = "".join(f'<span class="key {one.style}">{html.escape(one.name)}</span>' for one in series)
     heading = f"<b>{html.escape(title)}</b>{names if len(series) > 1 else ''}{' (logarithmic)' if log else ''}"
     spoken = "; ".join(f"{one.name} from {one.points[0][1]:.4g} to {one.points[-1][1]:.4g}" for one in series)
+    hover = _hover(series, axes, across=across, down=down, across_label=across_label)
+    rows = f" rows{len(axes.below)}" if axes.below else ""
+    rows += " two-sided" if axes.factor else ""
     return (
-        f'<figure><figcaption>{heading}</figcaption><svg class="plot" role="img" '
-        f'aria-label="{html.escape(spoken)}">{"".join(drawn)}</svg></figure>'
+        f"<figure data-hover='{hover}'>"
+        f'<figcaption>{heading}</figcaption><div class="frame">'
+        f'<svg class="plot{rows}" role="img" aria-label="{html.escape(f"{title}: {spoken}")}">{"".join(drawn)}</svg>'
+        "</div></figure>"
     )
+
+
+def _hover(
+    series: list[Series], axes: Axes, *, across: Callable[[float], float], down: Callable[[float], float],
+    across_label: Callable[[float], str] | None,
+) -> str:  # fmt: skip
+    """Gives what a pointer shows, as JSON: a line of text at each place, each series' points with their values."""
+
+    def head(x: float) -> str:
+        first = across_label(x) if across_label else f"step {x:,.0f}"
+        return " · ".join([first, *(text_of(x) + (name != "time") * f" {name}" for name, text_of in axes.below)])
+
+    def told(y: float) -> str:
+        more = f" · {y * axes.factor:.3f} {axes.other_unit}" if axes.factor else ""
+        return f"{y:.4g}{' ' + axes.unit if more else ''}{more}"
+
+    lines = [
+        {"name": one.name, "style": one.style, "points": [[across(x), down(y), told(y)] for x, y in one.points]}
+        for one in series
+    ]
+    heads = [[across(x), head(x)] for x in sorted({x for one in series for x, _ in one.points})]
+    text = json.dumps({"heads": heads, "lines": lines}, ensure_ascii=False, separators=(",", ":"))
+    return html.escape(text, quote=False).replace("'", "&#x27;")  # for an attribute in single quotes
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

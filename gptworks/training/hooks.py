@@ -57,7 +57,7 @@ TOLERANCE, TOLERANCE_MORE, TOLERANCE_LEFT = 0.02, 0.002, 0.1
 
 
 class Logger:
-    """Logs every `every` steps, and keeps the live line current."""
+    """Logs the first step and every `every` steps, and keeps the live line current."""
 
     def __init__(
         self, metrics: Metrics, every: int, schedule: RunSchedule, *,
@@ -88,7 +88,8 @@ class Logger:
         loss, speed = sums.loss / sums.weight, sums.tokens / sums.seconds
         if console.terminal:
             console.live(self._line(state, loss, speed))
-        if state.step % self.every and state.step != self.schedule.length and not state.stopped:
+        ends = state.step == self.schedule.length or state.stopped
+        if state.step % self.every and state.step != 1 and not ends:
             return
         scaled = state.model.dtype == torch.float16
         self.metrics.write(
@@ -197,15 +198,25 @@ class Evaluations:
                 raise NotFinite(f"step {step}: the evaluation's {name} is {value}; nothing of it was written")
         return numbers
 
+    def _log(self, state: State, evaluation: Evaluation) -> None:
+        if not self.metrics:
+            return
+        total = self.schedule.length
+        logged = evaluation.figures if evaluation.logged is None else evaluation.logged
+        values = {f"eval/{name}": value for name, value in logged.items()}
+        self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
+        console.say(f"step {state.step:>{len(str(total))}}/{total}  eval {'  '.join(evaluation.shown)}")
+
+    def before_training(self, state: State) -> None:
+        """Measures the model that a run starts from, to show what the run gains. It is logged as that of step 0, and is
+        no candidate for the best weights."""
+        self._log(state, self.measure(state))
+
     def __call__(self, state: State, m: StepMetrics) -> str | None:
         if not self.schedule.evaluates(state.step):
             return None
-        evaluation, total = self.measure(state), self.schedule.length
-        if self.metrics:
-            logged = evaluation.figures if evaluation.logged is None else evaluation.logged
-            values = {f"eval/{name}": value for name, value in logged.items()}
-            self.metrics.write(state.step, {**values, "train/tokens": state.tokens, "train/seconds": state.seconds})
-            console.say(f"step {state.step:>{len(str(total))}}/{total}  eval {'  '.join(evaluation.shown)}")
+        evaluation = self.measure(state)
+        self._log(state, evaluation)
         watched, best = evaluation.figures[self.problem.watched], state.best_figure
         if best is None or (watched < best if self.problem.lower_is_better else watched > best):
             state.best_figure, state.evals_since_best = watched, 0
@@ -304,7 +315,7 @@ class TimeBudget:
             return
         now = self.clock()
         spent = now - self.last - self.evaluating
-        if self.evaluating:
+        if self.evaluating and state.step > 1:
             # The pace may have changed before the evaluation or after it: the step that fits better was at its pace.
             beside = [self.evaluating / max(step, 1e-9) for step in (spent, *list(self.recent)[-1:])]
             self.evaluation_steps = min(beside, key=lambda steps: abs(steps - self.evaluation_steps))

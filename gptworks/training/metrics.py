@@ -1,14 +1,16 @@
 """The log of a run: metrics.jsonl always, and the same values where a person looks at them."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from gptworks.core import folder
 from gptworks.core.config import Config
@@ -17,6 +19,9 @@ from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console
 
 WANDB_ID = "wandb_id.txt"  # of the run at Weights & Biases; goes with the folder
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # What is logged of every step under train/, besides the figures of its objective.
 LOGGED = frozenset({
     "loss", "bits_per_byte", "grad_norm", "learning_rate", "epoch", "tokens", "tokens_per_second", "mfu", "data_wait",
@@ -58,7 +63,7 @@ class Metrics:
         for line in logged_lines(self.path):
             try:
                 row = json.loads(line)
-                if row["step"] <= from_step:
+                if 0 < from_step >= row["step"]:  # a run that begins anew measures its step 0 anew
                     kept.append(line + "\n")
                     self.last_loss = row.get("train/loss", self.last_loss)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -114,6 +119,54 @@ class Metrics:
             self.board.close()
         if self.wandb:
             self._at_wandb(lambda: self.wandb.finish())
+
+
+class Account:
+    """run.json: the recipe of a run, and where its time went, over all the processes that trained it."""
+
+    def __init__(self, run: Path, recipe: str = "") -> None:
+        self.path = run / "run.json"
+        kept: Any = None
+        with contextlib.suppress(DataError):
+            kept = folder.read_json(self.path)
+        kept = kept if isinstance(kept, dict) else {}
+        seconds = kept.get("seconds")
+        self.recipe = recipe or str(kept.get("recipe") or "")
+        self.seconds: dict[str, float] = dict(seconds) if isinstance(seconds, dict) else {}
+
+    def add(self, what: str, seconds: float) -> None:
+        before = self.seconds.get(what)
+        self.seconds[what] = round((before if isinstance(before, int | float) else 0.0) + seconds, 3)
+
+    @contextlib.contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """Counts the seconds of the block."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(what, time.perf_counter() - begun)
+
+    def timed(self, what: str, hook: Callable[P, T]) -> Callable[P, T]:
+        """Makes the same function, whose seconds are counted."""
+
+        def call(*arguments: P.args, **options: P.kwargs) -> T:
+            with self.spent(what):
+                return hook(*arguments, **options)
+
+        return call
+
+    def write(self) -> None:
+        """Puts the file in place. Raises StorageError."""
+        folder.write_json(self.path, {"recipe": self.recipe, "seconds": self.seconds})
+
+
+def write_passage(run: Path, step: int, pieces: list[tuple[str, list[float]]]) -> None:
+    """Writes passage.json: held-out text with the losses of its tokens, for the report. Raises StorageError."""
+    losses = [loss for _, own in pieces for loss in own]
+    if losses:
+        facts = {"step": step, "tokens": len(losses), "loss": round(sum(losses) / len(losses), 4), "pieces": pieces}
+        folder.write_text(run / "passage.json", json.dumps(facts, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def logged_lines(path: Path) -> list[str]:

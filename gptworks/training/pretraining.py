@@ -109,6 +109,7 @@ class HeldOut(Evaluator):
 
     def __init__(self, shards: "Shards", train: ChosenTrain, rows: int, group: "Group") -> None:
         self.stream, self.context, self.workers = shards.eval, train.context, train.workers
+        self.tokenizer = shards.tokenizer
         self.rows, self.group = rows, group
 
     def __call__(self, model: "Transformer") -> Evaluation:
@@ -136,3 +137,8 @@ class HeldOut(Evaluator):
         )
         timed = sum(len(losses) for losses in islice(batches, -(-EVALUATED_ROWS // self.rows)))
         return timed / (len(self.stream.tokens) - 1) * self.group.size
+
+    def passage(self, model: "Transformer") -> list[tuple[str, list[float]]]:
+        from gptworks.infer.scoring import passage
+
+        return passage(model, self.stream, tokenizer=self.tokenizer, context=self.context)

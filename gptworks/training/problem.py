@@ -61,6 +61,10 @@ class Evaluator(ABC):
         self(model)
         return 1.0
 
+    def passage(self, model: "Transformer") -> list[tuple[str, list[float]]]:
+        """A piece of the held-out text, to be shown: pieces of it with the losses of their tokens. None by default."""
+        return []
+
 
 @dataclass(frozen=True)
 class Parent:

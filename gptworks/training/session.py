@@ -15,7 +15,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core import ranks as processes
 from gptworks.core.config import Change, Chosen, Config, RunFile
-from gptworks.core.errors import DataError, PeerLost, RunMismatch, UsageError
+from gptworks.core.errors import DataError, PeerLost, RunMismatch, StorageError, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count, plural
 from gptworks.core.ranks import ranks
@@ -32,7 +32,7 @@ from gptworks.training.assemble import Run, assemble
 from gptworks.training.change import asked_change
 from gptworks.training.decide import Decided, decide, provisional, reopened
 from gptworks.training.hooks import Checkpointer, Evaluations, Logger, Sampler, TimeBudget
-from gptworks.training.metrics import Metrics, check_login, check_wandb, logged_lines
+from gptworks.training.metrics import Account, Metrics, check_login, check_wandb, logged_lines, write_passage
 from gptworks.training.optim import OPTIMIZERS
 from gptworks.training.outcome import finish, parameters, result_of, step_flops
 from gptworks.training.problem import Place, Problem, Work, opened
@@ -50,6 +50,10 @@ def check(config: Config) -> None:
     check_values(config)
 
 
+WRITTEN = (
+    "metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html", "run.json", "passage.json",
+    "choices.json",
+)  # fmt: skip
 CHOICES = "choices.json"  # what the run was decided from; written before config.yaml, which makes the folder a run
 
 
@@ -175,7 +179,7 @@ def _asked(config: Config) -> dict[str, Any]:
 
 def _check_nothing_is_replaced(out: Path) -> None:
     """Raises UsageError where a folder without a run has files under the names that a run writes."""
-    for name in ("metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html", CHOICES):
+    for name in WRITTEN:
         if (out / name).exists() and not (name == CHOICES and _is_ours(out / name)):
             raise UsageError(
                 f"{out / name}: is of no run (there is no config.yaml) and would be replaced; choose another --out"
@@ -327,6 +331,7 @@ def _train(
 ) -> Trained | None:  # fmt: skip
     """Trains to the end, and on the main process writes the model. `decided` is there where the run begins now."""
     config, train, state, problem = run.config, run.config.train, run.state, run.problem
+    account, trained_before = Account(out, recipe), state.seconds
     if train.patience is None:
         state.best = {}  # of when there was one
     work = run.start()
@@ -360,7 +365,10 @@ def _train(
     )  # fmt: skip
     if decided:
         evaluations.seconds = decided.measured.eval_seconds
-    hooks: list[loop.Hook] = [budget, evaluations]  # the order is part of what they do: see hooks.py
+    hooks: list[loop.Hook] = [
+        budget,
+        account.timed("evaluating", evaluations),
+    ]  # the order is part of what they do: see hooks.py
     if metrics:
         hooks.append(
             Logger(metrics, train.log_every, schedule, batches=work.batches,
@@ -368,28 +376,42 @@ def _train(
                    to_come=evaluations.seconds_to_come)
         )  # fmt: skip
         if "generate" in problem.sections:
-            hooks.append(
-                Sampler(metrics, problem.tokenizer, run.stop_ids, options=config.generate, train=train,
-                        schedule=schedule)
-            )  # fmt: skip
-    hooks.append(checkpointer)
+            sampler = Sampler(
+                metrics, problem.tokenizer, run.stop_ids, options=config.generate, train=train, schedule=schedule
+            )
+            hooks.append(account.timed("sampling", sampler))
+        account.add("preparing", runtime.process_seconds())
+        account.write()
+    hooks.append(account.timed("saving", checkpointer))
     console.live(f"step {state.step}/{schedule.length}")
     try:
+        if run.base and not state.step:
+            state.model.dtype = run.layout.dtype  # as the loop has it
+            with account.spent("evaluating"):
+                evaluations.before_training(state)
         loop.run(state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule, hooks=hooks)
-        checkpointer.finish()
+        with account.spent("saving"):
+            checkpointer.finish()
         console.clear()
-        final = evaluations.final(state)
+        with account.spent("evaluating"):
+            final = evaluations.final(state)
         ranks.end()
         with using(state.model, state.best or state.average):
             if not metrics:
                 return None
             result = result_of(run, work, changes=file.changes, final=final, train_loss=metrics.last_loss, rate=rate)
-            return finish(run, out, recipe, result=result, final=final)
+            with account.spent("evaluating"):
+                write_passage(out, state.step, work.evaluate.passage(state.model))
+            with account.spent("saving"):
+                return finish(run, out, recipe, result=result, final=final)
     finally:
         if checkpointer.saving:
             checkpointer.saving.join()  # what was begun is ended, whatever stopped the run
         if metrics:
             metrics.close()
+            account.add("training", state.seconds - trained_before)
+            with contextlib.suppress(StorageError):  # what stopped the run is what is to be said
+                account.write()
 
 
 def _say_what_is_trained(run: Run, work: Work, rate: float) -> None:

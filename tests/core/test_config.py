@@ -411,6 +411,7 @@ def resolved(asked: config.Config) -> config.Chosen:
     filled = {
         "batch_tokens": 64, "micro_batch": 1, "context": 64, "max_steps": 10, "lr": 0.1, "weight_decay": 0.0,
         "warmup": 0.0, "threads": 1, "workers": 1, "checkpoint_every": 5, "eval_every": 5,
+        "log_every": 1,
     }  # fmt: skip
     tree = asked.model_dump(mode="json")
     train = {key: filled[key] if value is None and key in filled else value for key, value in tree["train"].items()}

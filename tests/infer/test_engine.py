@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gptworks.core.errors import DataError
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer import engine as generation
-from gptworks.infer.engine import Engine, Generation, _Text
+from gptworks.infer.engine import Decoding, Engine, Generation
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.transformer import Output
 
@@ -183,7 +183,7 @@ def test_no_piece_of_a_stop_string_is_shown_before_it_is_whole(bpe):
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    text = _Text(tokenizer, stop)
+    text = Decoding(tokenizer, stop)
     made = [piece for i in ids for piece in text.add(i)] + list(text.finish())
     assert "".join(made) == text.shown
     return made
@@ -235,7 +235,7 @@ def test_a_decoder_that_drops_the_first_space_keeps_that_of_a_continuation():
     backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
     backend.decoder = decoders.Metaspace()
     tokenizer = Tokenizer(backend, {})
-    text = _Text(tokenizer, (), [1])
+    text = Decoding(tokenizer, (), [1])
     assert [piece for i in (2, 3) for piece in text.add(i)] == [" sea", " was"]
     assert pieces_of(tokenizer, [1, 2]) == ["the", " sea"]
     engine = Engine(Scripted([2, 3, 0]), tokenizer, (0,))  # type: ignore[arg-type]

@@ -13,7 +13,8 @@ import torch
 from gptworks.core.errors import NotFinite
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
-from gptworks.infer.scoring import score, stream_losses, total, unigram, xz
+from gptworks.data.tokenizer import Tokenizer
+from gptworks.infer.scoring import PASSAGE, passage, score, stream_losses, total, unigram, xz
 from gptworks.model.heads import LanguageHead
 from gptworks.model.transformer import Output
 
@@ -164,3 +165,29 @@ def test_xz_is_what_the_tool_needs():
     assert made["bytes"] == len(file.compress(text) + file.flush())
     assert made["bits_per_byte"] == pytest.approx(made["bytes"] * 8 / 4000)
     assert xz(b"") is None
+
+
+def test_a_passage_has_the_text_of_its_ids_and_the_loss_of_each_token(model):
+    """Windows that overlap by half, as `score` has them with that stride."""
+    stream, tokenizer = tiny.stream(documents=8, characters=400), tiny.tokenizer()
+    pieces = passage(model, stream, tokenizer, context=32)
+    ids = stream.tokens[: PASSAGE + 1].tolist()
+    losses = [loss for _, own in pieces for loss in own]
+    assert "".join(text for text, _ in pieces) == tokenizer.decode(ids)
+    assert len(ids) == PASSAGE + 1 and len(losses) == PASSAGE and pieces[0][1] == []
+    nats, tokens = by_hand(model, Stream(stream.tokens[: PASSAGE + 1], stream.documents, 1), 32, 16)
+    assert sum(losses) == pytest.approx(nats, abs=0.0005 * tokens)
+
+
+def test_a_passage_never_shows_half_a_character():
+    tokenizer = Tokenizer.of_bytes()
+    text = "宝玉 sang é🙂"
+    ids = np.array(tokenizer.encode(text), dtype=np.uint16)
+    pieces = passage(tiny.model(vocab_size=len(tokenizer)), Stream(ids, np.array([0]), 0), tokenizer, context=8)
+    assert [piece for piece, _ in pieces] == list(text)
+    assert [len(losses) for _, losses in pieces] == [2, 3, 1, 1, 1, 1, 1, 1, 2, 4]
+
+
+def test_a_text_of_one_token_is_a_passage_without_losses(model):
+    stream = Stream(np.array([3], dtype=np.uint16), np.array([0]), 1)
+    assert [losses for _, losses in passage(model, stream, tiny.tokenizer(), context=8)] == [[]]

@@ -133,7 +133,9 @@ def test_what_needs_text_or_timing_stays_open_and_says_so():
     with pytest.raises(UsageError, match="is open"):
         _ = unread.chosen
     timed = choose(asked(max_steps=None, time_budget_s=100), FACTS, tiny.MACHINE)
-    assert set(timed.open) == {"train.max_steps", "train.eval_every", "train.checkpoint_every", "train.compile"}
+    assert set(timed.open) == {
+        "train.max_steps", "train.eval_every", "train.log_every", "train.checkpoint_every", "train.compile",
+    }  # fmt: skip
     measured = replace(FACTS, measured=Measured(None, step_seconds=0.1, eval_seconds=2.0, left_seconds=90.0))
     done = choose(asked(max_steps=None, time_budget_s=100), measured, tiny.MACHINE)
     left = 90 - 1.5 - 3 * 2.0 - 2.2  # of 98.5: what the end is kept before, three evaluations on the way, the finish
@@ -347,3 +349,26 @@ def test_a_precision_that_will_be_refused_is_not_timed(monkeypatch):
     with pytest.raises(UsageError, match="no units for it"):
         choose(asked(precision="fp16"), FACTS, here("fp16"))
     assert asked_for and "torch.float16" not in asked_for
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (38, 1), (199, 1), (400, 4), (1000, 10), (10**6, 10)])
+def test_a_curve_has_fifty_points_however_short_the_run_is(steps, every):
+    choices = choose(asked(max_steps=steps), replace(FACTS, measured=Measured()), tiny.MACHINE)
+    assert choices.chosen.train.log_every == every and min(steps, 50) <= steps // every
+    assert choose(asked(max_steps=steps, log_every=7), FACTS, tiny.MACHINE).config.train.log_every == 7
+
+
+@pytest.mark.parametrize("every", [None, 10])
+def test_a_budget_counts_the_evaluation_before_step_1(every):
+    """Where a run starts from a model; it takes the time of as many steps as it lasts."""
+    measured = Measured(step_seconds=0.1, eval_seconds=2.0, left_seconds=90.0)
+    fresh = replace(FACTS, measured=measured)
+    base = Base("a model", choose(asked(), FACTS, tiny.MACHINE).architecture)
+    config = asked(max_steps=None, time_budget_s=100, eval_every=every)
+    tuned = config.model_copy(update={"model": Config.model_validate({"model": {"path": "a model"}}).model})
+    first, second = (
+        choose(each, facts, tiny.MACHINE).chosen.train.max_steps
+        for each, facts in ((config, fresh), (tuned, replace(fresh, base=base)))
+    )
+    step = 0.1 if every is None else 0.1 + 2.0 / every
+    assert first - second == pytest.approx(2.0 / step, abs=1)

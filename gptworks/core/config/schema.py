@@ -329,7 +329,7 @@ class Train(Section):
     timeout_s: Positive = free(300.0, "several processes: end them all where one makes no progress for so long")
     checkpoint_every: Count | None = free(None, "steps between checkpoints")
     eval_every: Count | None = flexible(None, "steps between evaluations")
-    log_every: Count = free(10, "steps between logged lines")
+    log_every: Count | None = free(None, "steps between logged lines; None: a hundred in a run, ten steps at most")
     tensorboard: bool = free(True, "write tensorboard/ beside metrics.jsonl")
     wandb: str | None = free(None, "also log to this Weights & Biases project")
 
@@ -409,6 +409,7 @@ class ChosenTrain(Train):
     workers: Count
     checkpoint_every: Count
     eval_every: Count
+    log_every: Count
 
 
 class Chosen(Config):
