@@ -937,3 +937,71 @@ def test_a_sample_that_cannot_be_made_is_known_before_the_training(
 ) -> None:
     refused(cli("train", "../r.yaml", *tiny_overrides, key, "--out", "run"), code, word)
     assert not Path("run/checkpoints").exists()
+
+
+# -- how a text is read ------------------------------------------------------------------------------------------
+
+
+def test_evaluate_refuses_another_encoding_and_reads_it_once_it_is_named(
+    cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", finished_run / "model", "--data", tmp_path / "a.txt", "--quiet", "--json"]
+    text = "the café and the king walked slowly.\n" * 30
+    (tmp_path / "a.txt").write_bytes(text.encode("latin-1"))
+    refused(cli(*command), 65, "a.txt", "it looks like CP1252", "--encoding cp1252")
+    found = one_object(cli(*command, "--encoding", "cp1252"))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    same = one_object(cli(*command))
+    assert (found["loss"], found["bytes"]) == (same["loss"], same["bytes"]) and found["bytes"] == len(text.encode())
+    refused(cli(*command, "--encoding", "hex"), 64, "data.encoding", "not the name of a text encoding")
+
+
+def test_evaluate_warns_of_what_was_replaced_though_quiet(
+    cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"the king walked slowly over old stones\n" * 60 + b"\xff\n")
+    outcome = cli("evaluate", finished_run / "model", "--data", tmp_path / "a.txt", "--quiet")
+    assert outcome.code == 0 and outcome.err.startswith("warning: ") and outcome.err.count("\n") == 1
+    assert "a.txt: 1 invalid sequence of bytes was replaced" in outcome.err
+
+
+@pytest.mark.parametrize("trained, crlf_is_read_as", [("lf", "\n"), ("keep", "\r\n"), (None, "\r\n"), ("", "\n")])
+def test_evaluate_reads_line_ends_as_training_did(
+    cli: Callable[..., Outcome], model: Path, tmp_path: Path, trained: str | None, crlf_is_read_as: str
+) -> None:
+    """None: a run from before there was a choice; "": a model of which no run is known."""
+    lineage = json.loads((model / "gptworks.json").read_text())
+    assert lineage["config"]["data"].pop("newlines") == "lf"
+    if trained == "":
+        del lineage["config"]
+    elif trained:
+        lineage["config"]["data"]["newlines"] = trained
+    (model / "gptworks.json").write_text(json.dumps(lineage))
+    lines = "the king walked slowly\nover old stones\n" * 10
+    (tmp_path / "a.txt").write_bytes(lines.replace("\n", "\r\n").encode())
+    found = one_object(cli("evaluate", model, "--data", tmp_path / "a.txt", "--json"))
+    assert found["bytes"] == len(lines.replace("\n", crlf_is_read_as))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(
+    cli: Callable[..., Outcome], finished_run: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(finished_run, home / "run")
+    shutil.copy(tiny_text, home / "a.txt")
+    (home / "prompts.txt").write_text("the king\n")
+    (home / "r.yaml").write_text("data: {train: ~/a.txt}\ntrain: {context: 16, batch_tokens: 64, max_steps: 2}\n")
+    monkeypatch.setenv("HOME", str(home))
+    shape = ["model=~/run/model", "data.eval=~/a.txt", "data.shards=~/shards", "train.max_steps=2"]
+    assert cli("train", "~/r.yaml", *shape, "--out", "~/new", "--quiet").code == 0
+    assert (home / "new" / "model").is_dir() and (home / "shards" / "train.tokens").is_file()
+    own = ["tokenizer.path=~/run/model", "model.hidden_size=32", "model.num_hidden_layers=1", "train.max_steps=2"]
+    assert cli("train", "~/r.yaml", *own, "--out=~/other", "--quiet").code == 0
+    for command in (
+        ["evaluate", "~/new/model", "--data", "~/a.txt", "--against", "~/run/model"],
+        ["generate", "~/new/model", "--prompts", "~/prompts.txt", "--max-new-tokens", 2],
+        ["report", "~/new"],
+        ["verify", "~/new/model"],
+    ):
+        assert cli(*command, "--quiet").code == 0, command
+    assert not Path("~").exists()
