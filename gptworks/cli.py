@@ -290,6 +290,8 @@ def evaluate(
 
 
 def _evaluation(scores: Evaluated) -> str:
+    from gptworks.data.shards import lost_words
+
     unigram, xz, against = scores.baselines["unigram"] or {}, scores.baselines["xz"], scores.against
 
     def row(name: str, model: Evaluated | Compared) -> tuple[str, ...]:
@@ -304,6 +306,9 @@ def _evaluation(scores: Evaluated) -> str:
     ]
     lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
     lines.append(f"{plural(scores.tokens, 'token')}, {plural(scores.bytes, 'byte')}, {scores.method}")
+    for name, each in (("model", scores), ("against", against)):
+        if each and each.lost_bytes:
+            lines.append((f"{name}: " if against else "") + lost_words(each.lost_bytes, each.bytes))
     return "\n".join([*lines, _verdict(against)] if against else lines)
 
 

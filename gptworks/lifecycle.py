@@ -209,7 +209,7 @@ def _score(
         "tokens_per_second": round(scores.tokens / max(seconds, 1e-9), 1),
         "model": loaded.name,
     }
-    return _Scored(figures, stream, comparison.bits_before(np.concatenate(losses), marks))
+    return _Scored(figures, stream, comparison.bits_before(np.concatenate(losses), marks, stream))
 
 
 def generate(

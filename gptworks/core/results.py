@@ -121,6 +121,7 @@ class Compared(Result):
     bits_per_byte: float
     tokens: int
     bytes: int
+    lost_bytes: int  # of these, that decoding the ids does not give back
     method: str
     tokens_per_second: float
     model: str
@@ -142,6 +143,7 @@ class Evaluated(Result):
     bits_per_byte: float
     tokens: int
     bytes: int
+    lost_bytes: int  # of these, that decoding the ids does not give back
     method: str
     tokens_per_second: float
     baselines: dict[str, dict[str, float] | None]

@@ -149,7 +149,7 @@ def _class_of(path: Path, config: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _ends(control: dict[str, int]) -> dict[str, Any]:
-    """What tokenizer_config.json says of the tokens around a text, where it says nothing."""
+    """Names the tokens around a text as tokenizer_config.json would."""
     start, end = ("<|begin_of_text|>", "<|end_of_text|>") if "<|begin_of_text|>" in control else (None, END_OF_TEXT)
     named = {"eos_token": end, "pad_token": end} if end in control else {}
     return {"bos_token": start, **named} if start else named

@@ -57,11 +57,18 @@ class Stream:
     bytes: int  # of the text, in UTF-8
     sources: tuple[SourceCount, ...] = ()  # in the order of the tokens
     largest_id: int | None = None  # None: not known without looking at each
+    lost_bytes: int = 0  # of the text, that decoding the ids does not give back
+    lost_before: np.ndarray | None = None  # the same before each of the places that were asked for
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text per predicted token."""
         return self.bytes / max(len(self.tokens) - 1, 1)
+
+    @property
+    def lost_per_token(self) -> float:
+        """Bytes of text per predicted token that decoding the ids does not give back."""
+        return self.lost_bytes / max(len(self.tokens) - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Writer:
         self.file: IO[bytes] = open(path / f"{split}.tokens", "wb")  # noqa: SIM115
         self.hash = hashlib.sha256()
         self.starts = array("Q")
-        self.tokens = self.bytes = self.largest_id = 0
+        self.tokens = self.bytes = self.largest_id = self.lost = 0
         self.marks: dict[int, tuple[int, int, int]] = {}  # documents, tokens and bytes before each source
         self._waiting: list[str] = []
 
@@ -103,7 +110,7 @@ class Writer:
             self._write_id(self.tokenizer.start_id)
         self.bytes += piece.size
         if self.tokenizer.cuttable:
-            self._write(self.tokenizer.encode_array(piece.text))
+            self._encode(piece.text)
         else:  # ids may depend on the whole document
             self._waiting.append(piece.text)
             if sum(map(len, self._waiting)) > ROW:
@@ -117,7 +124,8 @@ class Writer:
         self.file.close()
         np.frombuffer(self.starts, dtype="<u8").tofile(self.path / f"{self.split}.documents")
         counts = {"tokens": self.tokens, "documents": len(self.starts), "bytes": self.bytes}
-        return {**counts, "largest_id": self.largest_id}
+        lost = {} if self.tokenizer.lossless else {"lost_bytes": self.lost}
+        return {**counts, "largest_id": self.largest_id, **lost}
 
     def parts(self, paths: list[str]) -> list[dict[str, Any]]:
         """The count of each of these sources, once all is written."""
@@ -136,10 +144,15 @@ class Writer:
 
     def _end(self) -> None:
         if self._waiting:
-            self._write(self.tokenizer.encode_array("".join(self._waiting)))
+            self._encode("".join(self._waiting))
             self._waiting.clear()
         if self.starts:
             self._write_id(self.tokenizer.end_id)
+
+    def _encode(self, text: str) -> None:
+        ids = self.tokenizer.encode_array(text)
+        self._write(ids)
+        self.lost += int(self.tokenizer.lost_bytes(text, ids)[-1])
 
     def _write_id(self, token: int | None) -> None:
         if token is not None:
@@ -197,6 +210,11 @@ def open_shards(path: Path, verified: bool = False, tokenizer: Tokenizer | None 
         raise DataError(f"{path}: the shards were made with another tokenizer than the one beside them")
     try:
         train, held_out = _stream(path, "train", manifest), _stream(path, "eval", manifest)
+        if not tokenizer.lossless and "lost_bytes" not in manifest["splits"]["eval"]:
+            console.warn(
+                f"{path}: when it was made, nobody counted what decoding does not give back of a text; bits per byte "
+                "are too low if there is any: make the shards again, as with --fresh"
+            )
         return Shards(path, tokenizer, train=train, eval=held_out, manifest=manifest, verifying=verifying)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: its manifest is not that of shards: {type(error).__name__}: {error}") from None
@@ -221,16 +239,19 @@ def _stream(path: Path, split: str, manifest: dict[str, Any]) -> Stream:
         bytes=int(facts["bytes"]),
         sources=parts,
         largest_id=largest if isinstance(largest, int) else None,
+        lost_bytes=int(facts.get("lost_bytes", 0)),
     )
 
 
 def check_ids(stream: Stream, tokenizer: Tokenizer, rows: int, what: str) -> None:
-    """Raises DataError if the stream has an id that a model with so many rows has none for."""
+    """Raises DataError if the stream has an id that a model with so many rows has none for, or nothing of its text."""
     largest = stream.largest_id
     if largest is None:
         starts = range(0, len(stream.tokens), 10_000_000)
         largest = max((int(stream.tokens[i : i + 10_000_000].max()) for i in starts), default=0)
     tokenizer.check_rows(largest, rows, what)
+    if stream.lost_bytes == stream.bytes > 0:
+        raise DataError(f"{what}: nothing of the text comes back from the tokenizer's ids, so that it has no score")
 
 
 def _settings(data: Data, asked: TokenizerConfig, base_tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -353,7 +374,7 @@ def _build(
         facts["split"] = split.said(facts["splits"])
         facts["found"] = _table(findings, writers, splits=facts["splits"], data=data)
         warnings = found.warnings(facts["found"]) + overlap.warnings()
-        facts["findings"] = found.lines(facts["found"]) + warnings
+        facts["findings"] = [*found.lines(facts["found"]), *warnings, *_lost(facts["splits"])]
         _refuse_empty(facts["splits"], data)
     console.clear()
     splits, documents = facts["splits"], facts["found"][-1]["documents"]
@@ -421,6 +442,20 @@ def _ahead(pieces: Iterator[tuple[Piece, bool]], depth: int = 4) -> Iterator[tup
     finally:
         left.set()
         thread.join()
+
+
+def _lost(splits: dict[str, Any]) -> list[str]:
+    """Says what decoding does not give back of the text, if there is any."""
+    lost, size = (sum(facts.get(key, 0) for facts in splits.values()) for key in ("lost_bytes", "bytes"))
+    return [lost_words(lost, size)] if lost else []
+
+
+def lost_words(lost: int, size: int) -> str:
+    """Says how much of a text decoding does not give back, and what that costs."""
+    return (
+        f"{lost:,} of {size:,} bytes ({lost / size:.2%}) do not come back from the ids; in bits per byte each counts "
+        "8 bits, or what the others need where that is more"
+    )
 
 
 def _refuse_empty(splits: dict[str, Any], data: Data) -> None:
@@ -492,12 +527,17 @@ def encode_documents(
         for token in (tokenizer.start_id, tokenizer.end_id)
     )
     starts, parts, marks, position = [], [], [], 0
+    lost, lost_before = 0, []
     for number, document in enumerate(documents):
         ids, before = tokenizer.encode_marked(document, places[number] if places else [])
+        lost_before.append(lost + tokenizer.lost_bytes(document, ids, places[number] if places else []))
+        lost = int(lost_before[-1][-1])
         starts.append(position)
         marks.append(np.where(before < 0, -1, before + position + len(front)))
         parts += [front, ids.astype(np.uint32), back]
         position += len(front) + len(ids) + len(back)
         marks.append(np.array([position]))
     size = sum(len(document.encode("utf-8", "replace")) for document in documents)
-    return Stream(np.concatenate(parts), np.array(starts, dtype=np.int64), size), np.concatenate(marks)
+    begins = np.array(starts, dtype=np.int64)
+    stream = Stream(np.concatenate(parts), begins, size, lost_bytes=lost, lost_before=np.concatenate(lost_before))
+    return stream, np.concatenate(marks)

@@ -42,6 +42,9 @@ PATTERNS = {
 }
 LONG_WORD = 1000  # characters: the trainer takes what is longer for several words
 LONG_TEXT = 4_000_000  # characters, which take a second or more to encode
+STRETCH = 1000  # characters that are compared with what decoding gives back at a time
+LONG_STRETCH = 50_000
+CONTEXT = 4  # tokens before, that decoding may depend on
 _UNBROKEN = re.compile(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}")
 SPANNING = ("gpt-4o",)  # rules by which a token may go on over a newline after a letter or mark
 
@@ -64,6 +67,7 @@ class Tokenizer:
         self._fast: Any = None
         self._characters = self._character_table()
         self._bytes = self._is_bytes()
+        self.lossless = self._is_lossless()  # known from its parts; else what a text loses is counted
 
     def __len__(self) -> int:
         """One more than the largest id."""
@@ -181,6 +185,47 @@ class Tokenizer:
         reach = np.append(0, np.maximum.accumulate(spans[:, 1]))[before]  # the furthest that a token before has come
         return np.array(encoding.ids, dtype=np.uint32), np.where(reach > places, -1, before)
 
+    def lost_bytes(self, text: str, ids: np.ndarray, places: Sequence[int] = ()) -> np.ndarray:
+        """Counts bytes of `text`, before each of `places` and in all, that decoding its `ids` does not give back.
+
+        What comes back is the longest sequence of characters that both the text and the decoded text have, in order;
+        what an unknown token stands for does not. `places` are as in `encode_marked`; one that a token spans has the
+        count of the place before.
+        """
+        counts = np.zeros(len(places) + 1, dtype=np.int64)
+        if self.lossless or self.decode(ids[ids != self._unknown_id]) == text:
+            return counts
+        self.backend.encode_special_tokens = True
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        known = np.array(encoding.ids, dtype=np.int64) != self._unknown_id
+        tokens = np.array(encoding.ids, dtype=np.int64)[known]
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[known]
+        starts, reach = spans[:, 0], np.append(0, np.maximum.accumulate(spans[:, 1]))  # how far the tokens before come
+        apart = starts >= reach[:-1]
+        if self._drops:  # then the library tells wrong where in a word its tokens are
+            words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)[known]
+            apart &= np.diff(words, prepend=-1) != 0
+        free = starts[apart]  # where the text can be cut
+        regular = free[np.searchsorted(free, np.arange(STRETCH, free.max(initial=0), STRETCH))]
+        cuts = {place: number for number, place in enumerate(places)}
+        lost = start = begin = 0
+        for place in sorted({*cuts, *regular.tolist(), len(text)}):
+            end = int(np.searchsorted(starts, place)) if place < len(text) else len(tokens)
+            stop = place
+            if place < len(text):
+                if reach[end] > place or (end < len(tokens) and not apart[end]):
+                    counts[cuts[place]] = lost
+                    continue
+                while stop > max(start, reach[end]) and text[stop - 1].isspace():  # decoded with what follows it
+                    stop -= 1
+            before = max(begin - CONTEXT, 0)  # some decoders drop the space that a text begins with
+            back = self.decode(tokens[before:end])[len(self.decode(tokens[before:begin])) :]
+            lost += _unmatched(text[start:stop], back)
+            start, begin = stop, end
+            counts[cuts.get(place, -1)] = lost
+        counts[-1] = lost
+        return counts
+
     def _slow(self, text: str) -> np.ndarray:
         self.backend.encode_special_tokens = True
         with _panics(f"{len(text):,} characters cannot be encoded"):
@@ -216,6 +261,33 @@ class Tokenizer:
             return False
         vocab, pre = model.get("vocab") or {}, self._state.get("pre_tokenizer") or {}
         return pre.get("type") == "ByteLevel" and all(vocab.get(c) == byte for byte, c in enumerate(byte_alphabet()))
+
+    def _is_lossless(self) -> bool:
+        """True where the parts alone say that decoding gives back every byte of any text that can be encoded."""
+        decoder = (self._state.get("decoder") or {}).get("type")
+        if self._characters is not None:
+            return bool(decoder == "Fuse")
+        model = self._state.get("model") or {}
+        whole = model.get("type") == "BPE" and not any(
+            model.get(part) for part in ("continuing_subword_prefix", "end_of_word_suffix")
+        )
+        plain = not self._state.get("normalizer") and not _plain_added(self._state) and decoder == "ByteLevel"
+        split = self._bytes or self.pattern is not None
+        return bool(whole and plain and split and all(letter in model["vocab"] for letter in byte_alphabet()))
+
+    @property
+    def _drops(self) -> bool:
+        """True where characters that are not in the vocabulary leave no token behind."""
+        model = self._state.get("model") or {}
+        return model.get("type") == "BPE" and not model.get("byte_fallback") and self._unknown_id < 0
+
+    @property
+    def _unknown_id(self) -> int:
+        """The id that stands for text that is not in the vocabulary; -1 without one."""
+        model = self._state.get("model") or {}
+        if "unk_id" in model:
+            return -1 if model["unk_id"] is None else int(model["unk_id"])
+        return int(model.get("vocab", {}).get(model.get("unk_token"), -1))
 
     def _encode_characters(self, text: str) -> np.ndarray:
         assert self._characters is not None
@@ -382,6 +454,29 @@ def _short(texts: Iterable[str], pre_tokenizer: Any) -> Iterator[str]:
                         yield line[start:place]
                         start = place
             yield line[start:]
+
+
+def _unmatched(text: str, back: str) -> int:
+    """Counts the bytes of `text` that are not in its longest common subsequence with `back` (Hyyrö 2004, Bit-parallel
+    LCS-length computation revisited).
+
+    A character stands once for each of its bytes, so that those that weigh more are matched first.
+    """
+    if text == back:
+        return 0
+    if len(text) > LONG_STRETCH:  # in parts that match at most as well, since the work grows with the square
+        half, other = len(text) // 2, len(back) // 2
+        return _unmatched(text[:half], back[:other]) + _unmatched(text[half:], back[other:])
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    points = points.repeat(np.searchsorted([0x80, 0x800, 0x10000], points, side="right") + 1)
+    masks = {c: int.from_bytes(np.packbits(points == ord(c), bitorder="little").tobytes(), "little") for c in set(back)}
+    rest = every = (1 << len(points)) - 1  # a bit for each byte that is not matched
+    for character in back:
+        mask = masks[character]
+        for _ in range(len(character.encode("utf-8", "replace")) if mask else 0):
+            match = rest & mask
+            rest = ((rest + match) | (rest - match)) & every
+    return rest.bit_count()
 
 
 def _plain_added(state: dict[str, Any]) -> bool:

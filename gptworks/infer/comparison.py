@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from gptworks.data.shards import Stream
 from gptworks.data.text import safe_places
+from gptworks.infer.scoring import charge
 
 PAIR_BYTES = 2000  # of text in a pair
 FEWEST_PAIRS = 10  # below it the standard error of a ratio is itself too uncertain
@@ -31,13 +33,17 @@ def cut(documents: list[str]) -> tuple[list[list[int]], np.ndarray]:
     return places, np.cumsum(sizes)
 
 
-def bits_before(losses: np.ndarray, marks: np.ndarray) -> np.ndarray:
+def bits_before(losses: np.ndarray, marks: np.ndarray, stream: Stream | None = None) -> np.ndarray:
     """Bits of all tokens before each mark, a number of tokens; NaN where the mark is -1.
 
-    `losses` are those of a stream's tokens after the first, in nats; `marks` are `shards.encode_documents`'.
+    `losses` are those of a stream's tokens after the first, in nats; `marks` are `shards.encode_documents`'. With the
+    stream, what decoding does not give back of its text up to there is charged (see `scoring.charge`).
     """
-    running = np.append(0.0, np.cumsum(losses, dtype=np.float64)) / math.log(2)
-    return np.where(marks < 0, np.nan, running[np.maximum(marks, 1) - 1])
+    running = np.append(0.0, np.cumsum(losses, dtype=np.float64))
+    bits = np.where(marks < 0, np.nan, running[np.maximum(marks, 1) - 1] / math.log(2))
+    if stream is None or stream.lost_before is None or not stream.lost_bytes:
+        return bits
+    return bits + charge(running[-1], stream.bytes, stream.lost_bytes) * stream.lost_before
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Score(Result):
     bits_per_byte: float
     tokens: int
     bytes: int
+    lost_bytes: int = 0  # of these, that decoding the ids does not give back
 
 
 def token_losses(model: Transformer, batch: Batch) -> Tensor:
@@ -169,10 +170,22 @@ def total(losses: Iterable[np.ndarray], stream: Stream, group: Group = ALONE) ->
     return Score(
         loss,
         math.exp(min(loss, 700.0)),
-        bits_per_byte=nats / math.log(2) / max(stream.bytes, 1),
+        bits_per_byte=bits_per_byte(nats, stream.bytes, stream.lost_bytes),
         tokens=tokens,
         bytes=stream.bytes,
+        lost_bytes=stream.lost_bytes,
     )
+
+
+def charge(nats: float, size: float, lost: float) -> float:
+    """Bits that each byte counts which decoding does not give back: the 8 of a byte that is sent as it is, or what the
+    bytes need that come back, where that is more. So losing text never makes a score better."""
+    return max(8.0, nats / math.log(2) / (size - lost)) if size > lost else 8.0
+
+
+def bits_per_byte(nats: float, size: float, lost: float) -> float:
+    """Bits a byte of a text of `size` bytes that costs `nats`, and of which `lost` do not come back from its ids."""
+    return (nats / math.log(2) + charge(nats, size, lost) * lost) / (size or 1)
 
 
 def unigram(stream: Stream) -> dict[str, float]:
@@ -180,7 +193,10 @@ def unigram(stream: Stream) -> dict[str, float]:
     counts = np.bincount(np.asarray(stream.tokens[1:]).astype(np.int64))
     shares = counts[counts > 0] / counts.sum()
     nats = float(-(shares * np.log(shares)).sum())
-    return {"loss": nats, "bits_per_byte": nats * (len(stream.tokens) - 1) / math.log(2) / max(stream.bytes, 1)}
+    return {
+        "loss": nats,
+        "bits_per_byte": bits_per_byte(nats * (len(stream.tokens) - 1), stream.bytes, stream.lost_bytes),
+    }
 
 
 def xz(text: bytes) -> dict[str, float] | None:

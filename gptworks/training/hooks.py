@@ -27,6 +27,7 @@ from gptworks.data.batch import Batches
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.infer.engine import Engine
 from gptworks.infer.sampling import Sampling
+from gptworks.infer.scoring import bits_per_byte
 from gptworks.planning.budget import (
     MOST_PLANS,
     SAVING_SECONDS,
@@ -61,16 +62,24 @@ class Logger:
 
     def __init__(
         self, metrics: Metrics, every: int, schedule: RunSchedule, *,
-        batches: Batches, bytes_per_token: float | None, flops: float, rate: float,
+        batches: Batches, bytes_per_token: float | None, lost_per_token: float = 0.0, flops: float, rate: float,
         to_come: Callable[[State], float] = lambda state: 0.0,
     ) -> None:  # fmt: skip
         """`flops` is what a token costs, `rate` the FLOP/s of the machine; bytes per token turn nats into bits.
         `to_come` gives the seconds that evaluations will still take."""
         self.to_come, self._pace = to_come, 0.0
         self.metrics, self.every, self.schedule, self.batches = metrics, every, schedule, batches
-        self.to_bits = None if bytes_per_token is None else 1 / math.log(2) / bytes_per_token
+        self.bytes_per_token, self.lost_per_token = bytes_per_token, lost_per_token
         self.flops, self.rate = flops, rate
         self._said = 0.0
+
+    def _bits(self, loss: float) -> float | None:
+        """Bits a byte of text, where a token stands for text."""
+        if self.bytes_per_token is None:
+            return None
+        if not self.lost_per_token:
+            return loss * (1 / math.log(2) / self.bytes_per_token)
+        return bits_per_byte(loss, self.bytes_per_token, self.lost_per_token)
 
     def __call__(self, state: State, m: StepMetrics) -> None:
         sums = state.unlogged
@@ -96,7 +105,7 @@ class Logger:
             state.step,
             {
                 "train/loss": loss,
-                **({} if self.to_bits is None else {"train/bits_per_byte": loss * self.to_bits}),
+                **({} if (bits := self._bits(loss)) is None else {"train/bits_per_byte": bits}),
                 **{f"train/{name}": total / weight for name, (total, weight) in sums.figures.items() if weight},
                 **({"train/grad_norm": m.grad_norm} if math.isfinite(m.grad_norm) else {}),
                 "train/learning_rate": m.lr,
@@ -121,7 +130,8 @@ class Logger:
     def _line(self, state: State, loss: float, speed: float) -> str:
         total = self.schedule.length
         left = (total - state.step) * self._pace + self.to_come(state)
-        bits = "" if self.to_bits is None else f"{loss * self.to_bits:.3f} bits/byte  "
+        per_byte = self._bits(loss)
+        bits = "" if per_byte is None else f"{per_byte:.3f} bits/byte  "
         sums, waited = state.unlogged, state.unlogged.data_seconds / max(state.unlogged.seconds, 1e-9)
         figures = "".join(f"{name} {t / w:.4g}  " for name, (t, w) in sums.figures.items() if w)
         return (

@@ -28,7 +28,7 @@ class Pretraining(Problem):
         self.shards, self.tokenizer, self.identity = shards, shards.tokenizer, shards.identity
         self.epoch_tokens = len(shards.train.tokens) - 1
         self.eval_tokens = len(shards.eval.tokens) - 1
-        self.bytes_per_token = shards.train.bytes_per_token
+        self.bytes_per_token, self.lost_per_token = shards.train.bytes_per_token, shards.train.lost_per_token
         self._loaders: dict[tuple[Any, ...], Loader] = {}
 
     @classmethod

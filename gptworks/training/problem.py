@@ -129,6 +129,7 @@ class Problem(ABC):
     epoch_tokens: int | None = None  # None: the data has no end
     eval_tokens: int | None = None  # of an evaluation; None: what one costs is not known
     bytes_per_token: float | None = None  # of text, where the loss can be told in bits per byte
+    lost_per_token: float = 0.0  # of these bytes, that decoding does not give back
     parents: tuple[Parent, ...] = ()
     beside: Beside = Beside()
 

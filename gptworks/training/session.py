@@ -372,8 +372,8 @@ def _train(
     if metrics:
         hooks.append(
             Logger(metrics, train.log_every, schedule, batches=work.batches,
-                   bytes_per_token=problem.bytes_per_token, flops=step_flops(run), rate=rate,
-                   to_come=evaluations.seconds_to_come)
+                   bytes_per_token=problem.bytes_per_token, lost_per_token=problem.lost_per_token,
+                   flops=step_flops(run), rate=rate, to_come=evaluations.seconds_to_come)
         )  # fmt: skip
         if "generate" in problem.sections:
             sampler = Sampler(

@@ -16,17 +16,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import examples
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from gptworks.core.errors import DataError
 from gptworks.data import tokenizer as module
 from gptworks.data.published import TIKTOKEN, byte_alphabet
+from gptworks.data.text import safe_places
 from gptworks.data.tokenizer import END_OF_TEXT, PATTERNS, RESERVED, Tokenizer, sample
+from gptworks.infer.scoring import bits_per_byte
 
 TRAINING = (
     "It's a truth universally acknowledged, that a single man in possession of 1000 pounds must want one.\n\n"
@@ -810,3 +813,169 @@ def test_a_signal_ends_work_that_hears_none() -> None:
     assert interrupts.apart(lambda: 7) == 7
     with pytest.raises(KeyError):
         interrupts.apart(lambda: {}["x"])
+
+
+# -- what decoding does not give back ----------------------------------------------------------------------------
+
+ENGLISH = "the king of men saw the old sea, and a bird sang: don't you know 12 stones?\n  He did. It was grey.\n" * 4
+
+
+def lossy(model: str, pre: Any = None, normalizer: Any = None, decoder: Any = None) -> Tokenizer:
+    """A small tokenizer trained here."""
+    kinds: dict[str, Any] = {
+        "BPE": (models.BPE(), trainers.BpeTrainer),
+        "BPE with unknown": (models.BPE(unk_token="[UNK]", fuse_unk=True), trainers.BpeTrainer),
+        "WordLevel": (models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer),
+        "WordPiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer),
+    }
+    if model == "Unigram":
+        backend = Backend(models.Unigram())
+        trainer: Any = trainers.UnigramTrainer(
+            vocab_size=90, unk_token="[UNK]", special_tokens=["[UNK]", "</s>"], show_progress=False
+        )
+    else:
+        backend = Backend(kinds[model][0])
+        trainer = kinds[model][1](vocab_size=120, special_tokens=["[UNK]", "</s>"], show_progress=False)
+    if pre:
+        backend.pre_tokenizer = pre
+    if normalizer:
+        backend.normalizer = normalizer
+    if decoder:
+        backend.decoder = decoder
+    backend.train_from_iterator([ENGLISH], trainer)
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+P, N, D = pre_tokenizers, normalizers, decoders
+LOSSY: dict[str, tuple[Any, ...]] = {
+    "no unknown token": ("BPE", P.Whitespace()),
+    "no unknown token, spaces kept": ("BPE", P.Metaspace(), None, D.Metaspace()),
+    "fused unknown": ("BPE with unknown", P.Metaspace(), None, D.Metaspace()),
+    "words": ("WordLevel", P.WhitespaceSplit()),
+    "word pieces": ("WordPiece", P.BertPreTokenizer(), None, D.WordPiece()),
+    "word pieces of BERT": ("WordPiece", P.BertPreTokenizer(), N.BertNormalizer(), D.WordPiece()),
+    "unigram": ("Unigram", P.Metaspace(), None, D.Metaspace()),
+    "lower case": ("BPE", P.ByteLevel(add_prefix_space=False), N.Lowercase(), D.ByteLevel()),
+    "no accents": ("BPE", P.Metaspace(), N.Sequence([N.NFD(), N.StripAccents()]), D.Metaspace()),
+    "NFKC": ("BPE with unknown", P.ByteLevel(add_prefix_space=False), N.NFKC(), D.ByteLevel()),
+    "one space for many": ("Unigram", P.Metaspace(), N.Replace(Regex(r"\s+"), " "), D.Metaspace()),
+    "line by line": ("BPE", P.Sequence([P.Split("\n", "removed"), P.Metaspace()]), None, D.Metaspace()),
+}
+
+
+@cache
+def lossy_named(name: str) -> Tokenizer:
+    return lossy(*LOSSY[name])
+
+
+def charged(made: Tokenizer, text: str, nats: float) -> float:
+    """Bits a byte of a model that takes every token for as likely as any other."""
+    ids = made.encode_array(text)
+    size = len(text.encode())
+    return bits_per_byte((len(ids) + 2) * nats, size, int(made.lost_bytes(text, ids)[-1]))
+
+
+LOST = {
+    "lower case": "HELLO WORLD ",
+    "no accents": "ééé",
+    "NFKC": "ﬁﬁ Ａ ",
+    "one space for many": " \n  \n ",
+    "line by line": "\n\n\n",
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@given(
+    seen=st.lists(
+        st.sampled_from([*ENGLISH.split(), "The KING", "naïve", "红楼", "12 ", "\n"]), min_size=1, max_size=40
+    ),
+    lost=st.lists(
+        st.sampled_from(["你好", "🎉", "й", "\u200b", "ﬁ", "HELLO", " É", "\n\n", "   ", "", "Ａ"]), max_size=12
+    ),
+    nats=st.sampled_from([0.0, 0.5, 4.6, 9.0]),
+)
+@settings(max_examples=examples(80), deadline=None)
+def test_text_that_is_lost_never_makes_a_score_better(name: str, seen: list[str], lost: list[str], nats: float) -> None:
+    made = lossy_named(name)
+    text = ENGLISH + " ".join(seen) + " "
+    longer = text
+    before = charged(made, text, nats)
+    for part in [*lost, LOST.get(name, "你好"), LOST.get(name, "你好") * 50]:
+        grown = longer + part
+        counts = [int(made.lost_bytes(each, made.encode_array(each))[-1]) for each in (longer, grown)]
+        if counts[1] - counts[0] == len(part.encode()):  # all of it is lost, and nothing before it
+            assert charged(made, grown, nats) >= charged(made, longer, nats) - 1e-9
+        assert counts[1] >= counts[0]
+        longer = grown
+    assert counts[1] > counts[0]
+    assert charged(made, longer, nats) > before or nats == 9.0
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@given(text=HARD_TEXT, stretch=st.sampled_from([3, 7, 20]))
+@settings(max_examples=examples(80), deadline=None)
+def test_what_is_lost_is_what_the_decoded_text_lacks(name: str, text: str, stretch: int) -> None:
+    """Compared piece by piece it is what it is in one piece, and what a slower way to the longest sequence finds."""
+    made = lossy_named(name)
+    text = text[:200]
+    ids = made.encode_array(text)
+    back = made.decode(ids[ids != made._unknown_id])
+    with pytest.MonkeyPatch.context() as patch:
+        whole = int(made.lost_bytes(text, ids)[-1])
+        patch.setattr(module, "STRETCH", stretch)
+        pieces = int(made.lost_bytes(text, ids)[-1])
+    assert whole == len(text.encode()) - common(text, back)
+    assert whole <= pieces <= whole + 2 * (1 + len(text) // stretch)
+    assert (whole == 0) == (back == text or not text or common(text, back) == len(text.encode()))
+
+
+def common(one: str, other: str) -> int:
+    """Bytes of the heaviest common subsequence, by the table of every textbook."""
+    row = [0] * (len(other) + 1)
+    for a in one:
+        before, weight = row, len(a.encode())
+        row = [0]
+        for at, b in enumerate(other):
+            row.append(max(row[-1], before[at + 1], before[at] + weight if a == b else 0))
+    return row[-1]
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_what_is_lost_before_a_place_is_told(name: str) -> None:
+    made = lossy_named(name)
+    text = (ENGLISH + "HELLO 你好 naïve\n\n") * 8
+    places = list(safe_places(text, 200))
+    counts = made.lost_bytes(text, made.encode_array(text), places)
+    assert len(counts) == len(places) + 1 and (np.diff(counts) >= 0).all() and counts[0] >= 0
+    part = int(made.lost_bytes(text[: places[5]], made.encode_array(text[: places[5]]))[-1])
+    assert counts[5] == pytest.approx(part, abs=6)
+
+
+@pytest.mark.parametrize("kind", [*PATTERNS, "char", "bytes"])
+def test_our_own_tokenizers_lose_nothing_and_nobody_looks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = characters() if kind == "char" else Tokenizer.of_bytes() if kind == "bytes" else bpe(kind)
+    monkeypatch.setattr(made, "decode", None)  # not asked
+    assert made.lossless and made.lost_bytes("a\n'é红", np.zeros(3, dtype=np.uint32), [1, 2]).tolist() == [0, 0, 0]
+
+
+def test_a_byte_level_vocabulary_that_lacks_a_byte_is_known_to_lose_it() -> None:
+    state = json.loads(bpe("qwen2").backend.to_str())
+    letter = byte_alphabet()[ord("q")]
+    merges = [pair for pair in state["model"]["merges"] if letter not in "".join(pair)]
+    state["model"]["vocab"] = {token: id for token, id in state["model"]["vocab"].items() if letter not in token}
+    state["model"]["merges"] = merges
+    made = Tokenizer(Backend.from_str(json.dumps(state)), {})
+    assert not made.lossless
+    assert made.lost_bytes("quite a question", made.encode_array("quite a question")).tolist() == [2]
+    assert made.lost_bytes("a king", made.encode_array("a king")).tolist() == [0]
+
+
+def test_what_a_template_puts_around_a_text_is_not_lost() -> None:
+    made = lossy_named("word pieces")
+    made.backend.post_processor = processors.TemplateProcessing("</s> $A </s>", None, [("</s>", 1)])
+    try:
+        text = "the king of men"
+        assert made.lost_bytes(text, made.encode_array(text)).tolist() == [0]
+        assert made.front
+    finally:
+        made.backend.post_processor = processors.TemplateProcessing("$A", None, [])
