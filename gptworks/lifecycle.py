@@ -93,7 +93,7 @@ def choices(config: Config, machine: Path | None = None) -> Choices:
     describes, else for this one. Raises UsageError, OutOfMemory."""
     session.check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
-        raise UsageError(f"model.path={config.model.path}: no such folder, and no name on the hub")
+        raise UsageError(f"model.path={config.model.path}: no such folder{hub.advice(config.model.path)}")
     model, tokenizer = config.model, config.tokenizer
     sized = model.depth or (model.hidden_size and model.num_hidden_layers)
     unread = tokenizer.path or tokenizer.kind == "char"  # so it is not known how many ids it has
@@ -313,7 +313,7 @@ def push(path: Path, name: str, private: bool = False) -> Pushed:
     if not any((path / file).is_file() for file in ("config.json", build.ADAPTER)):
         raise DataError(f"{path}: no model folder: it has no config.json and no {build.ADAPTER}")
     if (path / folder.MANIFEST).is_file():
-        folder.verify(path)
+        build.verify(path)
     if (path / build.ADAPTER).is_file():
         base = folder.read_json(path / build.ADAPTER).get("base_model_name_or_path")
         if Path(str(base)).exists():
@@ -373,8 +373,10 @@ def verify(path: Path) -> Verified:
     if not (path / "config.yaml").is_file():
         if not (path / folder.MANIFEST).exists():
             raise DataError(f"{path}: no run, model or data: it has no config.yaml and no {folder.MANIFEST}")
-        manifest = folder.verify(path)
-        return Verified("every file matches its SHA-256", identical=True, files=len(manifest["files"]))
+        manifest = build.verify(path)
+        edited = build.edited(path, manifest)
+        but = f", but for {', '.join(edited)}, which may be edited" if edited else ""
+        return Verified(f"every file matches its SHA-256{but}", identical=True, files=len(manifest["files"]))
     with runtime.hold(path, reading=True):
         return session.replay(path)
 

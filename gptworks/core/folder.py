@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,13 @@ def path(name: str | Path) -> Path:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file. Raises DataError for what is no file, StorageError where it cannot be read."""
     check_regular(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def fsync(path: Path) -> None:
@@ -121,6 +125,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 
@@ -281,15 +287,18 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
-def verify(path: Path, names: list[str] | None = None) -> dict[str, Any]:
-    """Reads the manifest of a folder and checks every file (or `names`) against it; returns the manifest.
+def verify(path: Path, names: Collection[str] | None = None, but: Collection[str] = ()) -> dict[str, Any]:
+    """Reads the manifest of a folder and checks every file against it, of others than `names`, where these are given,
+    the size alone; not those in `but`. Returns the manifest.
 
     Raises DataError that names the first missing, resized or altered file.
     """
     manifest = read_manifest(path)
-    for name, expected in manifest["files"].items():
+    files = {name: expected for name, expected in manifest["files"].items() if name not in but}
+    for name, expected in files.items():
+        _check_size(path / name, expected)
+    for name, expected in files.items():
         if names is None or name in names:
-            _check_size(path / name, expected)
             _check_hash(path / name, expected)
     return manifest
 
@@ -319,7 +328,7 @@ class Verifying:
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, read_manifest(path)
-        self.error: DataError | None = None
+        self.error: DataError | StorageError | None = None
         self.thread: threading.Thread | None = None
         files: dict[str, dict[str, Any]] = self.manifest["files"]
         for name, expected in files.items():
@@ -333,19 +342,20 @@ class Verifying:
     def _hash(self) -> None:
         try:
             verify(self.path)
-        except DataError as error:
+        except (DataError, StorageError) as error:
             self.error = error
-        except OSError as error:
-            self.error = DataError(f"{self.path}: cannot be read: {error.strerror or error}")
 
     @property
     def ended(self) -> bool:
         return self.thread is None or not self.thread.is_alive()
 
     def finish(self) -> None:
-        """Waits for the last hash. Raises DataError; the folder then has no manifest, so that it is made anew."""
+        """Waits for the last hash. Raises StorageError, or DataError; the folder then has no manifest, so that it is
+        made anew."""
         if self.thread:
             self.thread.join()
+        if isinstance(self.error, StorageError):
+            raise self.error
         if self.error:
             with suppress(OSError):
                 (self.path / MANIFEST).unlink()

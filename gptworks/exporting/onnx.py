@@ -27,6 +27,7 @@ from gptworks.data.batch import Batch
 from gptworks.exporting.exporter import Exporter, Parity, compare, needed
 from gptworks.infer.engine import Engine, Generation
 from gptworks.infer.sampling import Sampling
+from gptworks.model import build
 from gptworks.model.attention import KeyValueCache, padding_mask
 from gptworks.model.build import Loaded
 from gptworks.model.experts import SparseMLP
@@ -35,11 +36,9 @@ from gptworks.model.transformer import Transformer
 TOLERANCE = 1e-3  # of a logit
 NEW_TOKENS = 16  # of greedy text
 BATCH = 3
+GRAPH, GRAPH_LAYER = 40_000, 155_000  # bytes of the graph besides weights, and of a layer of it, at most as tried
 PROTOBUF = 1_800_000_000  # bytes of weights in model.onnx itself, whose format ends at 2 GiB; more lie beside it
-FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja",
-)  # fmt: skip
+FILES = ("config.json", "generation_config.json")  # of the model's folder; what spells a text may be an adapter's
 
 
 @contextmanager
@@ -125,22 +124,23 @@ class ONNX(Exporter):
 
     @property
     def estimate(self) -> int:
-        head = self.config.vocab_size * self.config.hidden_size if self.config.tie_word_embeddings else 0
-        weights = 4 * (
-            sum(p.numel() for p in self.loaded.model.parameters()) + head
-        )  # a shared matrix may be there twice
+        weights = 4 * sum(p.numel() for p in self.loaded.model.parameters())  # a shared matrix is there once
         others = sum((self.loaded.home / name).stat().st_size for name in FILES if (self.loaded.home / name).is_file())
-        return weights + others + 2**20 + 2**16 * self.config.num_hidden_layers
+        others += len(self.loaded.tokenizer.backend.to_str().encode()) + 2**16
+        return weights + others + GRAPH + GRAPH_LAYER * self.config.num_hidden_layers
 
     def _past(self, batch: int, length: int) -> list[Tensor]:
         return [torch.zeros(batch, self.config.num_key_value_heads, length, self.config.head_dim) for _ in self.names]
 
-    def write(self, path: Path) -> None:
+    def copy(self, path: Path) -> None:
+        """Puts into the folder what is not the graph: the configuration, the tokenizer and the chat template."""
         for name in FILES:
             if (self.loaded.home / name).is_file():
                 shutil.copyfile(self.loaded.home / name, path / name)
-        if not (path / "tokenizer.json").is_file():  # it was of another kind
-            self.loaded.tokenizer.save(path)
+        build.save_tokenizer(path, self.loaded.tokenizer, self.loaded)
+
+    def write(self, path: Path) -> None:
+        self.copy(path)
         batch, time, total = (torch.export.Dim(name) for name in ("batch", "time", "total"))
         past = torch.export.Dim("past")
         example = (torch.zeros(2, 3).long(), torch.tensor([[5, 6, 7]] * 2), torch.ones(2, 8).long(), self._past(2, 5))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptworks.core import folder, runtime
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError
 from gptworks.core.log import console, count
+from gptworks.data import published, sentencepiece
 from gptworks.data.tokenizer import Tokenizer
 from gptworks.model import card, hub, peft
 from gptworks.model import weights as weight_files
@@ -27,10 +29,14 @@ from gptworks.model.transformer import Transformer, sinusoids
 LINEAGE = "gptworks.json"
 TEMPLATE = "chat_template.jinja"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 SHARD = 5_000_000_000  # bytes of a weight file, as transformers cuts them
-# Checked against the manifest before, weights while they are read.
-SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", TEMPLATE, INDEX, LINEAGE]
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+# Hashed before anything is made of them; weights while they are read.
+SMALL = ["config.json", "tokenizer.json", TOKENIZER_CONFIG, INDEX, LINEAGE]
+EDITED = ("README.md", GENERATION, TEMPLATE)  # by people: that one differs is no damage
+PLACE = ("base_model_name_or_path", "revision")  # of adapter_config.json: what may be edited there
+WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and data parallelism put before every name of a weight
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "consolidated.00.pth", "model.ckpt", "model.pkl")
 
 
@@ -49,13 +55,15 @@ class Loaded:
 
     @property
     def home(self) -> Path:
-        """The folder that has tokenizer and chat template."""
+        """The folder that has the whole weights: an adapter's base, or the folder itself."""
         return self.base or self.path
 
     @property
     def template_home(self) -> Path:
-        """The folder that has the chat template: an adapter's may have its own."""
-        return self.path if (self.path / TEMPLATE).is_file() else self.home
+        """The folder whose chat template counts: an adapter's may have its own, in a file or in its tokenizer's."""
+        if self.base is None or (self.path / TEMPLATE).is_file():
+            return self.path
+        return self.path if "chat_template" in _object(self.path / TOKENIZER_CONFIG) else self.base
 
     @property
     def name(self) -> str:
@@ -65,8 +73,48 @@ class Loaded:
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of the weight file, or of the hashes of several; for an adapter, of its base's."""
-        hashes = self.hashes or [folder.sha256(file) for file in _weight_files(self.home)]
-        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return _joined(self.hashes) if self.hashes else weights_sha256(self.home)
+
+    @property
+    def own_sha256(self) -> str:
+        """The same, but of an adapter's folder its own weight file's: the identity of what the folder holds."""
+        return weights_sha256(self.path) if self.base else self.weights_sha256
+
+
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a folder's weight file, or of the hashes of several. Raises DataError."""
+    adapter = path / ADAPTER_WEIGHTS
+    files = _weight_files(path) if (path / "config.json").is_file() or not adapter.is_file() else [adapter]
+    return _joined([folder.sha256(file) for file in files])
+
+
+def _joined(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def verify(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Compares a folder with its manifest, which it returns: what people edit may differ, and in an adapter's settings
+    the place of its base. Of files other than `names`, where these are given, only the sizes are looked at.
+
+    Raises DataError.
+    """
+    settings = folder.read_manifest(path).get("adapter")
+    settings = settings if isinstance(settings, dict) else {}
+    manifest = folder.verify(path, names, but=(*EDITED, ADAPTER) if settings else EDITED)
+    said = _object(path / ADAPTER, needed=True) if settings else {}
+    for key, value in settings.items():
+        if said.get(key) != value:
+            raise DataError(
+                f"{path / ADAPTER}: {key} is {str(said.get(key))[:80]}, and the adapter was trained with {value}; only "
+                f"{' and '.join(PLACE)} may be edited"
+            )
+    return manifest
+
+
+def edited(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files of a verified folder that people have edited or removed."""
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name in (*EDITED, ADAPTER)}
+    return [name for name, known in files.items() if not (path / name).is_file() or folder.sha256(path / name) != known]
 
 
 def fresh(config: ModelConfig, seed: int) -> Transformer:
@@ -87,19 +135,19 @@ def load(
     """
     path = hub.local(path)
     if not path.is_dir():
-        raise DataError(f"{path}: no such model folder")
+        raise DataError(f"{path}: no such model folder{hub.advice(path)}")
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         return _load_adapted(path, dropout)
     if (path / "config.yaml").is_file() and not (path / "config.json").exists():
+        if not (path / "model").is_dir():
+            raise DataError(f"{path} is a run that is not finished: it has no model yet; train it to its end")
         raise DataError(f"{path} is a run; its model is {path / 'model'}")
     if (path / ADAPTER).is_file():
         console.warn(f"{path}: the adapter beside the model is not applied; it wants a folder of its own")
-    raw = folder.read_json(path / "config.json")
-    if not isinstance(raw, dict):
-        raise DataError(f"{path / 'config.json'}: not a JSON object")
+    raw = _object(path / "config.json", needed=True)
     hashes: dict[str, str] | None = None
     if (path / LINEAGE).is_file():
-        known = {name: entry["sha256"] for name, entry in folder.verify(path, SMALL)["files"].items()}
+        known = {name: entry["sha256"] for name, entry in verify(path, SMALL)["files"].items()}
         hashes = {}
     try:
         config = from_hf_config(raw)
@@ -129,9 +177,7 @@ def load(
         model.model.sinusoids = sinusoids(config.max_position_embeddings, config.hidden_size)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
-    lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
-    if not isinstance(lineage, dict):
-        raise DataError(f"{path / LINEAGE}: not a JSON object")
+    lineage = _object(path / LINEAGE)
     ends, files = stop_ids(path, tokenizer), tuple((hashes or {}).values())
     return Loaded(
         path, model.requires_grad_(True).eval(), tokenizer=tokenizer, stop_ids=ends, lineage=lineage, hashes=files
@@ -156,16 +202,19 @@ def with_tokens(base: Loaded, tokens: list[str]) -> Loaded:
 
 
 def _load_adapted(path: Path, dropout: float | None) -> Loaded:
-    """The base that a PEFT folder names, with its adapters. Raises DataError."""
-    raw = folder.read_json(path / ADAPTER)
-    if not isinstance(raw, dict) or not isinstance(raw.get("base_model_name_or_path"), str):
+    """The base that a PEFT folder names, with its adapters, and what the folder has of its own to spell a text.
+    Raises DataError."""
+    raw = _object(path / ADAPTER)
+    if not isinstance(raw.get("base_model_name_or_path"), str):
         raise DataError(f"{path / ADAPTER}: names no base_model_name_or_path; write the base's folder there")
-    lineage = folder.read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    lineage = _object(path / LINEAGE)
     if lineage:
-        folder.verify(path, [ADAPTER, ADAPTER_WEIGHTS, LINEAGE])
+        verify(path, [*SMALL, ADAPTER, ADAPTER_WEIGHTS])
     parent, form = _begun(lineage, path / LINEAGE)
     revision = raw.get("revision")
-    named = hub.local(raw["base_model_name_or_path"], revision if isinstance(revision, str) else None)
+    named = base_folder(
+        raw["base_model_name_or_path"], path, sha256=parent, revision=revision if isinstance(revision, str) else None
+    )
     if not named.is_dir():
         raise DataError(f"{path}: is an adapter for {named}, which is no folder here; set base_model_name_or_path in "
                         f"{path / ADAPTER}")  # fmt: skip
@@ -173,17 +222,75 @@ def _load_adapted(path: Path, dropout: float | None) -> Loaded:
         raise DataError(f"{path}: is an adapter for {named}, which is no model folder")
     base = load_base(named, dropout, form)
     if parent is not None and parent != base.weights_sha256:
-        raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
+        if (moved := _moved(named, path, parent)) is None:
+            raise DataError(f"{path}: the adapter was trained on other weights than {named} has now")
+        named, base = moved, load_base(moved, dropout, form)
     file = path / ADAPTER_WEIGHTS
     weight_files.read_shapes(file, 3 * len(list(base.model.modules())))
     tensors = weight_files.read(file)
+    wrapper = _wrapper(tensors, path)
     try:
-        model = peft.read(base.model, raw, tensors=tensors, base=form)
+        unwrapped = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+        model = peft.read(base.model, raw, tensors=unwrapped, base=form)
         settings = peft.read_settings(raw)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     settings = settings.model_copy(update={"base": form})
-    return replace(base, path=path, model=model.eval(), lineage=lineage, adapter=settings, base=named)
+    tokenizer = _own_tokenizer(path, base)
+    ends = stop_ids(path if (path / GENERATION).is_file() else named, tokenizer)
+    return replace(
+        base, path=path, model=model.eval(), tokenizer=tokenizer, stop_ids=ends, lineage=lineage, adapter=settings,
+        base=named,
+    )  # fmt: skip
+
+
+def base_folder(name: str, near: Path, sha256: str | None, revision: str | None = None) -> Path:
+    """The folder of a base that is named by its path or as a model of the hub. Where that path is gone, as when a whole
+    project was moved or renamed, it is what has the base's weights under the end of that path in a folder above `near`.
+    """
+    named = Path(name).expanduser()
+    if named.exists():
+        return named
+    return _moved(named, near, sha256) or hub.local(name, revision)
+
+
+def _moved(named: Path, near: Path, sha256: str | None) -> Path | None:
+    """The folder with the weights of that hash, looked for under the end of a path in `near` and the folders above."""
+    parts = named.parts[named.is_absolute() :]
+    for above in (near.resolve(), *near.resolve().parents):
+        for start in range(len(parts)):
+            there = above.joinpath(*parts[start:])
+            if sha256 and (there / "config.json").is_file() and _has(there, sha256):
+                return there
+    return None
+
+
+def _has(path: Path, sha256: str) -> bool:
+    try:
+        return weights_sha256(path) == sha256
+    except DataError:
+        return False
+
+
+def _own_tokenizer(path: Path, base: Loaded) -> Tokenizer:
+    """The tokenizer of an adapter's folder: of its files those that the folder has, the others are the base's."""
+    spelled = (path / "tokenizer.json").is_file() or published.find(path) or sentencepiece.find(path)
+    own = Tokenizer.load(path) if spelled else base.tokenizer
+    config = _object(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else base.tokenizer.config
+    if spelled and config is not base.tokenizer.config:
+        config = own.config
+    template = {key: base.tokenizer.config[key] for key in ("chat_template",) if key in base.tokenizer.config}
+    return Tokenizer(own.backend, {**template, **config})
+
+
+def _object(file: Path, needed: bool = False) -> dict[str, Any]:
+    """The content of a JSON file; empty where there is none and it is not `needed`. Raises DataError."""
+    if not needed and not file.is_file():
+        return {}
+    raw = folder.read_json(file)
+    if not isinstance(raw, dict):
+        raise DataError(f"{file}: not a JSON object")
+    return raw
 
 
 def _begun(lineage: Any, file: Path) -> tuple[str | None, str | None]:
@@ -213,12 +320,14 @@ def read_weights(
     Raises DataError, where that is due to names and shapes having allocated nothing.
     """
     files = _weight_files(path)
-    shapes: dict[str, torch.Size] = {}
+    stored: dict[str, torch.Size] = {}
     for file in files:
         here = weight_files.read_shapes(file, _most_tensors(config))
-        if twice := sorted(shapes.keys() & here.keys()):
+        if twice := sorted(stored.keys() & here.keys()):
             raise DataError(f"{file}: {twice[0][:200]} is in another file of the folder too")
-        shapes |= here
+        stored |= here
+    wrapper = _wrapper(stored, path)
+    shapes = {name.removeprefix(wrapper): shape for name, shape in stored.items()}
     claimed, values = parameter_count(config), sum(shape.numel() for shape in shapes.values())
     if claimed > 4 * values or config.num_hidden_layers > len(shapes):  # too far off to lay out what is claimed
         raise DataError(f"{path}: config.json describes {count(claimed)} parameters, the files hold {count(values)}")
@@ -239,7 +348,8 @@ def read_weights(
             if mmap
             else weight_files.stream(file, dtype, hashes=hashes, skip=BUFFERS)
         )
-        for name, value in read:
+        for wrapped, value in read:
+            name = wrapped.removeprefix(wrapper)
             group = _together(name)
             waiting[group][name] = value
             del value  # so that what is mapped to another tensor goes before the next one comes
@@ -248,6 +358,19 @@ def read_weights(
     if config.tie_word_embeddings:
         _both(weights)
     return weights
+
+
+def _wrapper(names: Collection[str], path: Path) -> str:
+    """The part before all names of weights that wrapping the model put there. Raises DataError where some names have it
+    and others do not."""
+    wrapper = ""
+    while start := next((each for each in WRAPPERS if any(name.startswith(wrapper + each) for name in names)), ""):
+        if plain := sorted(name for name in names if not name.startswith(wrapper + start)):
+            raise DataError(
+                f"{path}: names of weights begin with {start}, and {plain[0][:200]} does not; save the model unwrapped"
+            )
+        wrapper += start
+    return wrapper
 
 
 def _both(weights: dict[str, Tensor]) -> None:
@@ -285,14 +408,14 @@ def _weight_files(path: Path) -> list[Path]:
             raise DataError(f"{index}: names a file outside the folder")
     else:
         files = [whole]
-    if not files[0].is_file():
+    if lacking := next((file for file in files if not file.is_file()), None):
         pickles = [name for name in PICKLES if (path / name).is_file()]
         if pickles:
             raise DataError(
                 f"{path / pickles[0]}: a pickle, which can run code when loaded; refused. Convert it where you trust "
                 "it: transformers' save_pretrained(folder) writes model.safetensors"
             )
-        raise DataError(f"{files[0]}: no such weight file")
+        raise DataError(f"{lacking}: no such weight file")
     return files
 
 
@@ -323,7 +446,7 @@ def compare(model: Transformer, weights: dict[str, Tensor], where: str | Path) -
 
 def stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's, or config.json's where there is none, and the tokenizer's."""
-    file = path / "generation_config.json"
+    file = path / GENERATION
     file = file if file.is_file() else path / "config.json"
     raw = folder.read_json(file) if file.is_file() else {}
     listed = raw.get("eos_token_id") if isinstance(raw, dict) else raw
@@ -368,7 +491,7 @@ def save(
     hashes: dict[str, str] = {}
     with folder.commit(path, known=hashes) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        (aside / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        (aside / GENERATION).write_text(json.dumps(special, indent=2) + "\n")
         files = _shards(weights, shard_bytes)
         for file, part in files.items():
             hashes[file] = weight_files.write(aside / file, part, {"format": "pt"})
@@ -378,9 +501,7 @@ def save(
                 "weight_map": {name: file for file, part in files.items() for name in part},
             }
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        tokenizer.save(aside)
-        if base and (template := base.template_home / TEMPLATE).is_file():
-            shutil.copyfile(template, aside / TEMPLATE)
+        save_tokenizer(aside, tokenizer, base)
         (aside / LINEAGE).write_text(
             json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
@@ -402,15 +523,27 @@ def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
-def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Path, lineage: dict[str, Any]) -> None:
-    """Writes the adapters alone, as a folder that PEFT opens, in one atomic step."""
-    name, commit = hub.origin(base)
-    name = name if commit else str(base.resolve())
+def save_tokenizer(path: Path, tokenizer: Tokenizer, base: Loaded | None) -> None:
+    """Puts the files that spell a text into a folder: the tokenizer's, and the chat template of `base`."""
+    tokenizer.save(path)
+    if base and (template := base.template_home / TEMPLATE).is_file():
+        shutil.copyfile(template, path / TEMPLATE)
+
+
+def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Loaded, lineage: dict[str, Any]) -> None:
+    """Writes the adapters alone, as a folder that PEFT opens, with the tokenizer and the chat template of its base, in
+    one atomic step."""
+    name, commit = hub.origin(base.home)
+    name = name if commit else str(base.home.resolve())
     raw, tensors = peft.write(model, adapter, name)
     raw["revision"] = commit
-    with folder.commit(path) as aside:
+    facts = {"adapter": {key: value for key, value in raw.items() if key not in PLACE}}
+    # Without config.json only this name tells AutoTokenizer which class opens tokenizer.json.
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", **base.tokenizer.config}
+    with folder.commit(path, facts) as aside:
         (aside / ADAPTER).write_text(json.dumps(raw, indent=2) + "\n")
         weight_files.write(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+        save_tokenizer(aside, Tokenizer(base.tokenizer.backend, own), base)
         (aside / LINEAGE).write_text(
             json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )

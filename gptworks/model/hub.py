@@ -44,6 +44,12 @@ def could_be(model: str) -> bool:
     return Path(model).is_dir() or ID.fullmatch(model) is not None
 
 
+def advice(model: str | Path) -> str:
+    """What to say of a folder that is not there, where its name could be meant for a model of the hub."""
+    plain = re.fullmatch(r"\w[\w.-]*", str(model), re.ASCII)
+    return "; one of the hub is named OWNER/NAME, as in openai-community/gpt2" if plain else ""
+
+
 def origin(path: Path) -> tuple[str, str | None]:
     """`owner/name` and the commit of a folder in the hub's cache, which others can fetch too; of any other its path."""
     commit, snapshots, repository = path.name, path.parent.name, path.parent.parent.name

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptworks.core.errors import DataError, NotFinite
+from gptworks.core.errors import DataError, NotFinite, StorageError
 from gptworks.core.failpoint import failpoint
 
 ENTRY_BYTES = 1024  # of a header, for each tensor; its name, type, shape and place take about a tenth of that
 METADATA_BYTES = 2**20
+POINTER = b"version https://git-lfs"  # how a file begins that Git has in the place of a large one
 PIECE = 2**20  # bytes that are read, hashed and converted at a time
 FLUSH = 2**26  # bytes after which the disk is told to begin
 AHEAD = 4  # pieces that reading may be ahead of hashing
@@ -148,10 +149,18 @@ def _opened(file: Path, most: int | None = None) -> Iterator[Any]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
+    """Raises StorageError where the system does not give the file, DataError where its content is no such file."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError, RecursionError) as error:
-        raise DataError(f"{file}: damaged or not a safetensors file: {error}") from None
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such weight file") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, OverflowError, RuntimeError, RecursionError) as error:
+        with suppress(OSError), open(file, "rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                raise DataError(f"{file}: stands for the weights, which are not here yet: git lfs pull") from None
+        raise DataError(f"{file}: not a whole safetensors file: {error}") from None
 
 
 def _unusable(file: Path, name: str) -> DataError:

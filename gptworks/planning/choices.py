@@ -23,6 +23,7 @@ class Base:
     name: str
     architecture: ModelConfig
     adapter: Adapter | None = None  # of a folder that holds an adapter
+    sha256: str | None = None  # of its weights; earlier runs did not keep it
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class Facts:
         tree: dict[str, Any] = asdict(replace(self, base=None))
         if self.base:
             adapter = self.base.adapter.model_dump(mode="json") if self.base.adapter else None
-            tree["base"] = {"name": self.base.name, "architecture": asdict(self.base.architecture), "adapter": adapter}
+            tree["base"] = {
+                "name": self.base.name, "architecture": asdict(self.base.architecture), "adapter": adapter,
+                "sha256": self.base.sha256,
+            }  # fmt: skip
         return tree
 
     @classmethod
@@ -67,7 +71,9 @@ class Facts:
                 sizes = base["architecture"]
                 listed = {name: tuple(sizes[name]) for name in ("layer_types", "dense_layers")}
                 adapter = Adapter.model_validate(base["adapter"]) if base["adapter"] else None
-                values["base"] = Base(base["name"], ModelConfig(**{**sizes, **listed}), adapter)
+                values["base"] = Base(
+                    base["name"], ModelConfig(**{**sizes, **listed}), adapter, sha256=base.get("sha256")
+                )
             if (measured := values.pop("measured")) is not None:
                 values["measured"] = Measured(**measured)
             return cls(**values)

@@ -35,7 +35,7 @@ def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
         epoch_tokens=problem.epoch_tokens,
         endless=problem.epoch_tokens is None,
         eval_tokens=problem.eval_tokens,
-        base=None if base is None else Base(base.name, base.model.config, base.adapter),
+        base=None if base is None else Base(base.name, base.model.config, base.adapter, sha256=base.own_sha256),
         unit=problem.unit,
         beside_bytes=problem.beside.bytes,
         bytes_per_weight=bytes_per_weight(config, base),

@@ -59,7 +59,7 @@ def finish(run: Run, out: Path, recipe: str, *, result: Trained, final: Evaluati
     lineage = _lineage(run, recipe, result)
     failpoint("model.save")
     if run.base and config.adapter.kind:
-        build.save_adapter(model, state.model, adapter=config.adapter, base=run.base.home, lineage=lineage)
+        build.save_adapter(model, state.model, adapter=config.adapter, base=run.base, lineage=lineage)
     else:
         build.save(
             model,

@@ -15,7 +15,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core import ranks as processes
 from gptworks.core.config import Change, Chosen, Config, RunFile
-from gptworks.core.errors import DataError, PeerLost, RunMismatch, StorageError, UsageError
+from gptworks.core.errors import DataError, GptworksError, PeerLost, RunMismatch, StorageError, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import console, count, plural
 from gptworks.core.ranks import ranks
@@ -95,7 +95,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
         return _as_it_was(out)
     known: Config = config if file is None else file.chosen
     check_login(known.train.wandb)
-    base = _base(known)
+    base = _base(known, out)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
     verifying = kind.prepare(known, place)
@@ -150,7 +150,7 @@ def run_worker(config: Config, out: Path) -> None:
     if plan["asked"] != _asked(config):
         raise RunMismatch("started with another configuration than rank 0; start all with one")
     chosen = configuration.build(plan["config"], "the main process's configuration", Chosen)
-    base = _base(chosen)
+    base = _base(chosen, out)
     place, kind = Place(out / "data", base, begun=bool(plan["restore"])), _problem(chosen)
     first = os.environ.get("LOCAL_RANK") == "0"  # of another machine, which may read another disk
     verifying = kind.verify(chosen, place) if first else None
@@ -195,13 +195,34 @@ def _is_ours(choices: Path) -> bool:
     return isinstance(kept, dict) and kept.keys() == {"facts", "machine"}
 
 
-def _base(config: Config) -> Loaded | None:
-    """The model that a run begins with, if not with a fresh one."""
+def _base(config: Config, out: Path) -> Loaded | None:
+    """The model that a run begins with, if not with a fresh one; found by its weights where it was moved since."""
     source = config.model
     if source.path is None:
         return None
-    base = build.load_base(source.path, source.dropout, config.adapter.base)
+    path = build.base_folder(source.path, out, _begun_with(out))
+    base = build.load_base(path, source.dropout, config.adapter.base)
     return build.with_tokens(base, source.add_tokens) if source.add_tokens else base
+
+
+def _begun_with(out: Path) -> str | None:
+    """SHA-256 of the weights of the model that a run began with, where it kept that."""
+    try:
+        known = folder.read_json(out / CHOICES)["facts"]["base"]["sha256"]
+    except (DataError, KeyError, TypeError):
+        return None
+    return known if isinstance(known, str) else None
+
+
+def _moved(out: Path, path: str | None) -> bool:
+    """True where a folder has the weights that the run in `out` began with, under another path."""
+    known = _begun_with(out)
+    if known is None or path is None:
+        return False
+    try:
+        return build.weights_sha256(hub.local(path)) == known
+    except GptworksError:
+        return False
 
 
 def _written_down(decided: Decided, config: Config, *, out: Path, recipe: str) -> RunFile:
@@ -233,7 +254,16 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
     if not (out / "config.yaml").is_file():
         return None, []
     file = RunFile.read(out / "config.yaml")
-    if different := configuration.differences(file.asked, config, "fixed"):
+    different = configuration.differences(file.asked, config, "fixed")
+    if any(key == "model.path" for key, _, _ in different) and _moved(out, config.model.path):
+        different = [each for each in different if each[0] != "model.path"]
+        path = {"model.path": config.model.path}
+        file.asked, file.chosen = (
+            configuration.with_values(file.asked, path),
+            configuration.with_values(file.chosen, path),
+        )
+        file.write()
+    if different:
         each = "; ".join(f"{key}={old}, now {key}={new}" for key, old, new in different)
         raise RunMismatch(
             f"{out} was started with {each}; use the old value{'s' * (len(different) > 1)}, another --out, or --fresh "
@@ -445,7 +475,7 @@ def find_lr(config: Config, out: Path) -> RangeTest:
     if ranks.world > 1:
         raise UsageError("train.find_lr=true is for one process")
     _continued(config, out)
-    base, kind = _base(config), _problem(config)
+    base, kind = _base(config, out), _problem(config)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     verifying = kind.prepare(config, place)
     problem = opened(kind, config, place)
@@ -468,7 +498,7 @@ def replay(out: Path) -> Verified:
     folder.verify(older)
     folder.verify(newer)
     config = file.at(int(older.name.removeprefix("step-")))
-    base, kind = _base(config), _problem(config)
+    base, kind = _base(config, out), _problem(config)
     place = Place(out / "data", base, begun=True)
     if verifying := kind.verify(config, place):
         verifying.finish()

@@ -1,6 +1,7 @@
 """Adapters and low-bit weights against PEFT, on transformers' own models, whichever of the two wrote the folder."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from gptworks.core import config as configuration
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError, RunMismatch, UsageError
 from gptworks.data.tokenizer import Tokenizer
+from gptworks.exporting import onnx
 from gptworks.model import adapters, build, kernels, lowbit, peft
 from gptworks.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
 
 # One of each way in which names and matrices map: as they are, one after the other, by head, gate and up joined.
 FAMILIES = ["qwen3-upper-layers", "gpt_neox", "phi3", "gemma2"]
@@ -80,7 +83,7 @@ def test_peft_opens_what_we_write_with_the_same_logits(name, kind, tokenizer, tm
     theirs, base = base_of(name, tokenizer, tmp_path / "base")
     adapter, ids = settings(**KINDS[kind]), tiny.tokens(2, 20, VOCAB)
     model = moved(adapters.attach(base.model, adapter, seed=1))
-    build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
+    build.save_adapter(tmp_path / "adapter", model, adapter, base, {})
     read = their_peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     with torch.no_grad():
         want = read(ids).logits
@@ -127,7 +130,7 @@ def test_gradients_are_those_of_peft(dora, fused, tokenizer, tmp_path, monkeypat
     theirs, base = opened("llama-llama3", tokenizer, tmp_path / "base")
     adapter, ids = settings(use_dora=dora), tiny.tokens(2, 20, VOCAB)
     model = moved(adapters.attach(base.model, adapter, seed=1))
-    build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
+    build.save_adapter(tmp_path / "adapter", model, adapter, base, {})
     read = their_peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).eval()
     read(ids).logits.square().sum().backward()
     model.scores(ids).square().sum().backward()
@@ -259,7 +262,7 @@ def test_a_merge_that_loses_is_refused_and_leaves_nothing(tokenizer, tiny_text, 
     model = moved(adapters.attach(base.model, adapter, 1))
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data.mul_(3)
-    build.save_adapter(tmp_path / "adapter", model, adapter, tmp_path / "base", {})
+    build.save_adapter(tmp_path / "adapter", model, adapter, base, {})
     with pytest.raises(UsageError, match="--lossy"):
         lifecycle.merge(tmp_path / "adapter", tmp_path / "whole", data=str(tiny_text), dtype="float16")
     assert not (tmp_path / "whole").exists()
@@ -286,6 +289,126 @@ def test_frozen_parameters_keep_their_values_and_a_pattern_without_any_is_refuse
         lifecycle.train(asked(tiny_text, tmp_path / "base", **frozen | {"train.freeze": ["*"]}), tmp_path / "x")
 
 
+# -- where the base is -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A folder with a base in b/model and an adapter for it, as a run writes it, in l/model."""
+    _, base = opened("mistral", tokenizer, tmp_path / "project" / "b" / "model")
+    lineage = {"parents": [{"path": "b", "sha256": base.weights_sha256}], "config": {"adapter": {"base": "fp32"}}}
+    model = moved(adapters.attach(base.model, settings(), 1))
+    build.save_adapter(tmp_path / "project" / "l" / "model", model, settings(), base, lineage)
+    return tmp_path / "project"
+
+
+def rewrite(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_base_that_moved_with_its_adapter_is_found_and_one_that_moved_alone_may_be_named_anew(project, tmp_path):
+    ids = tiny.tokens(1, 9, VOCAB)
+    want = logits(build.load(project / "l" / "model").model, ids)
+    (project / "b").rename(tmp_path / "elsewhere")
+    adapter = project / "l" / "model"
+    with pytest.raises(DataError, match="set base_model_name_or_path"):
+        build.load(adapter)
+    rewrite(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "elsewhere" / "model"))
+    assert torch.equal(logits(build.load(adapter).model, ids), want)
+    assert "adapter_config.json, which may be edited" in lifecycle.verify(adapter).verdict
+    (tmp_path / "elsewhere").rename(project / "elsewhere")
+    renamed = project.rename(tmp_path / "renamed")
+    assert torch.equal(logits(build.load(renamed / "l" / "model").model, ids), want)
+    assert build.load(renamed / "l" / "model").base == renamed / "elsewhere" / "model"
+
+
+def test_of_a_copied_project_whose_original_changed_the_base_with_the_weights_counts(project, tokenizer, tmp_path):
+    shutil.copytree(project, tmp_path / "copy")
+    their_gpt2(tokenizer, project / "b" / "model")
+    assert build.load(tmp_path / "copy" / "l" / "model").base == tmp_path / "copy" / "b" / "model"
+    with pytest.raises(DataError, match="trained on other weights"):
+        build.load(project / "l" / "model")
+
+
+@pytest.mark.parametrize("values", [{"lora_alpha": 7.0}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}])
+def test_what_an_adapter_counts_by_may_not_be_edited(values, project):
+    adapter = project / "l" / "model"
+    rewrite(adapter / "adapter_config.json", **values)
+    for reading in (build.load, lifecycle.verify, lambda path: lifecycle.push(path, "me/mine")):
+        with pytest.raises(DataError, match=f"{next(iter(values))} is .*only base_model_name_or_path and revision"):
+            reading(adapter)
+
+
+def test_a_run_goes_on_beside_a_base_that_moved_and_none_with_other_weights(tiny_text, tokenizer, tmp_path):
+    opened("mistral", tokenizer, tmp_path / "base")
+    one = {"train.max_steps": 1, "train.checkpoint_every": 1}
+    lifecycle.train(asked(tiny_text, tmp_path / "base", **one), tmp_path / "run")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    two = {"train.max_steps": 2, "train.checkpoint_every": 1}
+    result = lifecycle.train(asked(tiny_text, tmp_path / "moved", **two), tmp_path / "run")
+    assert result.steps == 2 and lifecycle.verify(tmp_path / "run").identical
+    their_gpt2(tokenizer, tmp_path / "base")
+    with pytest.raises(RunMismatch, match="model.path"):
+        lifecycle.train(asked(tiny_text, tmp_path / "base", **two), tmp_path / "run")
+
+
+# -- what spells a text ------------------------------------------------------------------------------------------
+
+
+def test_our_adapters_have_tokenizer_and_template_that_transformers_opens(tokenizer, tmp_path, their_peft):
+    base = tmp_path / "base"
+    their_gpt2(tokenizer, base)
+    (base / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    rewrite(base / "tokenizer_config.json", tokenizer_class=None)
+    loaded = build.load(base)
+    build.save_adapter(tmp_path / "adapter", adapters.attach(loaded.model, settings(), 1), settings(), loaded, {})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert theirs("the king sang")["input_ids"] == tokenizer.encode("the king sang")
+    assert theirs.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<a>"
+    model = their_peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("files", [("config",), ("config", "tokenizer"), ("jinja",), ()])
+def test_an_adapters_own_tokenizer_files_count_and_merge_and_exports_carry_them(files, tokenizer, tmp_path):
+    """Beside a base with a template and an end of its own."""
+    base, adapter = tmp_path / "base", tmp_path / "run" / "model"
+    their_gpt2(tokenizer, base)
+    rewrite(base / "tokenizer_config.json", chat_template="base's")
+    loaded = build.load(base)
+    build.save_adapter(adapter, adapters.attach(loaded.model, settings(), 1), settings(), loaded, {})
+    for name in ("manifest.json", "gptworks.json", "tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).unlink()
+    if "config" in files:
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+        (adapter / "tokenizer_config.json").write_text(json.dumps(own))
+    if "tokenizer" in files:
+        shutil.copy(base / "tokenizer.json", adapter)
+    if "jinja" in files:
+        (adapter / "chat_template.jinja").write_text(TEMPLATE)
+    read = build.load(adapter)
+    end = "<|im_end|>" if "config" in files else "<|endoftext|>"
+    assert read.tokenizer.eos_id == tokenizer.backend.token_to_id(end) and read.tokenizer.eos_id in read.stop_ids
+    template = TEMPLATE if files else "base's"
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(400))
+    lifecycle.merge(adapter, tmp_path / "merged", data=str(text))
+    lifecycle.export(adapter, "gguf", tmp_path / "a.gguf", data=str(text), tokens=20)
+    exporter = onnx.ONNX.__new__(onnx.ONNX)
+    exporter.loaded = read
+    (tmp_path / "onnx").mkdir()
+    exporter.copy(tmp_path / "onnx")
+    for whole in (tmp_path / "merged", tmp_path / "onnx"):
+        theirs = transformers.AutoTokenizer.from_pretrained(whole)
+        assert theirs.eos_token == end and theirs.chat_template == template
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == template
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == read.tokenizer.eos_id
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +430,7 @@ def test_frozen_parameters_keep_their_values_and_a_pattern_without_any_is_refuse
 def test_an_adapter_we_would_compute_otherwise_is_refused(values, says, tokenizer, tmp_path):
     _, base = opened("mistral", tokenizer, tmp_path / "base")
     adapter = settings()
-    build.save_adapter(tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, tmp_path / "base", {})
+    build.save_adapter(tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, base, {})
     (tmp_path / "adapter" / "gptworks.json").unlink()
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -321,7 +444,7 @@ def test_an_adapter_for_another_model_is_refused(tokenizer, tmp_path):
     for name in ("mistral", "mistral-all-seen", "gpt_neox"):
         _, base = opened(name, tokenizer, tmp_path / name)
         build.save_adapter(tmp_path / f"{name}-adapter", adapters.attach(base.model, adapter, 1), adapter,
-                           tmp_path / "mistral", {})  # fmt: skip
+                           build.load(tmp_path / "mistral"), {})  # fmt: skip
         (tmp_path / f"{name}-adapter" / "gptworks.json").unlink()
     build.load(tmp_path / "mistral-adapter")
     with pytest.raises(DataError, match="another model: lora_"):
@@ -339,9 +462,7 @@ def test_what_an_adapter_folder_says_of_its_base_is_not_trusted(held, tokenizer,
     parent = {"path": "base", "sha256": base.weights_sha256}
     lineage = {"parents": [parent], "config": {"adapter": {"base": held}} if held is not ... else None}
     adapter = settings()
-    build.save_adapter(
-        tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, tmp_path / "base", lineage
-    )
+    build.save_adapter(tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, base, lineage)
     with pytest.raises(DataError, match="none of ours|not what a training writes"):
         build.load(tmp_path / "adapter")
     assert not (tmp_path / "ran").exists()
@@ -351,7 +472,7 @@ def test_what_an_adapter_folder_says_of_its_base_is_not_trusted(held, tokenizer,
 def test_an_adapter_without_a_rank_is_refused(shape, tokenizer, tmp_path):
     _, base = opened("mistral", tokenizer, tmp_path / "base")
     adapter = settings()
-    build.save_adapter(tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, tmp_path / "base", {})
+    build.save_adapter(tmp_path / "adapter", adapters.attach(base.model, adapter, 1), adapter, base, {})
     (tmp_path / "adapter" / "gptworks.json").unlink()
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)

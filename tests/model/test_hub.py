@@ -98,7 +98,7 @@ def test_an_adapter_names_its_base_on_the_hub_by_commit_and_finds_it(cache, tmp_
     trained = adapters.attach(base.model, settings, 1)
     for layer in adapters.adapters(trained).values():
         torch.nn.init.normal_(layer.lora_B)
-    build.save_adapter(tmp_path / "adapter", trained, settings, base.home, {})
+    build.save_adapter(tmp_path / "adapter", trained, settings, base, {})
     raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (raw["base_model_name_or_path"], raw["revision"]) == ("one/base", OLDER)
     assert "\nbase_model: one/base\n" in (tmp_path / "adapter" / "README.md").read_text()
@@ -237,7 +237,7 @@ def test_an_adapter_of_a_folder_of_this_machine_is_pushed_with_a_warning(cache, 
     saved(tmp_path / "base")
     settings = Adapter(kind="lora")
     trained = adapters.attach(build.load(tmp_path / "base").model, settings, 1)
-    build.save_adapter(tmp_path / "adapter", trained, settings, tmp_path / "base", {})
+    build.save_adapter(tmp_path / "adapter", trained, settings, build.load(tmp_path / "base"), {})
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     lifecycle.push(tmp_path / "adapter", "me/mine")
     assert f"warning: the adapter's base is {tmp_path / 'base'}" in capsys.readouterr().err

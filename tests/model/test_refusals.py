@@ -1,5 +1,6 @@
 """What cannot be held, and what is damaged, is refused with one line and the right exit code."""
 
+import errno
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptworks import lifecycle
+from gptworks.core import folder
 from gptworks.core.errors import DataError, StorageError, UsageError
 from gptworks.model import build
 from gptworks.model.config import DEFAULTS
@@ -133,7 +136,7 @@ def test_integer_weight_is_refused(foreign):
 def test_truncated_weights_are_refused(foreign, share):
     file = foreign / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    refused(foreign, "damaged or not a safetensors file")
+    refused(foreign, "not a whole safetensors file")
 
 
 def test_a_flipped_bit_in_a_folder_of_ours_is_found(ours):
@@ -298,7 +301,7 @@ def test_an_adapter_beside_a_model_is_not_passed_over_in_silence(foreign, capsys
     assert "adapter beside the model is not applied" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "gptworks.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "gptworks.json"])
 def test_a_changed_small_file_in_a_folder_of_ours_is_found(ours, name):
     (ours / name).write_text((ours / name).read_text().replace("{", "{ ", 1))
     refused(ours, f"{name}: .* damaged")
@@ -313,3 +316,94 @@ def test_special_tokens_of_an_older_folder_stand_in_a_file_of_their_own(foreign)
     assert build.load(foreign).tokenizer.eos_id == tiny.tokenizer().encode("e")[0]
     file.write_text(json.dumps(config | {"added_tokens_decoder": {}}))
     assert build.load(foreign).tokenizer.eos_id == tiny.tokenizer().eos_id
+
+
+# -- what people edit, what is damaged, what is neither ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "chat_template.jinja"])
+def test_what_people_edit_is_no_damage(ours, name):
+    (ours / "chat_template.jinja").write_text("{{ messages }}")
+    manifest = json.loads((ours / "manifest.json").read_text())
+    folder.write_manifest(ours, {"files": manifest["files"] | {name: manifest["files"]["README.md"]}})
+    (ours / name).write_text('{"eos_token_id": 5}')
+    loaded = build.load(ours)
+    assert (5 in loaded.stop_ids) == (name == "generation_config.json")
+    said = lifecycle.verify(ours)
+    assert said.identical and f"{name}" in said.verdict and "may be edited" in said.verdict
+    (ours / "tokenizer.json").write_text((ours / "tokenizer.json").read_text() + " ")
+    for reading in (build.load, lifecycle.verify, lambda path: lifecycle.push(path, "me/mine")):
+        with pytest.raises(DataError, match=r"tokenizer.json: .* damaged"):
+            reading(ours)
+
+
+def test_weights_that_are_cut_are_damaged_only_where_it_is_known_what_was_written(ours):
+    file = ours / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    refused(ours, "model.safetensors: 100 bytes where the manifest has .* damaged")
+    (ours / "gptworks.json").unlink()
+    with pytest.raises(DataError) as error:
+        build.load(ours)
+    assert "damaged" not in str(error.value) and "not a whole safetensors file" in str(error.value)
+
+
+def test_weights_that_git_has_not_fetched_and_parts_that_lack_have_their_own_words(foreign):
+    file = foreign / "model.safetensors"
+    sound = file.read_bytes()
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    refused(foreign, "not here yet: git lfs pull")
+    file.unlink()
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    (foreign / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", names, strict=True))})
+    )
+    (foreign / names[0]).write_bytes(sound)
+    refused(foreign, f"{names[1]}: no such weight file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_file_that_the_system_does_not_give_is_no_damage(ours, name, manifest, monkeypatch):
+    if not manifest:
+        (ours / "gptworks.json").unlink()
+
+    def refuse(file, *arguments, **options):
+        if str(file).endswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    opened = open
+    for place in ("builtins.open", "io.open"):
+        monkeypatch.setattr(place, refuse)
+    with pytest.raises(StorageError, match=f"{name}: cannot be read: Permission denied") as error:
+        build.load(ours)
+    assert error.value.code == 74
+
+
+def test_a_run_that_is_not_finished_is_said_to_be_none_of_a_model_yet(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    refused(tmp_path, "a run that is not finished")
+    (tmp_path / "model").mkdir()
+    refused(tmp_path, "is a run; its model is")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_that_compiling_or_data_parallelism_left_are_the_models(foreign, wrapper):
+    model = build.load(foreign).model
+    wrapped = {f"{wrapper}{name}": value for name, value in load_file(foreign / "model.safetensors").items()}
+    save_file(wrapped, foreign / "model.safetensors")
+    for layout in ("whole", "in parts"):
+        if layout == "in parts":
+            parts = [dict(list(wrapped.items())[start::2]) for start in (0, 1)]
+            files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+            for file, part in zip(files, parts, strict=True):
+                save_file(part, foreign / file)
+            places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+            (foreign / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+            (foreign / "model.safetensors").unlink()
+        assert torch.equal(build.load(foreign).model.scores(tiny.tokens(1, 9)), model.scores(tiny.tokens(1, 9)))
+
+
+def test_names_of_which_only_some_are_wrapped_are_refused_with_the_wrapper(foreign):
+    rewrite(foreign, lambda w: w.update({"_orig_mod.model.norm.weight": w.pop("model.norm.weight")}))
+    refused(foreign, "begin with _orig_mod., and lm_head.weight does not|begin with _orig_mod., and model")
