@@ -68,6 +68,11 @@ Overrides = Annotated[
         show_default=False, autocompletion=_known_keys,
     ),
 ]  # fmt: skip
+Temperature = Annotated[float, typer.Option(help="Higher is bolder; 0 takes the likeliest token always.")]
+TopK = Annotated[int, typer.Option(help="Choose among so many of the likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Choose among the likeliest that have this share together.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Penalty = Annotated[float, typer.Option(help="Above 1, tokens that were there become less likely.")]
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 Out = Annotated[
     Path | None,
@@ -263,7 +268,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Text to score: file, folder, glob or built-in name.")],
     context: Annotated[int | None, typer.Option(help="Block length in tokens; default the model's.", min=1)] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; default: the context.")] = None,
-    batch: Annotated[int, typer.Option(help="Blocks at a time; moves the result by rounding.", min=1, max=65536)] = 16,
+    batch: Annotated[int, typer.Option(help="Blocks at a time; results differ by rounding.", min=1, max=65536)] = 16,
     separator: Annotated[str | None, typer.Option(help="Cuts a text file into documents.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
     encoding: Annotated[str | None, typer.Option(help="Of the text, if neither UTF-8 nor told by its bytes.")] = None,
@@ -299,22 +304,22 @@ def _evaluation(scores: Evaluated) -> str:
 
     rows = [
         ("", "nats/token", "perplexity", "bits/byte"),
-        row("model", scores),
-        *([row("against", against)] if against else []),
+        row(scores.model if against else "model", scores),
+        *([row(against.model, against)] if against else []),
         ("unigrams", f"{unigram['loss']:.4f}", "", f"{unigram['bits_per_byte']:.4f}"),
         ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
     ]
-    lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
+    lines = table([list(each) for each in rows])
     lines.append(f"{plural(scores.tokens, 'token')}, {plural(scores.bytes, 'byte')}, {scores.method}")
-    for name, each in (("model", scores), ("against", against)):
+    for each in (scores, against):
         if each and each.lost_bytes:
-            lines.append((f"{name}: " if against else "") + lost_words(each.lost_bytes, each.bytes))
-    return "\n".join([*lines, _verdict(against)] if against else lines)
+            lines.append((f"{each.model}: " if against else "") + lost_words(each.lost_bytes, each.bytes))
+    return "\n".join([*lines, _verdict(scores.model, against)] if against else lines)
 
 
-def _verdict(against: Compared) -> str:
+def _verdict(model: str, against: Compared) -> str:
     """A line that says which model is better, by how much and how sure that is."""
-    said = f"model minus against: {against.difference_bits_per_byte:+.4f} bits/byte"
+    said = f"{model} minus {against.model}: {against.difference_bits_per_byte:+.4f} bits/byte"
     if against.interval:
         said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against.interval)
     conclusion = f"{against.better} is better" if against.better else against.reason
@@ -326,18 +331,18 @@ def generate(
     folder: Folder,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.", min=1)] = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-text.")] = False,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Continue a prompt, streaming."""
+    """Continue a prompt; the text streams."""
     console.quiet = quiet
 
     def work() -> None:
@@ -383,11 +388,11 @@ def chat(
     folder: Folder,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed and messages, same replies.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a reply on standard output.")] = False,
     quiet: Quiet = False, debug: Debug = False,

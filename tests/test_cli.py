@@ -483,11 +483,11 @@ def test_evaluate_against_another_model_prints_its_row_and_a_verdict(
     shown = cli(*command, other)
     assert shown.code == 0
     rows = {line.split("  ")[0]: line.split() for line in shown.out.splitlines()[1:5]}
-    assert rows["against"][1:] == [
+    assert rows[str(other)][1:] == [
         f"{against['loss']:.4f}", f"{against['perplexity']:.2f}", f"{against['bits_per_byte']:.4f}"
     ]  # fmt: skip
     assert shown.out.splitlines()[-1] == (
-        f"model minus against: {against['difference_bits_per_byte']:+.4f} bits/byte, 95 % interval "
+        f"{folder} minus {other}: {against['difference_bits_per_byte']:+.4f} bits/byte, 95 % interval "
         f"{low:+.4f} to {high:+.4f}, {against['pairs']} pairs: {folder} is better"
     )
     same = cli(*command, folder)

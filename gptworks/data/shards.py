@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -347,8 +348,8 @@ def _build(
     tokenizer = base_tokenizer or _make_tokenizer(asked, split)
     if tokenizer.start_id is None:
         raise DataError("the tokenizer names neither bos_token nor eos_token: add one to its tokenizer_config.json")
-    if tokenizer.engine == "tokenizers" and size > 20_000_000:
-        console.say('data     encoding with `tokenizers`; `pip install "gptworks[fast]"` is many times faster')
+    if tokenizer.engine == "tokenizers" and size > 3_000_000 and find_spec("gigatoken") is None:
+        console.say('note     gigatoken is not installed: `pip install "gptworks[fast]"` encodes many times faster')
 
     facts: dict[str, Any] = {
         "version": VERSION, "settings": settings, "tokenizer": tokenizer.fingerprint,

@@ -43,10 +43,16 @@ def refused(overrides: Any, *words: str) -> None:
         ("train.learning_rate", "train.lr"),
         ("batch_size", "train.batch_tokens"),
         ("model.n_layer", "model.num_hidden_layers"),
+        ("data.path", "data.train"),
     ],
 )
 def test_misspelt_key_names_the_nearest(key: str, nearest: str) -> None:
     refused([f"{key}=1"], "unknown key", key, f"did you mean {nearest}")
+
+
+@pytest.mark.parametrize(("key", "words"), [("train.device", "CUDA_VISIBLE_DEVICES"), ("output_dir", "--out")])
+def test_a_key_that_is_no_key_here_says_what_does_it(key: str, words: str) -> None:
+    refused([f"{key}=1"], "unknown key", key, words)
 
 
 def test_misspelt_key_in_a_file_names_the_file_and_the_nearest(tmp_path: Path) -> None:

@@ -16,11 +16,17 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "train.micro_batch", "grad_clip": "train.clip", "learning_rate": "train.lr",
     "lr_scheduler_type": "train.schedule", "max_iters": "train.max_steps", "max_seq_length": "train.context",
     "n_embd": "model.hidden_size", "n_head": "model.num_attention_heads", "n_layer": "model.num_hidden_layers",
+    "data.file": "data.train", "data.path": "data.train", "dataset": "data.train", "max_length": "train.context",
     "num_train_epochs": "train.max_epochs", "optim": "train.optimizer", "warmup_iters": "train.warmup",
     "warmup_ratio": "train.warmup", "warmup_steps": "train.warmup",
 }  # fmt: skip
 
 
+# What others have a key for, and we do not.
+INSTEAD = {
+    "device": "the best device here is taken; CUDA_VISIBLE_DEVICES= in the environment takes the CPU",
+    "output_dir": "the run folder is named by --out", "out_dir": "the run folder is named by --out",
+}  # fmt: skip
 NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true, false"}
 TOO_MUCH = 10**9  # a bound above it is there against an overflow, and is told only to who meets it
 MOST_TOLD = 5
@@ -123,7 +129,10 @@ def _a(words: str) -> str:
 def unknown(key: str, known: list[str], sections: list[str]) -> str:
     """A message for a key that is none, with the one that is likely meant."""
     name = key.rpartition(".")[2]
-    close = [each for each in known if each.rpartition(".")[2] == name]  # in another section
+    if name in INSTEAD:
+        return f"unknown key {key[:100]!r}: {INSTEAD[name]}"
+    close = [ELSEWHERE[key]] if key in ELSEWHERE else []
+    close = close or [each for each in known if each.rpartition(".")[2] == name]  # in another section
     close = close or [ELSEWHERE[each] for each in [name] if each in ELSEWHERE]
     close = close or difflib.get_close_matches(key, known + sections, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "`gptworks keys` lists them"
