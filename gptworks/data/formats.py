@@ -176,10 +176,10 @@ def _text_column(texts: list[str], every: Collection[str], usual: Collection[str
     for name in COLUMNS:
         if name in usual:
             return name
-    if task := _task(every, texts):
-        raise Ambiguous(task)
     if len(texts) == 1 and not nested:
         return texts[0]
+    if task := _task(every, texts):
+        raise Ambiguous(task)
     if not texts and not nested:
         raise Unreadable(f"no column holds text (it has: {_listed(every)})")
     raise Ambiguous(f"cannot tell which column is the text ({_listed(every)}); set data.text_column")
@@ -233,7 +233,9 @@ def _lines(blocks: Iterable[str], most: int) -> Iterator[tuple[int, str | None]]
 
 def jsonl_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]:
     """Reads one JSON object or string from each line."""
-    lines = _lines(decoded(path, options, findings), sys.maxsize if _ours(path) else ROW)
+    ours = _ours(path)  # then its line ends are what they are to be
+    options = options.model_copy(update={"newlines": "keep"}) if ours else options
+    lines = _lines(decoded(path, options, findings), sys.maxsize if ours else ROW)
     rows = ((number, _parsed(line)) for number, line in lines if line is None or line.strip())
     yield from _documents(path, rows, options=options, findings=findings)
 
@@ -426,7 +428,8 @@ def table_file(path: Path, options: Data, findings: Findings) -> Iterator[Piece]
         header.extend(_header(path, next(every, (1, list[str]())), options))
         for line, row in every:
             if isinstance(row, list) and len(row) != len(header):
-                row = Unreadable(f"{len(row)} fields where the header has {len(header)}", max(lines.read, 1))
+                lost = lines.read if lines.swallowed else 1
+                row = Unreadable(f"{len(row)} fields where the header has {len(header)}", lost)
             yield line, row if isinstance(row, Unreadable) else dict(zip(header, row, strict=True))
 
     yield from _documents(path, rows(), options=options, findings=findings)

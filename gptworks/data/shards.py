@@ -512,7 +512,7 @@ def read_documents(path: str, data: Data) -> list[str]:
     if not documents:
         raise DataError(f"{path}: no text")
     for line in findings.warnings():
-        console.warn(f"{path}: {line}")
+        console.warn(line if line.startswith(path) else f"{path}: {line}")
     return ["".join(parts) for parts in documents]
 
 

@@ -594,8 +594,11 @@ def test_a_column_of_messages_is_no_text_and_called_by_name(tmp_path: Path, kind
     assert read(tmp_path / f"a{kind}", text_column="source") == ["web"]
 
 
-def test_a_text_beside_messages_is_the_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"messages": [], "text": "T"}\n')
+@pytest.mark.parametrize(
+    "row", ['{"messages": [], "text": "T"}', '{"conversation": "T"}', '{"id": 1, "messages": "T"}']
+)
+def test_a_text_beside_messages_or_under_their_name_is_the_text(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(row)
     assert read(tmp_path / "a.jsonl") == ["T"]
 
 
@@ -623,6 +626,13 @@ def test_a_field_that_swallows_rows_is_told(tmp_path: Path, delimiter: str, kind
     assert len(read(tmp_path / f"s{kind}", findings)) == 60
     (said,) = findings.warnings()
     assert f"s{kind}:61: a field in quotes goes over 101 lines" in said
+
+
+def test_a_row_of_many_lines_with_a_field_too_many_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n" + '1,"a\nb\nc\nd\ne\nf",x\n' + "2,two\n" * 9)
+    findings = Findings()
+    assert read(tmp_path / "a.csv", findings, max_bad_rows=0.2) == ["two"] * 9
+    assert (findings.rows, findings.rejected) == (10, 1)
 
 
 def test_a_poem_in_quotes_is_no_suspect(tmp_path: Path) -> None:

@@ -418,7 +418,7 @@ def test_validation_text_is_the_held_out_text(tmp_path: Path) -> None:
         "many": jsonl(tmp_path / "a.jsonl", [story(i) + "\u2028\x85 é" for i in range(60)]),
         "one": (tmp_path / "b.txt"),
     }.items():
-        (tmp_path / "b.txt").write_text("".join(story(i) for i in range(60)))
+        (tmp_path / "b.txt").write_text("".join(story(i) + "\r\r\n" for i in range(60)), newline="")
         shards = build(tmp_path / name, path)
         documents = read_documents(str(shards.path / "validation.jsonl"), Data())
         stream, _ = encode_documents(documents, shards.tokenizer)
