@@ -228,7 +228,7 @@ def merge(
 @_public
 def export(
     model: Named, format: str, out: str | PathLike[str], *, type: str | None = None,
-    data: str | PathLike[str] = "shakespeare", tokens: int = 512, dry_run: bool = False, quiet: bool = False,
+    data: str | PathLike[str] | None = None, tokens: int = 512, dry_run: bool = False, quiet: bool = False,
 ) -> Exported:  # fmt: skip
     """`gptworks export`: the model in the format of another program, compared with the source."""
     return lifecycle.export(

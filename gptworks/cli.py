@@ -453,7 +453,7 @@ def export(
             help="Number format: f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for gguf, f32 for onnx."
         ),
     ] = None,
-    data: Annotated[str, typer.Option(help="Text to compare on: file, folder, glob or built-in name.")] = "shakespeare",
+    data: Annotated[str | None, typer.Option(help="Text to compare on; default the run's validation text.")] = None,
     tokens: Annotated[int, typer.Option(help="Number of tokens to compare.", min=1, max=1_000_000)] = 512,
     json: Json = False, quiet: Quiet = False, debug: Debug = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the size and write nothing.")] = False,

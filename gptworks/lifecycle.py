@@ -4,6 +4,7 @@ The commands and the Python API are these functions. A stage reads folders, does
 again and it continues, or says that it is done.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
 from gptworks.core.config import Config, Data
 from gptworks.core.errors import DataError, UsageError
-from gptworks.core.log import Progress, console, count, plural
+from gptworks.core.log import Progress, console, count, plural, size
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import nearest
 from gptworks.core.results import (
@@ -272,19 +273,18 @@ def merge(
     out = folder.path(out)
     if loaded.adapter is None:
         raise UsageError(f"{loaded.name}: has no adapter to merge; it is a whole model")
-    held_out = loaded.path.parent / "data" / "validation.jsonl"
-    if data is None and not held_out.is_file():
+    if (data := data or _validation_text(loaded)) is None:
         raise UsageError("give --data FILE: the text on which the merged model is compared with the adapter")
     if out.exists():
         raise UsageError(f"{out} exists; choose another --out")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: {nearest(dtype, list(DTYPES))}")
-    text, kept = data or str(held_out), DTYPES[dtype]
+    kept = DTYPES[dtype]
     merged = adapters.merge(loaded.model)
     for parameter in merged.parameters():  # as the file will have it
         parameter.data = parameter.data.to(kept).float()
     plain = replace(loaded, model=merged, adapter=None)
-    apart, together = (evaluate(each, text) for each in (loaded, plain))
+    apart, together = (evaluate(each, data) for each in (loaded, plain))
     difference = together.bits_per_byte - apart.bits_per_byte
     if abs(difference) > MERGE_LOSS and not lossy:
         raise UsageError(
@@ -295,30 +295,62 @@ def merge(
         "license": card.license_of(loaded.home),
         **loaded.lineage,
         "parents": [
-            {"path": hub.name_of(loaded.home), "sha256": loaded.weights_sha256},
-            {"path": loaded.name, "sha256": folder.sha256(loaded.path / build.ADAPTER_WEIGHTS)},
+            {"role": "base", "path": card.told(hub.name_of(loaded.home.resolve())), "sha256": loaded.weights_sha256},
+            {"role": "adapter", "path": card.told(hub.name_of(loaded.path.resolve())), "sha256": loaded.own_sha256},
         ],
         "metrics": {f"eval_{key}": together[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")},
     }
     build.save(out, merged, tokenizer=loaded.tokenizer, lineage=lineage, dtype=kept, base=loaded)
     return Merged(
-        model=str(out), dtype=dtype, data=text, tokens=together.tokens, bits_per_byte=together.bits_per_byte,
+        model=str(out), dtype=dtype, data=data, tokens=together.tokens, bits_per_byte=together.bits_per_byte,
         adapter_bits_per_byte=apart.bits_per_byte, difference_bits_per_byte=difference,
     )  # fmt: skip
 
 
+def _validation_text(loaded: Loaded) -> str | None:
+    """The text that was held out of a model's run, where its folder lies in that."""
+    file = loaded.path.resolve().parent / "data" / "validation.jsonl"
+    return str(file) if file.is_file() else None
+
+
 def push(path: Path, name: str, private: bool = False) -> Pushed:
-    """Puts a model's folder on the hub as `owner/name`, once it is what its manifest says."""
+    """Puts a model's folder on the hub as `owner/name`, once it is what its manifest says, and first says what is sent.
+
+    Hidden files stay here, and so does the path of an adapter's base: that is sent as its name.
+    """
     path = folder.path(path)
     if not any((path / file).is_file() for file in ("config.json", build.ADAPTER)):
         raise DataError(f"{path}: no model folder: it has no config.json and no {build.ADAPTER}")
     if (path / folder.MANIFEST).is_file():
         build.verify(path)
+    places = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    shown = [place for place in places if not any(part.startswith(".") for part in place.parts)]
+    files: dict[str, Path | bytes] = {place.as_posix(): path / place for place in shown}
     if (path / build.ADAPTER).is_file():
-        base = folder.read_json(path / build.ADAPTER).get("base_model_name_or_path")
-        if Path(str(base)).exists():
-            console.warn(f"the adapter's base is {base}, a folder of this machine; others need it under that name too")
-    return Pushed(hub.push(path, name, private))
+        settings = folder.read_json(path / build.ADAPTER)
+        base = str(settings.get("base_model_name_or_path"))
+        if Path(base).exists() or Path(base).is_absolute():
+            sent = f"./{card.place(base)}"  # never a name of the hub
+            console.warn(f"the adapter's base is {base}, a folder of this machine; others need it, as {sent}")
+            changed = {**settings, "base_model_name_or_path": sent}
+            files[build.ADAPTER] = (json.dumps(changed, indent=2) + "\n").encode()
+    _say_what_is_sent(path, files, name)
+    return Pushed(hub.push(files, name, private))
+
+
+def _say_what_is_sent(path: Path, files: dict[str, Path | bytes], name: str) -> None:
+    """The files with their sizes, the text that the model was trained on, and what names folders of this machine."""
+    sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in files.items()}
+    console.say(f"push     {len(files)} files, {size(sum(sizes.values()))}, to {name}:")
+    for file, length in sizes.items():
+        console.say(f"push     {file} ({size(length)})")
+    lineage = folder.read_json(path / build.LINEAGE) if build.LINEAGE in files else {}
+    if isinstance(lineage, dict) and lineage.get("data"):
+        console.say(f"push     they name the training text: {card.mixture(lineage['data'])}")
+    home = str(Path.home())
+    for file in ("README.md", build.LINEAGE):
+        if file in files and home in (path / file).read_text(encoding="utf-8", errors="replace"):
+            console.warn(f"{file} has paths of this machine in it, such as {home}")
 
 
 def report(run: Path) -> Reported:
@@ -335,21 +367,29 @@ MOST_TOKENS = 1_000_000  # that an export is compared on
 
 
 def export(
-    model: str | Path | Loaded, format: str, out: Path, *, kind: str | None = None, data: str = "shakespeare",
+    model: str | Path | Loaded, format: str, out: Path, *, kind: str | None = None, data: str | None = None,
     tokens: int = 512, dry_run: bool = False,
 ) -> Exported:  # fmt: skip
     """Writes a model in the format of another program, reads it back and compares it with the source.
 
-    `kind` is the type of the weights (default: the format's own); `tokens` of the text `data` are compared. What fails
-    the comparison is not kept (DataError). Of an adapter, what it amounts to with its base is written.
+    `kind` is the type of the weights (default: the format's own); `tokens` of the text `data` are compared (default:
+    the run's validation text, where the model lies in its run, else a packaged one). What fails the comparison is not
+    kept (DataError). Of an adapter, what it amounts to with its base is written.
     """
     if not 1 <= tokens <= MOST_TOKENS:
         raise UsageError(f"--tokens {tokens}: must be between 1 and {MOST_TOKENS:,}")
     loaded = model if isinstance(model, Loaded) else build.load(model)
     if loaded.adapter:
         loaded = replace(loaded, model=adapters.merge(loaded.model).eval())
-    text = _beginning(data, 16 * tokens)
-    return write_export(loaded, format, folder.path(out), kind=kind, text=text, tokens=tokens, dry_run=dry_run)
+    source = data or _validation_text(loaded) or "shakespeare"
+    text = _beginning(source, 16 * tokens)
+    try:
+        loaded.tokenizer.encode(text)
+    except DataError as error:
+        raise DataError(f"{source}: the text to compare on is {error}; --data FILE names another") from None
+    return write_export(
+        loaded, format, folder.path(out), kind=kind, text=text, source=source, tokens=tokens, dry_run=dry_run
+    )
 
 
 def _beginning(data: str, characters: int) -> str:

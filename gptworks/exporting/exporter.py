@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -54,6 +55,7 @@ class Exporter(ABC):
 
     kinds: tuple[str, ...]  # number formats of weights, the default first
     is_folder: bool  # whether a folder is written, or one file
+    elsewhere: dict[str, str] = {}  # number formats, as patterns, that something else makes, and what
 
     def __init__(self, loaded: Loaded, kind: str) -> None:
         self.loaded, self.kind = loaded, kind
@@ -74,21 +76,23 @@ class Exporter(ABC):
 
 
 def export(
-    loaded: Loaded, name: str, out: Path, *, kind: str | None, text: str, tokens: int, dry_run: bool
+    loaded: Loaded, name: str, out: Path, *, kind: str | None, text: str, source: str, tokens: int, dry_run: bool
 ) -> Exported:
-    """Writes a model to `out` in a format, and proves it on the first `tokens` tokens of `text`.
+    """Writes a model to `out` in a format, and proves it on the first `tokens` tokens of `text`, read from `source`.
 
     Where anything fails, the proof included, there is nothing at `out`.
     """
     exporter_class: type[Exporter] = resolve("format", FORMATS, name)
-    kind = kind or exporter_class.kinds[0]
+    kind = (kind or exporter_class.kinds[0]).lower()
     if kind not in exporter_class.kinds:
-        raise UsageError(f"--type {kind}: {name} has no such type: {nearest(kind, list(exporter_class.kinds))}")
+        ways = [way for pattern, way in exporter_class.elsewhere.items() if re.fullmatch(pattern, kind)]
+        advice = ways[0].format(kind=kind.upper()) if ways else nearest(kind, list(exporter_class.kinds))
+        raise UsageError(f"--type {kind}: {name} has no such type here: {advice}")
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: is there already; remove it or choose another --out")
     exporter = exporter_class(loaded, kind)
     rows = _rows(loaded, text, tokens)
-    console.say(f"export   {name} {kind}, about {size(exporter.estimate)} to {out}")
+    console.say(f"export   {name} {kind}, about {size(exporter.estimate)} to {out}, compared on {source}")
     for note in exporter.notes:
         console.say(f"note     {note}")
     folder.check_space(out, exporter.estimate)

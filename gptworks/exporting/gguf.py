@@ -19,7 +19,7 @@ from gptworks.core.errors import DataError
 from gptworks.data.batch import Batch
 from gptworks.exporting import gguf_tokenizer
 from gptworks.exporting.exporter import Exporter, Parity, compare, needed
-from gptworks.model import build, rope
+from gptworks.model import build, card, rope
 from gptworks.model.build import Loaded
 from gptworks.model.config import ModelConfig
 from gptworks.model.transformer import Transformer, sinusoids
@@ -80,6 +80,10 @@ class GGUF(Exporter):
 
     kinds = tuple(TYPES)
     is_folder = False
+    elsewhere = {
+        r"q\d_k.*|[it]q\d_.*|mxfp4.*": "export --type f16 --out F16.gguf, then llama.cpp's `llama-quantize F16.gguf "
+        "OUT.gguf {kind}` makes it"
+    }
 
     def __init__(self, loaded: Loaded, kind: str) -> None:
         super().__init__(loaded, kind)
@@ -146,7 +150,7 @@ class GGUF(Exporter):
             )
         fields: dict[str, Any] = {
             "general.type": "model",
-            "general.name": (path.parent.name if path.name == "model" else path.name) or "model",
+            "general.name": card.title(path) or "model",
             "general.file_type": TYPES[self.kind][0],
             "general.quantization_version": self.gguf.GGML_QUANT_VERSION,
         }

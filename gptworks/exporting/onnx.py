@@ -126,7 +126,7 @@ class ONNX(Exporter):
     def estimate(self) -> int:
         weights = 4 * sum(p.numel() for p in self.loaded.model.parameters())  # a shared matrix is there once
         others = sum((self.loaded.home / name).stat().st_size for name in FILES if (self.loaded.home / name).is_file())
-        others += len(self.loaded.tokenizer.backend.to_str().encode()) + 2**16
+        others += len(self.loaded.tokenizer.backend.to_str().encode()) + 2**14
         return weights + others + GRAPH + GRAPH_LAYER * self.config.num_hidden_layers
 
     def _past(self, batch: int, length: int) -> list[Tensor]:

@@ -77,7 +77,7 @@ class Loaded:
 
     @property
     def own_sha256(self) -> str:
-        """The same, but of an adapter's folder its own weight file's: the identity of what the folder holds."""
+        """SHA-256 of the folder's own weights: of an adapter's folder, of the adapters."""
         return weights_sha256(self.path) if self.base else self.weights_sha256
 
 
@@ -505,7 +505,7 @@ def save(
         (aside / LINEAGE).write_text(
             json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
-        (aside / "README.md").write_text(card.text(path, lineage), encoding="utf-8")
+        (aside / "README.md").write_text(card.text(path, lineage, config), encoding="utf-8")
 
 
 def _shards(weights: dict[str, Tensor], most: int) -> dict[str, dict[str, Tensor]]:
@@ -547,4 +547,6 @@ def save_adapter(path: Path, model: Transformer, adapter: Adapter, base: Loaded,
         (aside / LINEAGE).write_text(
             json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
-        (aside / "README.md").write_text(card.text(path, lineage, name), encoding="utf-8")
+        (aside / "README.md").write_text(
+            card.text(path, lineage, model.config, base=name, rank=adapter.rank), encoding="utf-8"
+        )

@@ -45,7 +45,7 @@ def could_be(model: str) -> bool:
 
 
 def advice(model: str | Path) -> str:
-    """What to say of a folder that is not there, where its name could be meant for a model of the hub."""
+    """Words on how a model of the hub is named, for an error about a name that could be meant for one."""
     plain = re.fullmatch(r"\w[\w.-]*", str(model), re.ASCII)
     return "; one of the hub is named OWNER/NAME, as in openai-community/gpt2" if plain else ""
 
@@ -64,8 +64,8 @@ def name_of(path: Path) -> str:
     return f"{name}@{commit}" if commit else name
 
 
-def push(path: Path, name: str, private: bool = False) -> str:
-    """Puts the files of a folder into the repository `owner/name`, made if it is not there; gives its address.
+def push(files: dict[str, Path | bytes], name: str, private: bool = False) -> str:
+    """Puts files, by their names, into the repository `owner/name`, made if it is not there; gives its address.
 
     A file that is there under another name stays. Raises UsageError, DataError, StorageError.
     """
@@ -73,10 +73,11 @@ def push(path: Path, name: str, private: bool = False) -> str:
     if not asked or asked["revision"]:
         raise UsageError(f"{name}: a model on the hub is named OWNER/NAME")
     hub = _library(f"{name}: to put a folder on the hub")
-    with _asking(name), _silently(hub):
+    with _asking(name, "nothing was sent"), _silently(hub):
         api = hub.HfApi()
         api.create_repo(name, private=private or None, exist_ok=True)  # None: as the owner has set it
-        api.upload_folder(repo_id=name, folder_path=path, commit_message="Add files with gptworks")
+        parts = [hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=what) for file, what in files.items()]
+        api.create_commit(repo_id=name, operations=parts, commit_message="Add files with gptworks")
         return f"{api.endpoint}/{name}"
 
 
@@ -103,8 +104,8 @@ def _silently(hub: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """The library's errors as ours, in one line each."""
+def _asking(what: str, outcome: str = "its cache does not have it") -> Iterator[None]:
+    """The library's errors as ours, in one line each; without a network, `outcome` is what came of it."""
     try:
         from huggingface_hub import errors
     except ImportError:  # `_library` says so
@@ -135,6 +136,6 @@ def _asking(what: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError) as error:
         cause = error.__cause__ or error
         raise StorageError(
-            f"{what}: the hub cannot be reached and its cache does not have it ({type(cause).__name__}); check the "
-            "network and HF_HUB_OFFLINE"
+            f"{what}: the hub cannot be reached and {outcome} ({type(cause).__name__}); check the network and "
+            "HF_HUB_OFFLINE"
         ) from None

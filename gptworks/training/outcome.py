@@ -82,18 +82,21 @@ def parameters(run: Run) -> int:
 
 def _lineage(run: Run, recipe: str, result: Trained) -> dict[str, Any]:
     config, base, versions = run.config, run.base, runtime.versions()
-    parents = [{"role": "base", "path": hub.name_of(base.home), "sha256": base.weights_sha256}] if base else []
-    parents += [vars(parent) for parent in run.problem.parents]
+    parents = []
+    if base:
+        name = card.told(hub.name_of(base.home.resolve()))
+        parents = [{"role": "base", "path": name, "sha256": base.weights_sha256}]
+    parents += [card.told(vars(parent)) for parent in run.problem.parents]
     own = card.license_of(base.home) if base else {}
     return {
         "gptworks": versions["gptworks"],
         "torch": versions["torch"],
-        "recipe": recipe,
-        "problem": config.problem.kind,
-        **run.problem.lineage(config),
+        "recipe": card.told(recipe),
+        "problem": card.told(config.problem.kind),
+        **card.told(run.problem.lineage(config)),
         "parents": parents,
         "license": {"license": config.license} if config.license else own,
-        "config": config.model_dump(mode="json"),
+        "config": card.told(config.model_dump(mode="json")),
         "metrics": {f"eval_{key}": value for key, value in result.eval.items()}
         | {"steps": result.steps, "training_tokens": result.tokens},
     }

@@ -96,11 +96,14 @@ class Pretraining(Problem):
         return self._loaders[key]
 
     def lineage(self, config: Chosen) -> dict[str, Any]:
-        manifest = self.shards.manifest
+        from gptworks.model import card
+
+        manifest, held_out = self.shards.manifest, config.data.eval
+        split = manifest["split"]
         return {
-            "data": config.data.model_dump(mode="json")["train"],
+            "data": card.mixture(config.data.model_dump(mode="json")["train"]),
             "data_sha256": manifest["source_sha256"],
-            "split": manifest["split"],
+            "split": split.replace(held_out, card.place(held_out)) if held_out else split,
         }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import exported
 import numpy as np
 import pytest
+import tiny
 import torch
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
@@ -464,3 +465,29 @@ def test_text_too_short_to_compare_on_is_refused(make, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("a")
     with pytest.raises(DataError, match="too little text"):
         lifecycle.export(make("llama", own), "gguf", tmp_path / "m.gguf", data=str(tmp_path / "one.txt"))
+
+
+def test_an_export_is_compared_on_the_runs_own_validation_text_where_that_is_at_hand(make, tmp_path, capsys) -> None:
+    loaded = make("gpt2", tiny.tokenizer(), vocab_size=31)
+    with pytest.raises(DataError, match="shakespeare: the text to compare on is not in this .*--data FILE"):
+        lifecycle.export(loaded, "gguf", tmp_path / "a.gguf")
+    data = loaded.path.parent / "data"
+    data.mkdir()
+    (data / "validation.jsonl").write_text(json.dumps({"text": tiny.text(300)}) + "\n")
+    result = lifecycle.export(loaded, "gguf", tmp_path / "a.gguf", tokens=40)
+    assert f"compared on {data / 'validation.jsonl'}" in capsys.readouterr().err
+    ids = torch.tensor([[loaded.tokenizer.start_id, *loaded.tokenizer.encode(tiny.text(300))[:40]]])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(loaded.model.scores(ids[:, :-1])[0], ids[0, 1:])
+    assert result["parity"]["loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "Q6_K", "iq2_xs", "tq1_0"])
+def test_types_that_llama_cpp_makes_are_told_how_to_get(kind: str, make, tmp_path: Path) -> None:
+    wanted, loaded = f"f16 .*llama-quantize F16.gguf OUT.gguf {kind.upper()}", make("gpt2")
+    with pytest.raises(UsageError, match=wanted) as error:
+        lifecycle.export(loaded, "gguf", tmp_path / "a.gguf", kind=kind)
+    assert error.value.code == 64
+    with pytest.raises(UsageError, match="did you mean .q4_1"):
+        lifecycle.export(loaded, "gguf", tmp_path / "a.gguf", kind="q4_7")
+    assert lifecycle.export(loaded, "gguf", tmp_path / "a.gguf", kind="Q8_0", dry_run=True).type == "q8_0"

@@ -113,7 +113,7 @@ def test_the_folder_has_names_as_optimum_has_them_a_manifest_and_the_proof(pair:
     assert set(folder.verify(out)["files"]) == {
         "model.onnx", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    assert 0 < result["bytes"] <= result["estimated_bytes"]
+    assert 0.7 * result["estimated_bytes"] < result["bytes"] <= result["estimated_bytes"]
     assert (out / "tokenizer.json").read_bytes() == (loaded.path / "tokenizer.json").read_bytes()
     session = session_of(out)
     layers = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]

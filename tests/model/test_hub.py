@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,8 +14,10 @@ from gptworks import lifecycle
 from gptworks.core import config as configuration
 from gptworks.core.config import Adapter
 from gptworks.core.errors import DataError, StorageError, UsageError
-from gptworks.model import adapters, build, hub
+from gptworks.core.log import count
+from gptworks.model import adapters, build, card, hub
 from gptworks.model.card import license_of
+from gptworks.model.config import parameter_count
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the hub is an extra")
 constants, errors, utils = (
@@ -203,18 +206,21 @@ class Api:
     def create_repo(self, name, **options):
         self.calls.append(("create_repo", name, options))
 
-    def upload_folder(self, **options):
-        self.calls.append(("upload_folder", options["repo_id"], options["folder_path"]))
+    def create_commit(self, repo_id, operations, commit_message):
+        self.calls.append(("create_commit", repo_id, {op.path_in_repo: op.path_or_fileobj for op in operations}))
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_push_makes_the_repository_and_puts_the_files_there(cache, monkeypatch, tmp_path, private):
     saved(tmp_path / "model")
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    (tmp_path / "model" / ".DS_Store").write_text("x")
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(Api, "calls", [])
     assert lifecycle.push(tmp_path / "model", "me/mine", private).url == "https://hub.example/me/mine"
     wanted = {"private": True if private else None, "exist_ok": True}
-    assert Api.calls == [("create_repo", "me/mine", wanted), ("upload_folder", "me/mine", tmp_path / "model")]
+    sent = {name: str(tmp_path / "model" / name) for name in names}
+    assert Api.calls == [("create_repo", "me/mine", wanted), ("create_commit", "me/mine", sent)]
 
 
 def test_a_damaged_folder_is_not_pushed_nor_one_that_is_no_model(cache, monkeypatch, tmp_path):
@@ -231,6 +237,93 @@ def test_a_damaged_folder_is_not_pushed_nor_one_that_is_no_model(cache, monkeypa
         with pytest.raises(UsageError, match="OWNER/NAME"):
             lifecycle.push(tmp_path / "sound", name)
     assert not Api.calls
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """A run, an adapter on its model and the two merged, of texts and a recipe in folders of somebody's home."""
+    home = tmp_path_factory.mktemp("somebody") / "home"
+    (home / "secret").mkdir(parents=True)
+    for name in ("a.txt", "b.txt", "held.txt"):
+        (home / "secret" / name).write_text(tiny.text(2000, seed=len(name) + ord(name[0])))
+    (home / "secret" / "mine.yaml").write_text("data: {}\n")
+    texts = [
+        {"path": str(home / "secret" / "a.txt"), "weight": 3},
+        {"path": str(home / "secret" / "b.txt"), "weight": 1},
+    ]
+    asked = {
+        "data.train": texts, "data.eval": str(home / "secret" / "held.txt"), "train.context": 8,
+        "train.batch_tokens": 32, "train.max_steps": 1, "train.tensorboard": False,
+    }  # fmt: skip
+    whole = asked | {"tokenizer.kind": "bytes", "model.hidden_size": 16, "model.num_hidden_layers": 1}
+    lifecycle.train(configuration.load(None, whole), home / "base", str(home / "secret" / "mine.yaml"))
+    adapted = asked | {"model.path": str(home / "base" / "model"), "adapter.kind": "lora"}
+    lifecycle.train(configuration.load(None, adapted), home / "notes", "lora")
+    lifecycle.merge(home / "notes" / "model", home / "whole")
+    return home
+
+
+def test_what_is_published_names_texts_and_models_and_no_folder_of_this_machine(private, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    for folder in ("base/model", "notes/model", "whole"):
+        monkeypatch.setattr(Api, "calls", [])
+        capsys.readouterr()
+        lifecycle.push(private / folder, "me/mine")
+        said = capsys.readouterr().err
+        sent = {
+            name: what if isinstance(what, bytes) else Path(what).read_bytes() for name, what in Api.calls[1][2].items()
+        }
+        for name, content in sent.items():
+            assert b"secret" not in content and str(private).encode() not in content, name
+            assert f"{name} (" in said
+        lineage = json.loads(sent["gptworks.json"])
+        assert lineage["data"] == "a.txt (75 %) and b.txt (25 %)" and lineage["split"] == "validation: held.txt"
+        assert lineage["config"]["data"]["train"][1] == {"path": "b.txt", "weight": 1.0}
+        assert "the training text: a.txt (75 %) and b.txt (25 %)" in said
+        if folder == "notes/model":
+            assert lineage["parents"][0]["path"] == "base"
+            assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "./base"
+
+
+def test_the_card_names_the_run_the_recipe_and_what_kind_of_model_it_is(private):
+    def card(folder):
+        return " ".join((private / folder / "README.md").read_text().split())
+
+    size = count(parameter_count(build.load(private / "whole").model.config))
+    assert f"# base A Qwen3 model of {size} parameters. Trained" in card("base/model")
+    assert "recipe `mine.yaml`, on `a.txt" in card("base/model")
+    assert f"# notes A LoRA adapter of rank 16 for `base`, a Qwen3 model of {size} parameters." in card("notes/model")
+    assert "recipe `lora`, on `a.txt (75 %) and b.txt (25 %)`" in card("notes/model")
+    assert f"# whole A Qwen3 model of {size} parameters: `base` and the adapter `notes` as one." in card("whole")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("a.txt", "a.txt"), ("/home/me/a.txt", "a.txt"), ("books/", "books"), ("/home/me/books/*.txt", "books/*.txt"),
+        ("runs/demo/model", "demo"), ("/x/mine.py:documents", "mine.py:documents"), ("**/*.txt", "**/*.txt"),
+    ],
+)  # fmt: skip
+def test_others_know_a_place_by_its_own_name(place, name):
+    assert card.place(place) == name
+
+
+def test_prompts_names_of_the_hub_and_other_texts_are_told_as_they_are(cache):
+    tree = {"generate": {"prompts": ["/home"]}, "path": "one/base@v1", "separator": "/a/", "lr": 0.1, "text": "a/b c"}
+    assert card.told(tree) == tree
+
+
+def test_a_push_without_a_network_says_so_and_that_nothing_was_sent(cache, tmp_path):
+    saved(tmp_path / "model")
+    with pytest.raises(StorageError, match=r"cannot be reached and nothing was sent .*network and HF_HUB_OFFLINE"):
+        lifecycle.push(tmp_path / "model", "me/mine")
+
+
+def test_a_name_without_an_owner_is_told_how_models_of_the_hub_are_named(cache):
+    with pytest.raises(DataError, match="gpt2: no such model folder; one of the hub is named OWNER/NAME"):
+        build.load("gpt2")
+    with pytest.raises(DataError, match="no such model folder$"):
+        build.load("/no/such/folder")
 
 
 def test_an_adapter_of_a_folder_of_this_machine_is_pushed_with_a_warning(cache, monkeypatch, tmp_path, capsys):
