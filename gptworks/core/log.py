@@ -1,12 +1,46 @@
 """What a person sees while we work: lines on standard error, and one live line on a terminal."""
 
 import contextlib
-import os
+import io
+import select
 import sys
 import time
+from functools import cache
+from typing import Any, TextIO
 
 # A table for str.translate: control characters, with which a text could steer the terminal, become U+FFFD.
 PRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Descriptor(io.FileIO):
+    """A standard stream below its text: what it does not take is dropped, and why is kept for who has to know."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        size = memoryview(content).nbytes
+        try:
+            written = super().write(content)
+            while written is None:  # somebody who shares it has it not wait
+                select.select([], [self], [])
+                written = super().write(content)
+        except OSError as error:
+            self.error = error
+            return size
+        return written
+
+
+@cache
+def unfailing(number: int, encoding: str = "utf-8") -> TextIO:
+    """A text stream on a descriptor that others write to as well: nothing that is written to it raises an error."""
+    below = io.BufferedWriter(Descriptor(number, "w", closefd=False))
+    return io.TextIOWrapper(below, encoding, errors="backslashreplace", line_buffering=True)
+
+
+def unwritten(stream: Any) -> OSError | None:
+    """Why something was dropped that was written to a stream, if it is an `unfailing` one."""
+    below = getattr(getattr(stream, "buffer", None), "raw", None)
+    return below.error if isinstance(below, Descriptor) else None
 
 
 class Console:
@@ -19,7 +53,9 @@ class Console:
 
     @property
     def terminal(self) -> bool:
-        return sys.stderr.isatty() and not self.quiet and not self.muted
+        if self.quiet or self.muted or sys.stderr is None or sys.stderr.closed:
+            return False
+        return sys.stderr.isatty()
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
@@ -53,11 +89,13 @@ class Console:
     @staticmethod
     def _write(text: str) -> None:
         """Writes to standard error. A terminal that was closed, or a full disk, is no reason to end what runs."""
-        try:
-            print(text, end="", file=sys.stderr, flush=True)
-        except (OSError, ValueError):  # full, gone, closed
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or Python tries it again as it ends
+        stream, own = sys.stderr, sys.__stderr__
+        if stream is None:  # which `print` would take for standard output
+            return
+        with contextlib.suppress(OSError, ValueError):  # full, gone, closed
+            if own is not None and stream is own:  # its buffer would keep what cannot be written until Python ends
+                stream = unfailing(own.fileno(), own.encoding)
+            print(text, end="", file=stream, flush=True)
 
 
 console = Console()
