@@ -38,7 +38,7 @@ def unfailing(number: int, encoding: str = "utf-8") -> TextIO:
 
 
 def unwritten(stream: Any) -> OSError | None:
-    """Why something was dropped that was written to a stream, if it is an `unfailing` one."""
+    """The error for which a stream dropped what was written to it, if it is an `unfailing` one that did."""
     below = getattr(getattr(stream, "buffer", None), "raw", None)
     return below.error if isinstance(below, Descriptor) else None
 
