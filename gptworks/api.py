@@ -231,9 +231,8 @@ def export(
     data: str | PathLike[str] | None = None, tokens: int = 512, dry_run: bool = False, quiet: bool = False,
 ) -> Exported:  # fmt: skip
     """`gptworks export`: the model in the format of another program, compared with the source."""
-    return lifecycle.export(
-        _of(model), format, Path(out), kind=type, data=fspath(data), tokens=tokens, dry_run=dry_run
-    )  # fmt: skip
+    text = None if data is None else fspath(data)
+    return lifecycle.export(_of(model), format, Path(out), kind=type, data=text, tokens=tokens, dry_run=dry_run)
 
 
 @_public

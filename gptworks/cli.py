@@ -1,18 +1,20 @@
 """The command line: parse, call one stage, print. Standard output carries results, standard error all else."""
 
+import errno
 import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptworks.core.errors import DataError, GptworksError, Preempted, StorageError, UsageError
-from gptworks.core.log import PRINTABLE, console, count, plural, table
+from gptworks.core.log import PRINTABLE, console, count, plural, table, unfailing, unwritten
 from gptworks.core.registry import text_of, users_place, users_problems
 from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Result
 
@@ -162,18 +164,17 @@ def _put(text: str) -> None:
     """Writes to standard output, without a live line in the way. Raises StorageError; a reader who has seen enough
     (`| head -1`) is no error."""
     console.clear()
-    try:
-        print(text.translate(PRINTABLE) if sys.stdout and sys.stdout.isatty() else text, end="", flush=True)
-    except OSError as error:
-        raise _unwritable(error) from None
+    print(text.translate(PRINTABLE) if sys.stdout.isatty() else text, end="", flush=True)
+    _check_output()
 
 
-def _unwritable(error: OSError) -> StorageError:
-    """The error of a standard output that takes no more. A reader who has seen enough ends the process without one."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries it again as it ends
+def _check_output() -> None:
+    """Raises StorageError where standard output took not all; if its reader has seen enough, the process ends."""
+    error = unwritten(sys.stdout)
     if isinstance(error, BrokenPipeError):
-        raise SystemExit(0) from None
-    return StorageError(f"standard output: {error.strerror or error}; free space or write it elsewhere")
+        raise SystemExit(0)
+    if error:
+        raise StorageError(f"standard output: {error.strerror or error}; free space or write it elsewhere")
 
 
 def _stage(
@@ -527,7 +528,8 @@ def verify(
         from gptworks import lifecycle
 
         verified = lifecycle.verify(folder)
-        _print(verified, json, lambda result: result.verdict)
+        with suppress(SystemExit):  # nobody reads it: the exit code says it too
+            _print(verified, json, lambda result: result.verdict)
         return verified.identical
 
     if not _do(work, debug):
@@ -644,26 +646,33 @@ def env(json: Json = False) -> None:
 
 
 def _open_streams() -> None:
-    """Opens the standard streams that were closed, on nothing: a file opened later would get their number, and what is
-    meant for a person would be written into it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: the lowest free one is taken
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    """Has the standard streams take all that is written, by whomever; `_put` asks whether they passed it on.
+
+    Those that were closed are opened, on nothing: a file opened later would get their number, and what is meant for a
+    person would be written into it.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  the lowest number that is free is taken
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, unfailing(os.open(os.devnull, os.O_WRONLY)))
+            getattr(sys, name).buffer.raw.error = OSError(errno.EBADF, "it is closed")
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            setattr(sys, name, unfailing(stream.fileno(), stream.encoding))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name or a text may have what its encoding has not
 
 
 def main() -> None:
     """The console script. A wrong option is exit code 64, as every usage error."""
     _open_streams()
-    if hasattr(sys.stdout, "reconfigure"):  # a name or a text may have what its encoding has not
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False, prog_name="gptworks")
     except Exception as error:  # typer's own: unknown command or option, missing argument
         if type(error).__name__ in ("Abort", "Exit"):
             raise SystemExit(getattr(error, "exit_code", 75)) from None
-        if isinstance(error, OSError):  # of the help, which typer prints
-            unwritable = _unwritable(error)
-            _fail(str(unwritable), unwritable.code, debug=False)
         if not hasattr(error, "format_message"):
             raise
         said = error.format_message() or type(error).__name__
@@ -672,5 +681,6 @@ def main() -> None:
             _fail(f"{said} (gptworks --help)", 64, debug=False)
         print(said, file=sys.stderr)
         raise SystemExit(64) from None
-    if code:  # typer gives it back: of Ctrl-C outside of `_do`
+    if code is not None:  # typer gives it back: of what it printed itself, and of Ctrl-C outside of `_do`
+        _do(_check_output, False)
         raise SystemExit(code)

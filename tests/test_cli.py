@@ -568,14 +568,105 @@ def test_messages_that_nobody_reads_change_no_result_and_no_exit_code(messages: 
     assert subprocess.run(["bash", "-c", command]).returncode == 64
 
 
-def test_a_console_whose_reader_is_gone_says_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        console.say("a line")
-        console.warn("another")
-        console.fail("the last")
-        assert os.readlink(f"/proc/self/fd/{full.fileno()}") == os.devnull
-        full.flush()  # as Python does when it ends; it raised where the lines were still for the full disk
+def test_what_the_console_cannot_say_leaves_the_host_s_standard_error_as_it_is(zygote: Any, tmp_path: Path) -> None:
+    """As a guest: the descriptor stays, and nothing waits in its buffer for Python to fail at when it ends."""
+    code = """
+import os, sys
+from gptworks.core.log import console
+before = os.fstat(2)
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+console.say("a line"), console.warn("another"), console.fail("the last")
+assert os.readlink("/proc/self/fd/2") == "/dev/full"
+sys.stderr.flush()
+sys.stderr = None
+console.say("of a program without one"), console.live("20 %")
+"""
+    assert zygote.python(code) == ""
+
+
+STREAMS: dict[str, dict[int, str]] = {
+    "messages full": {2: "/dev/full"},
+    "messages closed": {2: "closed"},
+    "messages gone": {2: "gone"},
+    "results full": {1: "/dev/full"},
+    "results closed": {1: "closed"},
+    "results gone": {1: "gone"},
+    "all closed": {0: "closed", 1: "closed", 2: "closed"},
+}
+
+
+SLOW = [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("train ../again.yaml --out ../run --json", 0),
+        ("generate ../run/model --prompt the --max-new-tokens 3", 0),
+        ("verify ../run/model", 0),
+        ("verify ../damaged", 65),
+        ("--help", 0),
+        ("", 64),
+        ("nothing --debug", 64),
+        pytest.param("train ../again.yaml --out ../run", None, marks=SLOW),
+        pytest.param("run ../again.yaml --out ../run stages=report", None, marks=SLOW),
+        pytest.param("train ../again.yaml --dry-run", 0, marks=SLOW),
+        pytest.param("evaluate ../run/model --data ../text.txt", 0, marks=SLOW),
+        pytest.param("generate ../run/model --prompt the --max-new-tokens 3 --json", 0, marks=SLOW),
+        pytest.param("chat ../run/model --max-new-tokens 3", 0, marks=SLOW),
+        pytest.param("merge ../run/model --out m", 64, marks=SLOW),
+        pytest.param("push ../nothing me/x", 65, marks=SLOW),
+        pytest.param("report ../run", 0, marks=SLOW),
+        pytest.param("export ../run/model --format gguf --out m --dry-run", 0, marks=SLOW),
+        pytest.param("recipes", 0, marks=SLOW),
+        pytest.param("env --json", 0, marks=SLOW),
+        pytest.param("--version", 0, marks=SLOW),
+        pytest.param("train --help", 0, marks=SLOW),
+    ],
+)
+def test_no_state_of_the_streams_changes_an_exit_code_but_for_a_result_that_was_asked(
+    tiny_run: Path, tiny_overrides: list[str], zygote: Any, tmp_path: Path, command: str, code: int | None
+) -> None:
+    """`code` is that of a command whose result is read; None: it has none, and ends with 0."""
+    (tmp_path / "again.yaml").write_text("{}")
+    (tmp_path / "text.txt").write_text("the old king sang\n" * 9)
+    (tmp_path / "cwd").mkdir()
+    shutil.copytree(tiny_run / "model", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"")
+    stdin = {0: str(tmp_path / "text.txt")} if command.startswith("chat") else {}
+    asked = command.split() + (tiny_overrides if "again.yaml" in command else [])
+    ended = {}
+    for name, streams in STREAMS.items():
+        child = zygote.streamed(asked, tmp_path / f"{name}.log", stdin | streams, cwd=tmp_path / "cwd")
+        ended[name] = child.wait(60)
+    unread = {"results full", "results closed", "all closed"} if code == 0 else set()
+    if command.startswith("chat"):
+        unread -= {"all closed"}  # no message comes, so there is no reply
+    assert ended == {name: 74 if name in unread else code or 0 for name in STREAMS}
+    said = "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    assert "Exception ignored" not in said and ("Traceback" not in said or "--debug" in command)
+
+
+def test_a_run_goes_on_when_the_reader_of_its_messages_goes_away(
+    finished_run: Path, zygote: Any, tmp_path: Path
+) -> None:
+    read, write = os.pipe()
+    command = ["train", str(finished_run / "config.yaml"), "--out", str(tmp_path / "run")]
+    log = Path(f"/proc/{os.getpid()}/fd/{write}")
+    child = zygote.start(command, log, GPTWORKS_FAILPOINT="step.count:1:stop")
+    while not stopped(child.pid):
+        time.sleep(0.002)
+    assert os.read(read, 100)  # it has begun to speak
+    os.close(write)
+    os.close(read)
+    os.kill(child.pid, signal.SIGCONT)
+    assert child.wait(60) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 12
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

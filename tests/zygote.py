@@ -1,7 +1,8 @@
 """Starts gptworks commands in milliseconds: a process that has imported everything forks one child for each.
 
 `python zygote.py` reads one JSON request a line and answers each with one: {"argv": [...], "env": {...}, "log": path}
-starts a command and gives its pid; {"wait": pid, "seconds": s} gives its exit code (negative: the signal), or null if
+starts a command and gives its pid ("streams": by number a path, or "closed", or "gone" for a pipe that nobody reads);
+{"wait": pid, "seconds": s} gives its exit code (negative: the signal), or null if
 it still runs; {"store": path} starts the meeting place of several; with "code", Python is run in place of a command. A
 child may be told to misbehave, by names in the request: see `system/sabotage.py`.
 """
@@ -45,6 +46,10 @@ class Zygote:
     def start(self, argv: list[str], log: Path, sabotage: list[str] | None = None, **env: str) -> "Child":
         """Starts `gptworks ARGV`; what it says is appended to `log`."""
         return Child(self, self._ask(argv=argv, log=str(log), env=env, sabotage=sabotage or []))
+
+    def streamed(self, argv: list[str], log: Path, streams: dict[int, str], cwd: Path) -> "Child":
+        """Starts `gptworks ARGV` in a folder with other standard streams, by number: a path, `closed` or `gone`."""
+        return Child(self, self._ask(argv=argv, log=str(log), env={}, sabotage=[], streams=streams, cwd=str(cwd)))
 
     def run(self, argv: list[str], log: Path, sabotage: list[str] | None = None, **env: str) -> int:
         """As `start`, to the end: the exit code."""
@@ -135,6 +140,23 @@ def wait(pid: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
+def change_stream(number: int, state: str) -> None:
+    name = ("stdin", "stdout", "stderr")[number]
+    if state == "closed":  # as Python finds it
+        os.close(number)
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
+    elif state == "gone":
+        ear, mouth = os.pipe()
+        os.dup2(mouth, number)
+        os.close(ear)
+        os.close(mouth)
+    else:
+        os.dup2(os.open(state, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
+    if number == 0 and state != "closed":
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115  the zygote's has requests in its buffer
+
+
 def child(request: dict[str, Any]) -> None:
     """Becomes the command."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -142,6 +164,8 @@ def child(request: dict[str, Any]) -> None:
     out = os.open(request["out"], os.O_WRONLY | os.O_CREAT) if "out" in request else null
     for number, target in ((0, null), (1, out), (2, log)):
         os.dup2(target, number)
+    for number, state in request.get("streams", {}).items():
+        change_stream(int(number), state)
     try:
         import sabotage
 
@@ -173,8 +197,9 @@ def child(request: dict[str, Any]) -> None:
 
         traceback.print_exc()
         code = 70
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.flush()
     os._exit(code)
 
 

@@ -35,6 +35,8 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
             errno.EACCES: "permission denied; allow writing there, or choose another place",
             errno.EROFS: "the file system is read-only; choose another place",
+            errno.EBUSY: "a disk is mounted there, or a program has it open; name a folder inside it",
+            errno.EXDEV: "a disk is mounted there; name a folder inside it",
         }.get(error.errno or 0, "check the disk, then run the same command again")
         raise StorageError(f"{path}: {error.strerror or error}: {advice}") from error
 
@@ -60,11 +62,18 @@ def sha256(path: Path) -> str:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+# Answers of a file system, such as a network share, that has no such call; not those of one that failed at it.
+NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
 def fsync(path: Path) -> None:
-    """Makes a file's content, or a directory's entries, survive a power cut."""
+    """Makes a file's content, or a directory's entries, survive a power cut, as far as the file system has a way to."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL:
+            raise
     finally:
         os.close(handle)
 
@@ -102,10 +111,10 @@ def check_space(path: Path, needed: int) -> None:
     while not place.exists():
         place = place.parent
     with storage_errors(path):
-        free = shutil.disk_usage(place).free
-    if needed > free:
+        disk = shutil.disk_usage(place)
+    if needed > disk.free and disk.total:  # some network shares say 0 of both
         raise StorageError(
-            f"{path}: needs {size(needed)}, and {size(free)} are free; free some space or choose another --out"
+            f"{path}: needs {size(needed)}, and {size(disk.free)} are free; free some space or choose another --out"
         )
 
 
@@ -205,8 +214,9 @@ def commit(path: Path, facts: dict[str, Any] | None = None, known: dict[str, str
     `known`, by name. If the block raises, `path` is what it was before. An existing folder at `path` is moved away only
     after the new one is durable; a process that dies between those two renames leaves the old one beside `path`, and
     the next `commit` puts it back first. What others put into a folder of ours goes along into the new one; a folder
-    that is not ours is left alone (UsageError).
+    that is not ours is left alone (UsageError). Where `path` is a link, what it points at is replaced.
     """
+    path = path.resolve() if path.is_symlink() else path  # the link stays, and no rename goes from disk to disk
     aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

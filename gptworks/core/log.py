@@ -1,13 +1,17 @@
 """What a person sees while we work: lines on standard error, and one live line on a terminal."""
 
 import contextlib
+import io
 import os
 import re
+import select
 import shutil
 import sys
 import threading
 import time
 import unicodedata
+from functools import cache
+from typing import Any, TextIO
 
 # A table for str.translate: control characters, with which a text could steer the terminal, become U+FFFD.
 PRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -17,6 +21,41 @@ LABEL = re.compile(r"([a-z]+) +(?<=^.{9})(?=\S)")  # the word that many of our l
 CYAN, YELLOW, RED, BOLD = "36", "33", "31;1", "1"
 DRAWN_APART, TICK = 0.1, 1.0  # seconds between two drawings of a live line; after which it moves by itself
 NOW_AND_THEN = 60.0
+
+
+class Descriptor(io.FileIO):
+    """A standard stream below its text: what it does not take is dropped, and why is kept for who has to know."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        size = memoryview(content).nbytes
+        try:
+            written = super().write(content)
+            while written is None:  # somebody who shares it has it not wait
+                select.select([], [self], [])
+                written = super().write(content)
+        except OSError as error:
+            self.error = error
+            return size
+        return written
+
+
+@cache
+def unfailing(number: int, encoding: str = "utf-8") -> TextIO:
+    """A text stream on a descriptor that others write to as well: nothing that is written to it raises an error."""
+    below = io.BufferedWriter(Descriptor(number, "w", closefd=False))
+    return io.TextIOWrapper(below, encoding, errors="backslashreplace", line_buffering=True)
+
+
+def unwritten(stream: Any) -> OSError | None:
+    """The error for which a stream dropped what was written to it, if it is an `unfailing` one that did."""
+    below = getattr(getattr(stream, "buffer", None), "raw", None)
+    return below.error if isinstance(below, Descriptor) else None
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 class Console:
@@ -39,7 +78,9 @@ class Console:
     @property
     def terminal(self) -> bool:
         """True where a person looks at a terminal that can move its cursor."""
-        return sys.stderr.isatty() and not self.quiet and not self.muted and os.environ.get("TERM") != "dumb"
+        if self.quiet or self.muted or not _is_terminal():
+            return False
+        return os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
@@ -113,7 +154,7 @@ class Console:
 
     def _painted(self, text: str, colour: str) -> str:
         """A text in a colour, where the terminal shows one and nobody asked for none (no-color.org)."""
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not _is_terminal()
         return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
 
     def _sober(self, text: str) -> str:
@@ -126,11 +167,13 @@ class Console:
     @staticmethod
     def _write(text: str) -> None:
         """Writes to standard error. A terminal that was closed, or a full disk, is no reason to end what runs."""
-        try:
-            print(text, end="", file=sys.stderr, flush=True)
-        except (OSError, ValueError):  # full, gone, closed
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or Python tries it again as it ends
+        stream, own = sys.stderr, sys.__stderr__
+        if stream is None:  # which `print` would take for standard output
+            return
+        with contextlib.suppress(OSError, ValueError):  # full, gone, closed
+            if own is not None and stream is own:  # its buffer would keep what cannot be written until Python ends
+                stream = unfailing(own.fileno(), own.encoding)
+            print(text, end="", file=stream, flush=True)
 
 
 console = Console()
@@ -221,11 +264,6 @@ def count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
-
-
-def number_of(number: int, noun: str) -> str:
-    """1234, 'row' -> '1,234 rows'; 1, 'row' -> '1 row'."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def size(amount: float) -> str:

@@ -1,6 +1,7 @@
 """The process and the machine: device, precision, threads, seeds, memory, signals, the clock."""
 
 import ctypes
+import errno
 import fcntl
 import os
 import platform
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptworks.core.errors import Preempted, RunMismatch, StorageError, UsageError
+from gptworks.core.folder import NO_SUCH_CALL
 from gptworks.core.log import console
 
 if TYPE_CHECKING:
@@ -465,11 +467,15 @@ interrupts = Interrupts()
 @contextmanager
 def hold(folder: Path, reading: bool = False) -> Iterator[None]:
     """Keeps every other process out of a run folder while the block runs (released even by kill -9); with `reading`,
-    those that write, and the folder itself may be read-only. Raises RunMismatch and StorageError."""
+    those that write, and the folder itself may be read-only. Raises RunMismatch and StorageError.
+
+    A file system that has no locks keeps nobody out: a warning says so.
+    """
     lock, advice = folder / ".lock", "verify a copy of it" if reading else "choose another --out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(lock, "r" if reading and lock.exists() else "a+")  # noqa: SIM115
+        own = not lock.exists() or os.access(lock, os.W_OK)  # or it is another person's, and may be locked all the same
+        handle = open(lock, "a+" if own and not (reading and lock.exists()) else "r")  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"{folder}: {error.strerror}: {advice}") from error
     with handle:
@@ -479,5 +485,7 @@ def hold(folder: Path, reading: bool = False) -> Iterator[None]:
             otherwise = "" if reading else ", or choose another --out"
             raise RunMismatch(f"{folder}: another process is working on this run; wait for it{otherwise}") from None
         except OSError as error:
-            raise StorageError(f"{folder}: cannot be locked: {error.strerror}: {advice}") from error
+            if error.errno not in NO_SUCH_CALL | {errno.ENOLCK}:
+                raise StorageError(f"{folder}: cannot be locked: {error.strerror}: {advice}") from error
+            console.warn(f"{folder}: cannot be locked ({error.strerror}): see that no other process works on this run")
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptworks.core.errors import DataError
-from gptworks.core.log import number_of
+from gptworks.core.log import plural
 
 SAMPLE = 4_000_000  # characters, spread over the corpus, of which the letters are counted by script
 HASHED = 2**24  # at most so many documents of the corpus are compared with one another
@@ -120,10 +120,10 @@ class Findings:
         if self.rejected:
             shown = "; ".join(self.reasons)
             were = "was" if self.rejected == 1 else "were"
-            parts.append(f"{self.rejected:,} of {number_of(self.rows, 'row')} {were} unreadable and skipped: {shown}")
+            parts.append(f"{self.rejected:,} of {plural(self.rows, 'row')} {were} unreadable and skipped: {shown}")
         if self.empty_documents:
             were = "was" if self.empty_documents == 1 else "were"
-            parts.append(f"{number_of(self.empty_documents, 'empty document')} {were} dropped")
+            parts.append(f"{plural(self.empty_documents, 'empty document')} {were} dropped")
         return parts
 
     def remarks(self) -> list[str]:
@@ -131,7 +131,7 @@ class Findings:
         parts = self.dropped()
         if self.crlf:
             have = "has" if self.crlf == 1 else "have"
-            ends = f"{self.crlf:,} of {number_of(self.documents, 'document')} {have} CRLF line ends"
+            ends = f"{self.crlf:,} of {plural(self.documents, 'document')} {have} CRLF line ends"
             parts.append(ends + (", read as LF (data.newlines=keep keeps them)" if self.newlines == "lf" else ""))
         is_one = self.documents == self.text_files == 1 and not self.separator and not self.built_in
         if is_one and self.blank_lines >= MANY:
@@ -143,7 +143,7 @@ class Findings:
         parts = list(self.suspects)
         if self.invalid_utf8:
             were = "was" if self.invalid_utf8 == 1 else "were"
-            parts.append(f"{number_of(self.invalid_utf8, 'invalid sequence')} of bytes {were} replaced by U+FFFD")
+            parts.append(f"{plural(self.invalid_utf8, 'invalid sequence')} of bytes {were} replaced by U+FFFD")
         if self.text_files and self.separator and not self.separated:
             typed = r"; a backslash is taken as typed: a shell makes line breaks of $'\n\n'"
             hint = typed if "\\" in self.separator else ""
@@ -291,7 +291,7 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     shown = _grid([HEADINGS, *(_cells(row) for row in rows)]) if len(rows) > 1 else [_sentence(rows[0])]
     shown += _of_sources(rows, _remarks)
     for column, files in rows[-1]["columns"].items():
-        shown.append(f"the text is in column {column!r} of {number_of(files, 'file')}")
+        shown.append(f"the text is in column {column!r} of {plural(files, 'file')}")
     return shown
 
 
@@ -339,7 +339,7 @@ def _letters(row: dict[str, Any]) -> str:
 def _remarks(row: dict[str, Any]) -> list[str]:
     said = [f"a copy, for example: {row['copy']}"] if row["copy"] else []
     if row["compared"] < row["documents"]:
-        said.append(f"copies were looked for among its first {number_of(row['compared'], 'document')}")
+        said.append(f"copies were looked for among its first {plural(row['compared'], 'document')}")
     return said + row["remarks"]
 
 

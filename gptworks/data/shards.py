@@ -23,7 +23,7 @@ from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, RunMismatch
 from gptworks.core.failpoint import failpoint
-from gptworks.core.log import Progress, console, count, number_of
+from gptworks.core.log import Progress, console, count, plural
 from gptworks.core.runtime import process_seconds
 from gptworks.data import findings as found
 from gptworks.data.findings import Findings, Piece
@@ -381,7 +381,7 @@ def _build(
     splits, documents = facts["splits"], facts["found"][-1]["documents"]
     console.say(
         f"data     {count(splits['train']['tokens'])} training and {count(splits['eval']['tokens'])} validation tokens "
-        f"from {number_of(documents, 'document')}, {progress.rate / 1e6:.0f} MB/s ({tokenizer.engine}); "
+        f"from {plural(documents, 'document')}, {progress.rate / 1e6:.0f} MB/s ({tokenizer.engine}); "
         f"{facts['split']}"
     )
     for line in facts["findings"]:

@@ -44,13 +44,14 @@ FILES = ("config.json", "generation_config.json")  # of the model's folder; what
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch's exporter names what is not installed and what it will do otherwise in a later version."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 class Given(KeyValueCache):

@@ -3,7 +3,10 @@
 import errno
 import fcntl
 import os
+import shutil
+import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +224,95 @@ def test_a_run_on_a_read_only_disk_may_be_read(tmp_path: Path, monkeypatch: pyte
         pass
 
 
-def test_a_disk_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StorageError, match="cannot be locked: No locks available"), runtime.hold(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_a_disk_without_locks_is_warned_of_and_worked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(number))
+    with runtime.hold(tmp_path):
         pass
+    assert f"cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
+
+
+def test_a_lock_that_fails_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
+    with pytest.raises(StorageError, match="cannot be locked: Input/output error"), runtime.hold(tmp_path):
+        pass
+
+
+def refusing(number: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_a_lock_file_of_another_person_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".lock").touch()
+    asked: list[str] = []
+
+    def read_only(path: Path, mode: str) -> Any:
+        asked.append(mode)
+        return open(path, mode)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(runtime, "open", read_only, raising=False)
+    with runtime.hold(tmp_path), pytest.raises(RunMismatch, match="another process"), runtime.hold(tmp_path):
+        pass
+    assert set(asked) == {"r"}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
+def test_a_disk_that_cannot_sync_folders_is_used_and_one_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sync = os.fsync
+
+    def no_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    if number == errno.EIO:
+        with pytest.raises(StorageError, match="Input/output error"):
+            make(tmp_path / "x")
+        assert not os.listdir(tmp_path)
+    else:
+        make(tmp_path / "x", "old")
+        make(tmp_path / "x", "new")
+        folder.write_text(tmp_path / "y", "text")
+        assert folder.verify(tmp_path / "x") and sorted(os.listdir(tmp_path)) == ["x", "y"]
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_folder_that_is_a_disk_of_its_own_is_named_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    make(tmp_path / "x", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refusing(number))
+        with pytest.raises(StorageError, match=r"/x: .*disk is mounted there.*name a folder inside it"):
+            make(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "a.txt").read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_link_to_a_folder_stays_and_what_it_points_at_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "other disk").mkdir()
+    make(tmp_path / "other disk" / "x", "old")
+    (tmp_path / "x").symlink_to(tmp_path / "other disk" / "x")
+    make(tmp_path / "x", "new")
+    assert (tmp_path / "x").is_symlink() and (tmp_path / "other disk" / "x" / "a.txt").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["other disk", "x"] and os.listdir(tmp_path / "other disk") == ["x"]
+
+
+def test_a_disk_that_says_nothing_of_its_room_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, used=0, free=0))
+    folder.check_space(tmp_path / "x", 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9))
+    with pytest.raises(StorageError, match="needs 10 bytes, and 9 bytes are free"):
+        folder.check_space(tmp_path / "x", 10)
 
 
 def test_every_bit_of_a_manifest_is_checked(tmp_path: Path) -> None:
