@@ -8,6 +8,7 @@ run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the r
 import hashlib
 import json
 import queue
+import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ import numpy as np
 from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
-from gptworks.core.errors import DataError, RunMismatch
+from gptworks.core.errors import DataError, GptworksError, RunMismatch
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import Progress, console, count
+from gptworks.core.registry import file_of
 from gptworks.core.runtime import process_seconds
 from gptworks.data import findings as found
 from gptworks.data.findings import Findings, Piece
@@ -450,6 +452,25 @@ def same_data(shards: Shards, identity: object) -> None:
     """Raises RunMismatch unless these are the ids a run was trained on."""
     if shards.identity != identity:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")
+
+
+def edited(path: Path, data: Data) -> str | None:
+    """The first file of the text that is not what the shards in `path` were made from; None where there is none, or the
+    text cannot be looked at."""
+    try:
+        manifest = folder.read_manifest(path)
+        before, files = set(manifest["source_sha256"]), list[Path]()
+        for place in [*data.places, *([data.eval] if data.eval else [])]:
+            own = file_of(place) if re.search(r"\.py:\w+$", place) else None  # which is not run for this
+            files += [own] if own else Source(place, data).files
+        unchanged = {(stamp["path"], stamp["bytes"], stamp["mtime_ns"]) for stamp in manifest["sources"]}
+        for file in files:
+            stamp = (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+            if stamp not in unchanged and folder.sha256(file) not in before:
+                return str(file)
+        return None if len(files) == len(manifest["sources"]) else listed(data.places)
+    except (GptworksError, OSError, KeyError, TypeError):
+        return None
 
 
 def read_documents(path: str, data: Data) -> list[str]:

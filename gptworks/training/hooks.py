@@ -387,7 +387,7 @@ class Checkpointer:
     """Saves every `every` steps and at the end, beside the training; on a signal, saves and leaves with Preempted."""
 
     def __init__(
-        self, path: Path, every: int, schedule: RunSchedule, facts: dict[str, Any], *,
+        self, path: Path, every: int, schedule: RunSchedule, facts: Callable[[], dict[str, Any]], *,
         verifying: Verifying | None = None, asked: bool = False,
     ) -> None:  # fmt: skip
         """`asked` says that a person asked for `every`, which then counts the steps of the run as it is run.
@@ -409,7 +409,7 @@ class Checkpointer:
                 self.verified = True
             self.finish()
             if ranks.main:
-                self.saving = Saving(state, self.path, self.facts)
+                self.saving = Saving(state, self.path, self.facts())
                 self.saving.start()
         elif self.saving and not self.saving.is_alive():
             self.finish()

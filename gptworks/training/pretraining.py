@@ -56,6 +56,12 @@ class Pretraining(Problem):
         return folder.Verifying(cls._folder(config, place))
 
     @classmethod
+    def edited(cls, config: Config, place: Place) -> str | None:
+        from gptworks.data.shards import edited
+
+        return edited(cls._folder(config, place), config.data)
+
+    @classmethod
     def open(cls, config: Config, place: Place) -> "Pretraining":
         from gptworks.data.shards import open_shards
 

@@ -147,6 +147,11 @@ class Problem(ABC):
         return None
 
     @classmethod
+    def edited(cls, config: Config, place: Place) -> str | None:
+        """The name of a file that is not what the run was begun from; it goes on with what was prepared then."""
+        return None
+
+    @classmethod
     @abstractmethod
     def open(cls, config: Config, place: Place) -> "Problem":
         """Opens what was prepared. Raises DataError."""
