@@ -454,6 +454,35 @@ def same_data(shards: Shards, identity: object) -> None:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")
 
 
+PROMPTS = 2  # of a run whose text has none
+PROMPT_CHARACTERS, PROMPT_WORDS = 32, 4  # at most, of a text with blanks; of one without, a quarter of the characters
+LOOKED_AT = 20_000  # tokens of a split, in which prompts are looked for
+
+
+def beginnings(stream: Stream, tokenizer: Tokenizer, most_tokens: int) -> list[str]:
+    """The first words of lines that lie a third apart, as the tokenizer gives them back; the same for the same ids."""
+    bounds = np.append(stream.documents, len(stream.tokens))
+    lines: list[str] = []
+    for begin, end in zip(bounds[:-1].tolist(), np.minimum(bounds[1:], LOOKED_AT).tolist(), strict=True):
+        if begin >= end:
+            break
+        whole = tokenizer.decode(stream.tokens[begin:end], skip_control=True).splitlines()
+        lines += whole[1:] or whole  # the first one may be cut: a document that is split by position goes on in it
+    words = [line.split()[:PROMPT_WORDS] for line in lines]
+    texts = [" ".join(each)[: PROMPT_CHARACTERS if len(each) > 1 else PROMPT_CHARACTERS // 4].strip() for each in words]
+
+    def suits(text: str) -> bool:
+        try:
+            ids = tokenizer.encode(text)
+        except DataError:
+            return False
+        return 0 < len(ids) <= most_tokens and tokenizer.decode(ids) == text and "\ufffd" not in text
+
+    fitting = list(dict.fromkeys(text for text in texts if text and suits(text)))
+    places = [len(fitting) * (1 + n) // (1 + PROMPTS) for n in range(PROMPTS)]
+    return [fitting[place] for place in dict.fromkeys(places)] if fitting else []
+
+
 def edited(path: Path, data: Data) -> str | None:
     """The first file of the text that is not what the shards in `path` were made from; None where there is none, or the
     text cannot be looked at."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gptworks.core.config import Change, ChosenTrain, Generate
+from gptworks.core.config import Change, ChosenGenerate, ChosenTrain, Generate
 from gptworks.core.errors import NotFinite, Preempted, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.folder import Verifying
@@ -227,7 +227,7 @@ class Sampler:
 
     def __init__(
         self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
-        options: Generate, train: ChosenTrain, schedule: RunSchedule,
+        options: ChosenGenerate, train: ChosenTrain, schedule: RunSchedule,
     ) -> None:  # fmt: skip
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
         self.options, self.train, self.schedule = options, train, schedule

@@ -101,6 +101,11 @@ class Pretraining(Problem):
             )  # fmt: skip
         return self._loaders[key]
 
+    def prompts(self, most_tokens: int) -> list[str]:
+        from gptworks.data.shards import beginnings
+
+        return beginnings(self.shards.eval, self.tokenizer, most_tokens)
+
     def lineage(self, config: Chosen) -> dict[str, Any]:
         manifest = self.shards.manifest
         return {

@@ -164,6 +164,10 @@ class Problem(ABC):
         keeps: empty at first, and only to be changed by batches that are not made ahead.
         """
 
+    def prompts(self, most_tokens: int) -> list[str]:
+        """Beginnings of a few words for samples, each of so many tokens at most, out of what was held out."""
+        return []
+
     def lineage(self, config: Chosen) -> dict[str, Any]:
         """Plain values that the model's folder tells of the data."""
         return {}
