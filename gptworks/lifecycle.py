@@ -17,7 +17,7 @@ import torch
 
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
-from gptworks.core.config import Config, Data
+from gptworks.core.config import Config, Data, RunFile
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import Progress, console, count, plural, size
 from gptworks.core.ranks import ranks
@@ -518,9 +518,11 @@ def _generate(running: _Running) -> _Running:
     if "generate" not in configuration.problem_of({"problem": config.problem.kind}).sections:
         console.say(f"sample   none: {config.problem.kind} has no prompts")
         return running
-    how = sampling(options, config.train.seed)
+    how, prompts, file = sampling(options, config.train.seed), options.prompts, running.out / "config.yaml"
+    if prompts is None:  # then those that the run has
+        prompts = RunFile.read(file).chosen.generate.prompts if file.is_file() else [""]
     with running.spent("sampling"):
-        samples = generate(running.out / "model", options.prompts, how, max_new_tokens=options.max_new_tokens)
+        samples = generate(running.out / "model", prompts, how, max_new_tokens=options.max_new_tokens)
     running.add(generation=samples)
     for sample in samples:
         console.say(f"sample   {plural(sample.tokens, 'token')}, {sample.tokens_per_second:.0f} tokens/s")

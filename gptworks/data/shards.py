@@ -8,6 +8,7 @@ run `gptworks evaluate MODEL --data .../validation.jsonl` and get the loss the r
 import hashlib
 import json
 import queue
+import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -21,9 +22,10 @@ import numpy as np
 from gptworks.core import folder
 from gptworks.core.config import Data
 from gptworks.core.config import Tokenizer as TokenizerConfig
-from gptworks.core.errors import DataError, RunMismatch
+from gptworks.core.errors import DataError, GptworksError, RunMismatch
 from gptworks.core.failpoint import failpoint
 from gptworks.core.log import Progress, console, count, plural
+from gptworks.core.registry import file_of
 from gptworks.core.runtime import process_seconds
 from gptworks.data import findings as found
 from gptworks.data.findings import Findings, Piece
@@ -499,6 +501,54 @@ def same_data(shards: Shards, identity: object) -> None:
     """Raises RunMismatch unless these are the ids a run was trained on."""
     if shards.identity != identity:
         raise RunMismatch(f"{shards.path}: the training text is not the one this run began with; --fresh starts over")
+
+
+PROMPTS = 2  # of a run whose text has none
+PROMPT_CHARACTERS, PROMPT_WORDS = 32, 4  # at most, of a text with blanks; of one without, a quarter of the characters
+LOOKED_AT = 20_000  # tokens of a split, in which prompts are looked for
+
+
+def beginnings(stream: Stream, tokenizer: Tokenizer, most_tokens: int) -> list[str]:
+    """The first words of lines that lie a third apart, as the tokenizer gives them back; the same for the same ids."""
+    bounds = np.append(stream.documents, len(stream.tokens))
+    lines: list[str] = []
+    for begin, end in zip(bounds[:-1].tolist(), np.minimum(bounds[1:], LOOKED_AT).tolist(), strict=True):
+        if begin >= end:
+            break
+        whole = tokenizer.decode(stream.tokens[begin:end], skip_control=True).splitlines()
+        lines += whole[1:] or whole  # the first one may be cut: a document that is split by position goes on in it
+    words = [line.split()[:PROMPT_WORDS] for line in lines]
+    texts = [" ".join(each)[: PROMPT_CHARACTERS if len(each) > 1 else PROMPT_CHARACTERS // 4].strip() for each in words]
+
+    def suits(text: str) -> bool:
+        try:
+            ids = tokenizer.encode(text)
+        except DataError:
+            return False
+        return 0 < len(ids) <= most_tokens and tokenizer.decode(ids) == text and "\ufffd" not in text
+
+    fitting = list(dict.fromkeys(text for text in texts if text and suits(text)))
+    places = [len(fitting) * (1 + n) // (1 + PROMPTS) for n in range(PROMPTS)]
+    return [fitting[place] for place in dict.fromkeys(places)] if fitting else []
+
+
+def edited(path: Path, data: Data) -> str | None:
+    """The first file of the text that is not what the shards in `path` were made from; None where there is none, or the
+    text cannot be looked at."""
+    try:
+        manifest = folder.read_manifest(path)
+        before, files = set(manifest["source_sha256"]), list[Path]()
+        for place in [*data.places, *([data.eval] if data.eval else [])]:
+            own = file_of(place) if re.search(r"\.py:\w+$", place) else None  # which is not run for this
+            files += [own] if own else Source(place, data).files
+        unchanged = {(stamp["path"], stamp["bytes"], stamp["mtime_ns"]) for stamp in manifest["sources"]}
+        for file in files:
+            stamp = (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+            if stamp not in unchanged and folder.sha256(file) not in before:
+                return str(file)
+        return None if len(files) == len(manifest["sources"]) else listed(data.places)
+    except (GptworksError, OSError, KeyError, TypeError):
+        return None
 
 
 def read_documents(path: str, data: Data) -> list[str]:

@@ -45,6 +45,7 @@ class Facts:
     epoch_tokens: int | None = None  # of the training data
     endless: bool = False  # data that has no epochs
     eval_tokens: int | None = None  # of an evaluation
+    prompts: list[str] | None = None  # beginnings of held-out lines, where no others were asked for
     base: Base | None = None
     unit: int = 1  # rows that are never divided
     beside_bytes: int = 0  # of a second model, which is not trained

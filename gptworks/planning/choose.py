@@ -47,6 +47,10 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     not known, what follows from it stays open.
     """
     choices = Choices(asked)
+    if asked.generate.prompts is None and facts.prompts:
+        choices.set("generate.prompts", facts.prompts, "beginnings of held-out lines")
+    elif asked.generate.prompts is None and facts.epoch_tokens is None and not facts.endless:
+        choices.leave("generate.prompts", "beginnings of held-out lines, once the text is read")
     if facts.base is not None:
         _take_over(choices, facts)
     elif facts.vocab_size is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from gptworks.core import runtime
 from gptworks.core.config import Chosen, Config
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console, plural
 from gptworks.model.build import Loaded
 from gptworks.planning.choices import Base, Choices, Facts, Measured
@@ -35,6 +35,7 @@ def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
         epoch_tokens=problem.epoch_tokens,
         endless=problem.epoch_tokens is None,
         eval_tokens=problem.eval_tokens,
+        prompts=problem.prompts(_most_tokens(config, base) // 2) if config.generate.prompts is None else None,
         base=None if base is None else Base(base.name, base.model.config, base.adapter, sha256=base.own_sha256),
         unit=problem.unit,
         beside_bytes=problem.beside.bytes,
@@ -103,13 +104,23 @@ def _apply(config: Chosen) -> None:
     runtime.apply(runtime.device(), train.threads, deterministic=train.deterministic, compiles=train.compile)
 
 
+def _most_tokens(config: Config, base: Loaded | None) -> int:
+    """The tokens that the model sees at once."""
+    return base.model.config.max_position_embeddings if base else config.train.context or 256
+
+
 def _check_prompts(config: Config, problem: Problem, base: Loaded | None) -> None:
     """Raises UsageError for a prompt that could not be continued: an error now, and not after the training."""
     if "generate" not in problem.sections:
         return
-    context = base.model.config.max_position_embeddings if base else config.train.context or 256
-    for prompt in config.generate.prompts:
-        size = len(problem.tokenizer.front + problem.tokenizer.encode(prompt))
+    context = _most_tokens(config, base)
+    for prompt in config.generate.prompts or []:
+        try:
+            size = len(problem.tokenizer.front + problem.tokenizer.encode(prompt))
+        except DataError as error:
+            raise UsageError(
+                f"generate.prompts: {prompt[:40]!r}: {error}; generate.prompts=null takes some from the text"
+            ) from None
         if size >= context:
             raise UsageError(
                 f"generate.prompts: {prompt[:40]!r} has {plural(size, 'token')}; the model takes fewer than {context:,}"

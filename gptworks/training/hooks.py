@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gptworks.core.config import Change, ChosenTrain, Generate
+from gptworks.core.config import Change, ChosenGenerate, ChosenTrain, Generate
 from gptworks.core.errors import NotFinite, Preempted, UsageError
 from gptworks.core.failpoint import failpoint
 from gptworks.core.folder import Verifying
@@ -248,7 +248,7 @@ class Sampler:
 
     def __init__(
         self, metrics: Metrics, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *,
-        options: Generate, train: ChosenTrain, schedule: RunSchedule,
+        options: ChosenGenerate, train: ChosenTrain, schedule: RunSchedule,
     ) -> None:  # fmt: skip
         self.metrics, self.tokenizer, self.stop_ids = metrics, tokenizer, stop_ids
         self.options, self.train, self.schedule = options, train, schedule
@@ -408,7 +408,7 @@ class Checkpointer:
     """Saves every `every` steps and at the end, beside the training; on a signal, saves and leaves with Preempted."""
 
     def __init__(
-        self, path: Path, every: int, schedule: RunSchedule, facts: dict[str, Any], *,
+        self, path: Path, every: int, schedule: RunSchedule, facts: Callable[[], dict[str, Any]], *,
         verifying: Verifying | None = None, asked: bool = False,
     ) -> None:  # fmt: skip
         """`asked` says that a person asked for `every`, which then counts the steps of the run as it is run.
@@ -430,7 +430,7 @@ class Checkpointer:
                 self.verified = True
             self.finish()
             if ranks.main:
-                self.saving = Saving(state, self.path, self.facts)
+                self.saving = Saving(state, self.path, self.facts())
                 self.saving.start()
         elif self.saving and not self.saving.is_alive():
             self.finish()

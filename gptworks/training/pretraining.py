@@ -56,6 +56,12 @@ class Pretraining(Problem):
         return folder.Verifying(cls._folder(config, place))
 
     @classmethod
+    def edited(cls, config: Config, place: Place) -> str | None:
+        from gptworks.data.shards import edited
+
+        return edited(cls._folder(config, place), config.data)
+
+    @classmethod
     def open(cls, config: Config, place: Place) -> "Pretraining":
         from gptworks.data.shards import open_shards
 
@@ -94,6 +100,11 @@ class Pretraining(Problem):
                 world=group.size,
             )  # fmt: skip
         return self._loaders[key]
+
+    def prompts(self, most_tokens: int) -> list[str]:
+        from gptworks.data.shards import beginnings
+
+        return beginnings(self.shards.eval, self.tokenizer, most_tokens)
 
     def lineage(self, config: Chosen) -> dict[str, Any]:
         from gptworks.model import card

@@ -152,6 +152,11 @@ class Problem(ABC):
         return None
 
     @classmethod
+    def edited(cls, config: Config, place: Place) -> str | None:
+        """The name of a file that is not what the run was begun from; it goes on with what was prepared then."""
+        return None
+
+    @classmethod
     @abstractmethod
     def open(cls, config: Config, place: Place) -> "Problem":
         """Opens what was prepared. Raises DataError."""
@@ -163,6 +168,10 @@ class Problem(ABC):
         `group` says which rows are this process's. `values` are plain ones of the problem's own that a checkpoint
         keeps: empty at first, and only to be changed by batches that are not made ahead.
         """
+
+    def prompts(self, most_tokens: int) -> list[str]:
+        """Beginnings of a few words for samples, each of so many tokens at most, out of what was held out."""
+        return []
 
     def lineage(self, config: Chosen) -> dict[str, Any]:
         """Plain values that the model's folder tells of the data."""

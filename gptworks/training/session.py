@@ -7,7 +7,7 @@ On several processes the main one prepares and writes (`run_main`); the others w
 import contextlib
 import json
 import os
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +90,21 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     if not (out / "model" / folder.MANIFEST).exists():
         folder.foreign_files(out / "model")  # replaced at the end: what is not ours there is a reason not to begin
     finished = file is not None and (out / "result.json").is_file() and (out / "model").is_dir()
+    known: Config = config if file is None else file.chosen
+    newest = newest_good(out / "checkpoints") if different or not finished else None
+    if file is not None and newest:
+        _check_unedited(file, newest)
+    if finished or newest:
+        _warn_of_edited(known, out)
     if finished and not different:
         ranks.tell("plan", json.dumps({"finished": True}))
         return _as_it_was(out)
-    known: Config = config if file is None else file.chosen
     check_login(known.train.wandb)
     base = _base(known, out)
     place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
     kind = _problem(known)
     verifying = kind.prepare(known, place)
     problem = opened(kind, known, place)
-    newest = newest_good(out / "checkpoints")
     decided: Decided | None
     if file is None:
         decided = decide(config, problem, base)
@@ -280,6 +284,50 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
     return file, configuration.differences(file.asked, config, "flexible")
 
 
+def _warn_of_edited(config: Config, out: Path) -> None:
+    """Says that a text was changed after a run had read it."""
+    if edited := _problem(config).edited(config, Place(out / "data")):
+        console.warn(
+            f"{edited} is not what {out} was begun with: the run goes on with the text that it has; --fresh starts "
+            "over with the new one"
+        )
+
+
+# Places of what is known by its content: it may lie elsewhere now.
+BY_CONTENT = ("model.path", "tokenizer.path", "data.shards")
+
+
+def _written(file: RunFile) -> dict[str, Any]:
+    """The part of a run's file that its training follows from, for its checkpoints."""
+    kind = type(file.asked)
+    names = configuration.keys_of_kind("fixed", kind) + configuration.keys_of_kind("flexible", kind)
+    tree = file.chosen.model_dump(mode="json")
+    values = {name: reduce(dict.__getitem__, name.split("."), tree) for name in names if name not in BY_CONTENT}
+    return {"values": values, "changes": [change.model_dump(mode="json") for change in file.changes]}
+
+
+def _check_unedited(file: RunFile, checkpoint: Path) -> None:
+    """Raises RunMismatch where config.yaml has other values than when a checkpoint was written."""
+    facts = folder.read_json(checkpoint / "state.json")
+    if not isinstance(facts, dict) or "config" not in facts:
+        return  # of an earlier version
+    now = _written(file)
+    try:
+        values, changes = dict(facts["config"]["values"]), list(facts["config"]["changes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{checkpoint}: not a checkpoint of this version: config: {error}") from None
+    kept = {key: value for key, value in now["values"].items() if key in values}
+    other = [f"{key}={value}, was {values[key]}" for key, value in kept.items() if value != values[key]]
+    later = now["changes"][len(changes) :]  # made since, from where the run stood
+    if now["changes"][: len(changes)] != changes or any(change["step"] < facts["step"] for change in later):
+        other.append("changes")
+    if other:
+        raise RunMismatch(
+            f"{file.path} was edited since {checkpoint.name} was trained with it: {'; '.join(other)}; put it back, or "
+            "use --fresh; flexible keys are changed by the command"
+        )
+
+
 def _restore(run: Run, checkpoint: Path, file: RunFile) -> None:
     facts = restore(run.state, checkpoint)
     _check_agreement(run, facts)
@@ -370,6 +418,10 @@ def _train(
         "data": problem.identity, "threads": train.threads, "versions": runtime.versions(),
         "parents": _frozen_parents(run), "problem": _own_file(config.problem.kind),
     }  # fmt: skip
+
+    def facts_now() -> dict[str, Any]:
+        return {**facts, "config": _written(file)}
+
     rate = ranks.total(runtime.matmul_rate(run.layout.device, run.layout.dtype))[0]
     _say_what_is_trained(run, work, rate)
     metrics = _metrics(run, out) if ranks.main else None
@@ -390,7 +442,7 @@ def _train(
         told=budget.time_evaluation,
     )
     checkpointer = Checkpointer(
-        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts, verifying=verifying,
+        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts_now, verifying=verifying,
         asked=file.asked.train.checkpoint_every is not None,
     )  # fmt: skip
     if decided:
@@ -497,6 +549,7 @@ def replay(out: Path) -> Verified:
     older, newer = checkpoints[-2:]
     folder.verify(older)
     folder.verify(newer)
+    _check_unedited(file, newer)
     config = file.at(int(older.name.removeprefix("step-")))
     base, kind = _base(config, out), _problem(config)
     place = Place(out / "data", base, begun=True)

@@ -677,3 +677,15 @@ def test_a_prompt_may_have_commas() -> None:
     made = config.load("laptop", asked)
     assert made.generate.prompts == ["To be, or not to be"]
     assert made.train.betas == (0.8, 0.9) and made.stages == ["train", "generate"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "prompts"),
+    [([], ["ROMEO:\n"]), (["data.train=shakespeare"], ["ROMEO:\n"]), (["train.max_steps=3"], ["ROMEO:\n"]),
+     (["data.train=mine.txt"], None), (["model=folder", "model.dropout=null"], None), (["tokenizer.path=folder"], None),
+     (["data.train=mine.txt", "generate.prompts=Once"], ["Once"])],
+    ids=str,
+)  # fmt: skip
+def test_prompts_of_a_recipe_go_with_its_text(overrides, prompts):
+    assert config.load("shakespeare_char", overrides).generate.prompts == prompts
+    assert config.load("lora").generate.prompts is None  # none of its own

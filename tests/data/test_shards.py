@@ -21,7 +21,16 @@ from gptworks.data import formats, split
 from gptworks.data import shards as module
 from gptworks.data import text as texts_module
 from gptworks.data.findings import Piece
-from gptworks.data.shards import Shards, Stream, Writer, encode_documents, open_shards, prepare, read_documents
+from gptworks.data.shards import (
+    Shards,
+    Stream,
+    Writer,
+    beginnings,
+    encode_documents,
+    open_shards,
+    prepare,
+    read_documents,
+)
 from gptworks.data.sources import draw, sources_of
 from gptworks.data.tokenizer import Tokenizer
 
@@ -809,3 +818,19 @@ def test_shards_from_before_line_ends_were_a_choice_have_them_all(tmp_path: Path
     assert written(tmp_path / "d") == before
     build(tmp_path / "d", text_file)
     assert written(tmp_path / "d") != before
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "bytes"])
+def test_prompts_are_the_beginnings_of_held_out_lines(tmp_path: Path, kind: str) -> None:
+    lines = [f"The {n}th king of a very old house spoke to men." for n in range(400)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    shards = prepare(Data(train=str(tmp_path / "a.txt")), TokenizerConfig(kind=kind, vocab_size=300), tmp_path / "d")
+    prompts = beginnings(shards.eval, shards.tokenizer, 64)
+    assert (
+        prompts == ["The 374th king of", "The 387th king of"]
+        and beginnings(shards.eval, shards.tokenizer, 64) == prompts
+    )
+    assert beginnings(shards.eval, shards.tokenizer, 2) == []
+    (tmp_path / "b.txt").write_text("天地玄黄宇宙洪荒日月盈昃辰宿列张\n" * 300)
+    other = prepare(Data(train=str(tmp_path / "b.txt")), TokenizerConfig(kind=kind, vocab_size=300), tmp_path / "e")
+    assert beginnings(other.eval, other.tokenizer, 64) == ["天地玄黄宇宙洪荒"]

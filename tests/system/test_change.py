@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from gptworks import lifecycle
+from gptworks.core import config as configuration
 from gptworks.core import folder
 from gptworks.core.config import RunFile
-from gptworks.core.errors import Preempted, RunMismatch
+from gptworks.core.errors import Preempted, RunMismatch, UsageError
 from gptworks.training import loop
 from gptworks.training.hooks import Checkpointer
 from gptworks.training.schedule import RunSchedule
@@ -243,3 +244,25 @@ def test_what_would_end_a_run_now_does_not_end_its_replay_nor_differ_from_it(tra
             train(**steady, **{"train.target_loss": 5.0, "train.patience": 9})
     found = lifecycle.verify(tmp_path / "run")
     assert (found["from_step"], found["to_step"], found["identical"]) == (8, 12, True)
+
+
+def test_a_run_of_ones_own_text_is_sampled_with_its_own_lines(tmp_path, capsys):
+    """Faults that were seen: ROMEO: under novels, and a run that ended since a text of Chinese has no colon."""
+    (tmp_path / "zh.txt").write_text("天地玄黄宇宙洪荒日月盈昃辰宿列张\n" * 300)
+    asked = {"data.train": str(tmp_path / "zh.txt"), "train.max_steps": 2, "generate.max_new_tokens": 4,
+             "stages": ["train", "generate"], "model.hidden_size": 32, "train.tensorboard": False}  # fmt: skip
+    result = lifecycle.run(configuration.load("shakespeare_char", asked), tmp_path / "run", "shakespeare_char")
+    assert [sample["prompt"] for sample in result["generation"]] == ["天地玄黄宇宙洪荒"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["sample"].startswith("天地玄黄宇宙洪荒") for row in rows if "sample" in row)
+    line = "chosen   generate.prompts=['天地玄黄宇宙洪荒']: beginnings of held-out lines"
+    assert capsys.readouterr().err.count(line) == 1
+    assert (
+        "prompts: [天地玄黄宇宙洪荒]  # beginnings of held-out lines" in (tmp_path / "run" / "config.yaml").read_text()
+    )
+    again = lifecycle.run(configuration.load("shakespeare_char", asked), tmp_path / "run", "shakespeare_char")
+    assert [sample["prompt"] for sample in again["generation"]] == ["天地玄黄宇宙洪荒"]
+    with pytest.raises(UsageError, match="generate.prompts: .RO.: .*generate.prompts=null takes some from the text"):
+        lifecycle.train(
+            configuration.load("shakespeare_char", {**asked, "generate.prompts": ["RO"]}), tmp_path / "other"
+        )

@@ -14,6 +14,7 @@ import torch
 from gptworks import lifecycle
 from gptworks.core import folder, runtime
 from gptworks.core.errors import DataError, Preempted, RunMismatch, StorageError
+from gptworks.core.log import console
 from gptworks.model import build
 from gptworks.training import hooks
 from gptworks.training.hooks import Checkpointer
@@ -320,6 +321,57 @@ def test_text_changed_mid_run_does_not_change_the_run(straight, tiny_config, tin
     mine.write_text("something else altogether. " * 500)
     lifecycle.train(config, tmp_path / "run", "tiny")
     assert end_state(tmp_path / "run") == end_state(straight())
+
+
+@pytest.mark.parametrize("state", ["interrupted", "finished", "longer"])
+def test_an_edited_text_is_warned_of_however_the_run_goes_on(
+    tiny_config, tiny_text, tmp_path, interrupt, capsys, state
+):
+    mine, config = text_changed(tiny_config, tmp_path, tiny_text)
+    if state == "interrupted":
+        stop_at(interrupt, 6, config, tmp_path / "run")
+    else:
+        lifecycle.train(config, tmp_path / "run")
+    os.utime(mine)  # the same text with another time is the same
+    more = config if state != "longer" else tiny_config(**STEADY, **{"data.train": str(mine), "train.max_steps": 14})
+    mine.write_text(mine.read_text() + "the king nobody knew.\n")
+    before = console.quiet
+    console.quiet = True
+    try:
+        capsys.readouterr()
+        lifecycle.train(more, tmp_path / "run")
+    finally:
+        console.quiet = before
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {mine} is not what {tmp_path}/run was begun with") and "--fresh" in said
+
+
+def test_a_text_that_is_the_same_or_gone_is_not_warned_of(tiny_config, tiny_text, tmp_path, capsys):
+    mine, config = text_changed(tiny_config, tmp_path, tiny_text)
+    lifecycle.train(config, tmp_path / "run")
+    os.utime(mine)
+    lifecycle.train(config, tmp_path / "run")
+    mine.unlink()
+    lifecycle.train(config, tmp_path / "run")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key, old, new", [("data.train", "tiny.txt", "other.txt"), ("train.lr", "lr: 0.02", "lr: 0.5"),
+                      ("changes", "changes: []", "changes: [{step: 2, lr: 0.3}]")],
+)  # fmt: skip
+def test_a_config_yaml_edited_by_hand_is_refused(tiny_config, tmp_path, interrupt, key, old, new):
+    """A fault that was seen: the run went on with its old text, and its card named the other."""
+    config, out = tiny_config(**STEADY), tmp_path / "run"
+    stop_at(interrupt, 6, config, out)
+    written = (out / "config.yaml").read_text()
+    assert old in written
+    (out / "config.yaml").write_text(written.replace(old, new, 1))
+    with pytest.raises(RunMismatch, match=f"config.yaml was edited since step-00000006 .*{key}") as refused:
+        lifecycle.train(config, out)
+    assert refused.value.code == 78
+    (out / "config.yaml").write_text(written)
+    assert lifecycle.train(config, out)["steps"] == STEPS
 
 
 def test_changed_text_and_damaged_shards_are_refused_together(tiny_config, tiny_text, tmp_path, interrupt):

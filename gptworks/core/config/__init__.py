@@ -7,6 +7,7 @@ from gptworks.core.config.schema import (
     Adapter,
     Change,
     Chosen,
+    ChosenGenerate,
     ChosenTrain,
     Config,
     Data,
@@ -27,7 +28,7 @@ from gptworks.core.config.schema import (
 )
 
 __all__ = [
-    "ELSEWHERE", "Adapter", "Change", "Chosen", "ChosenTrain", "Config", "Data", "Generate", "Model",
+    "ELSEWHERE", "Adapter", "Change", "Chosen", "ChosenGenerate", "ChosenTrain", "Config", "Data", "Generate", "Model",
     "ProblemSettings", "RunFile", "Section", "Tokenizer", "Train", "Weighted", "build", "continued", "differences",
     "fixed", "flexible", "free", "get", "is_unset", "keys", "keys_of_kind", "load", "problem_of", "recipe_lines",
     "recipe_names", "recipe_text", "usual_folder", "with_values",

@@ -84,6 +84,7 @@ def overridden(tree: dict[str, Any], pairs: Pairs, where: str, origins: dict[str
     for key, value in pairs:  # first, since it says what other keys there are
         if key == "problem.kind":
             _assign(tree, key, value=value, kind=Config)
+    _drop_prompts(tree, dict(pairs))
     problem = problem_of(tree)
     unused = [name for name in BY_PROBLEM if name not in problem.sections]
     for key, value in pairs:
@@ -157,6 +158,16 @@ def _of_run(tree: dict[str, Any], path: str) -> dict[str, Any]:
         if ranks.main:
             console.say(f"recipe   {path} is a run's: its values and steps are taken{rest}")
     return sections
+
+
+def _drop_prompts(tree: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """A recipe's prompts are of its text and its tokenizer: beside others they are left open."""
+    given_data, data, prompts = overrides.get("data"), tree.get("data"), tree.get("generate")
+    text = overrides.get("data.train", given_data.get("train") if isinstance(given_data, dict) else None)
+    other_text = text is not None and (not isinstance(data, dict) or data.get("train") != text)
+    other_ids = any(overrides.get(key) is not None for key in ("model.path", "tokenizer.path"))
+    if (other_text or other_ids) and isinstance(prompts, dict):
+        tree["generate"] = {key: value for key, value in prompts.items() if key != "prompts"}
 
 
 def problem_of(tree: dict[str, Any]) -> Any:

@@ -335,7 +335,9 @@ class Train(Section):
 
 
 class Generate(Section):
-    prompts: list[str] = free([""], "continued by the samples of train, generate and report; empty: a text's beginning")
+    prompts: list[str] | None = free(
+        None, "continued by the samples of train, generate and report; empty: a text's beginning; None: held-out lines"
+    )
     max_new_tokens: Count = free(200, "length of a sample")
     temperature: NonNegative = free(0.8, "0 is greedy")
     top_k: Natural = free(0, "0: all")
@@ -412,10 +414,22 @@ class ChosenTrain(Train):
     log_every: Count
 
 
+class ChosenGenerate(Generate):
+    """The samples of a run that has begun."""
+
+    prompts: list[str] = [""]
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _at_least_a_beginning(cls, value: Any) -> Any:
+        return [""] if value is None else value
+
+
 class Chosen(Config):
     """A configuration of which nothing is open."""
 
     train: ChosenTrain
+    generate: ChosenGenerate = ChosenGenerate()
 
 
 C = TypeVar("C", bound=Config)
