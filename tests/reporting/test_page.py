@@ -203,7 +203,7 @@ def test_without_its_script_the_page_hides_nothing(full: Path) -> None:
 
 def test_every_text_from_a_file_is_escaped(full: Path, tiny_config: Callable[..., Any]) -> None:
     clean = {tag for tag, _ in Page(write_report(full)).tags}
-    write_rows(full, [*rows(), {"step": 20, "sample": NASTY}])
+    write_rows(full, [*rows(), {"step": 20, "sample": NASTY, f"eval/{NASTY}": 1.0}])
     made = [{"prompt": NASTY, "text": NASTY, "finish_reason": NASTY}]
     scores = {"loss": 1.0, "bits_per_byte": 1.0, "method": NASTY, "data": NASTY, "baselines": {NASTY: {"loss": 2.0}}}
     result = RESULT | {"recipe": NASTY, "stopped": NASTY, "generation": made, "evaluation": scores}
