@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gptworks.core.log import count
+from gptworks.reporting.markup import clean, h
 
 Point = tuple[float, float]
 MOST_POINTS = 500  # more are thinned to the lowest and highest of each bucket
@@ -74,35 +75,33 @@ def chart(
             shown = f"{y * axes.factor:.2f}"
             drawn.append(f'<text class="r" x="100%" dx="8" y="{down(y)}%" dy="4">{shown}</text>')
     for name, side in ((axes.unit, 'class="u" x="-44"'), (axes.other_unit, 'class="r u" x="100%" dx="44"')):
-        drawn.append(f'<text {side} y="0" dy="-16">{html.escape(name)}</text>' if name else "")
+        drawn.append(f'<text {side} y="0" dy="-16">{h(name)}</text>' if name else "")
     steps = [x for x in ticks(0.0, right) if x <= right]
     for x in steps:
         drawn.append(f'<line class="tick" x1="{across(x)}%" x2="{across(x)}%" y1="100%" y2="100%"/>')
     for row, (name, text_of) in enumerate((("step" if axes.below else "", across_label or label), *axes.below)):
-        drawn.append(f'<text class="y" x="-20" y="100%" dy="{18 + 16 * row}">{html.escape(name)}</text>' if row else "")
+        drawn.append(f'<text class="y" x="-20" y="100%" dy="{18 + 16 * row}">{h(name)}</text>' if row else "")
         for x in steps:
-            text = html.escape(text_of(x))
+            text = h(text_of(x))
             drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="{18 + 16 * row}">{text}</text>')
     places = sorted((down(y), name, y) for name, y in levels)
     for number, (place, name, y) in enumerate(places):
         crowded = any(abs(place - other) < CLOSE for other, _, _ in places[:number])
         drawn.append(f'<line class="level" x1="0" x2="100%" y1="{place}%" y2="{place}%"/>')
         said = f"{name} {y:.4g} {axes.unit}" if not axes.factor else f"{name} {y * axes.factor:.3f} {axes.other_unit}"
-        text = (
-            f'<text class="level" x="100%" dx="-4" y="{place}%" dy="{14 if crowded else -5}">{html.escape(said)}</text>'
-        )
+        text = f'<text class="level" x="100%" dx="-4" y="{place}%" dy="{14 if crowded else -5}">{h(said)}</text>'
         drawn.append(text)
     for one in series:
         path = " ".join(f"{across(x)},{down(y)}" for x, y in one.points)
         line = f'<polyline class="{one.style}" points="{path}" vector-effect="non-scaling-stroke"/>'
         drawn.append(f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{line}</svg>')
         for x, y in one.points if one.dots or len(one.points) == 1 else []:
-            hint = html.escape(f"{one.name} {y:.4g} at step {x:,.0f}")
+            hint = h(f"{one.name} {y:.4g} at step {x:,.0f}")
             drawn.append(
                 f'<circle class="{one.style}" cx="{across(x)}%" cy="{down(y)}%" r="3.5"><title>{hint}</title></circle>'
             )
-    names = "".join(f'<span class="key {one.style}">{html.escape(one.name)}</span>' for one in series)
-    heading = f"<b>{html.escape(title)}</b>{names if len(series) > 1 else ''}{' (logarithmic)' if log else ''}"
+    names = "".join(f'<span class="key {one.style}">{h(one.name)}</span>' for one in series)
+    heading = f"<b>{h(title)}</b>{names if len(series) > 1 else ''}{' (logarithmic)' if log else ''}"
     spoken = "; ".join(f"{one.name} from {one.points[0][1]:.4g} to {one.points[-1][1]:.4g}" for one in series)
     hover = _hover(series, axes, across=across, down=down, across_label=across_label)
     rows = f" rows{len(axes.below)}" if axes.below else ""
@@ -110,7 +109,7 @@ def chart(
     return (
         f"<figure data-hover='{hover}'>"
         f'<figcaption>{heading}</figcaption><div class="frame">'
-        f'<svg class="plot{rows}" role="img" aria-label="{html.escape(f"{title}: {spoken}")}">{"".join(drawn)}</svg>'
+        f'<svg class="plot{rows}" role="img" aria-label="{h(f"{title}: {spoken}")}">{"".join(drawn)}</svg>'
         "</div></figure>"
     )
 
@@ -135,7 +134,7 @@ def _hover(
     ]
     heads = [[across(x), head(x)] for x in sorted({x for one in series for x, _ in one.points})]
     text = json.dumps({"heads": heads, "lines": lines}, ensure_ascii=False, separators=(",", ":"))
-    return html.escape(text, quote=False).replace("'", "&#x27;")  # for an attribute in single quotes
+    return html.escape(clean(text), quote=False).replace("'", "&#x27;")  # for an attribute in single quotes
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -43,8 +43,12 @@ def h(value: Any) -> Html:
     """Any value as markup: escaped, control characters and lone surrogates replaced."""
     if isinstance(value, Html):
         return value
-    text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return Html(html.escape(CONTROL.sub("\ufffd", text)))
+    return Html(html.escape(clean(str(value))))
+
+
+def clean(text: str) -> str:
+    """A text without control characters and lone surrogates."""
+    return CONTROL.sub("\ufffd", text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def language(text: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from gptworks.core import config as configuration
+from gptworks.core import folder
 from gptworks.core.config import Change, RunFile
 from gptworks.core.errors import DataError
 from gptworks.reporting.chart import MOST_POINTS, decades, thin, ticks
@@ -202,7 +203,7 @@ def test_without_its_script_the_page_hides_nothing(full: Path) -> None:
 
 def test_every_text_from_a_file_is_escaped(full: Path, tiny_config: Callable[..., Any]) -> None:
     clean = {tag for tag, _ in Page(write_report(full)).tags}
-    write_rows(full, [*rows(), {"step": 20, "sample": NASTY}])
+    write_rows(full, [*rows(), {"step": 20, "sample": NASTY, f"eval/{NASTY}": 1.0}])
     made = [{"prompt": NASTY, "text": NASTY, "finish_reason": NASTY}]
     scores = {"loss": 1.0, "bits_per_byte": 1.0, "method": NASTY, "data": NASTY, "baselines": {NASTY: {"loss": 2.0}}}
     result = RESULT | {"recipe": NASTY, "stopped": NASTY, "generation": made, "evaluation": scores}
@@ -298,7 +299,8 @@ def test_a_run_in_progress_shows_where_it_is(full: Path) -> None:
     assert "10 s" in page.text and "0.54 GB" in page.text  # so far, from the log
 
 
-def test_null_and_nonsense_values_never_raise_or_print_nan(full: Path) -> None:
+def test_null_and_nonsense_values_never_raise_or_print_nan(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "fsync", lambda path: None)  # of a hundred pages
     values = [None, float("nan"), float("inf"), "x", True, [1], 10**400, 1e308, -1e308, 2.5]
     tags = ("train/loss", "eval/loss", "train/grad_norm")
     odd = [{"step": step} | dict.fromkeys(tags, value) for step, value in enumerate(values)]
