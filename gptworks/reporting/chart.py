@@ -89,8 +89,7 @@ def chart(
         crowded = any(abs(place - other) < CLOSE for other, _, _ in places[:number])
         drawn.append(f'<line class="level" x1="0" x2="100%" y1="{place}%" y2="{place}%"/>')
         said = f"{name} {y:.4g} {axes.unit}" if not axes.factor else f"{name} {y * axes.factor:.3f} {axes.other_unit}"
-        text = f'<text class="level" x="100%" dx="-4" y="{place}%" dy="{14 if crowded else -5}">{h(said)}</text>'
-        drawn.append(text)
+        drawn.append(f'<text class="level" x="100%" dx="-4" y="{place}%" dy="{14 if crowded else -5}">{h(said)}</text>')
     for one in series:
         path = " ".join(f"{across(x)},{down(y)}" for x, y in one.points)
         line = f'<polyline class="{one.style}" points="{path}" vector-effect="non-scaling-stroke"/>'
