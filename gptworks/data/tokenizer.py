@@ -283,7 +283,9 @@ class Tokenizer:
     def _drops(self) -> bool:
         """True where characters that are not in the vocabulary leave no token behind."""
         model = self._state.get("model") or {}
-        return model.get("type") == "BPE" and not model.get("byte_fallback") and self._unknown_id < 0
+        if model.get("type") != "BPE" or model.get("byte_fallback") or self._unknown_id >= 0:
+            return False
+        return any(letter not in model["vocab"] for letter in byte_alphabet())
 
     @property
     def _unknown_id(self) -> int:
