@@ -502,6 +502,8 @@ def _evaluate(running: _Running) -> _Running:
         f"scores   {scores.loss:.4f} nats/token, perplexity {scores.perplexity:.2f}, "
         f"{scores.bits_per_byte:.3f} bits/byte over {plural(scores.tokens, 'token')} in {scores.method}"
     )
+    if scores.lost_bytes:
+        console.say(f"scores   {shard_folder.lost_words(scores.lost_bytes, scores.bytes)}")
     packed = f"; xz -9e {xz['bits_per_byte']:.3f}" if xz else ""
     console.say(f"scores   bits/byte for scale: unigrams {unigrams['bits_per_byte']:.3f}{packed}")
     if scores.loss > unigrams["loss"] and running.finished.training:

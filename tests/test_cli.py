@@ -469,6 +469,18 @@ def test_json_of_evaluate_is_one_object(cli: Callable[..., Outcome], finished_ru
     assert found["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-6)  # what the run said about its weights
 
 
+def test_evaluate_says_what_a_tokenizer_loses(
+    cli: Callable[..., Outcome], finished_run: Path, model: Path, tmp_path: Path
+) -> None:
+    state = json.loads((model / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Lowercase"}
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "a.txt").write_text("the KING " * 100)
+    said = cli("evaluate", model, "--data", tmp_path / "a.txt", "--against", finished_run / "model").out
+    assert "model: 400 of 900 bytes (44.44%) do not come back from the ids" in said and "against: 4" not in said
+    assert one_object(cli("evaluate", model, "--data", tmp_path / "a.txt", "--json"))["lost_bytes"] == 400
+
+
 def test_evaluate_against_another_model_prints_its_row_and_a_verdict(
     cli: Callable[..., Outcome], finished_run: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

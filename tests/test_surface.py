@@ -26,8 +26,8 @@ RESULT = [
     "changes", "train", "sources", "eval", "model", "recipe", "evaluation", "generation", "report",
 ]  # fmt: skip
 EVALUATION = [
-    "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "method", "tokens_per_second", "baselines", "model",
-    "data",
+    "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "lost_bytes", "method", "tokens_per_second", "baselines",
+    "model", "data",
 ]  # fmt: skip
 GENERATION = ["prompt", "text", "tokens", "finish_reason", "tokens_per_second", "prompt_tokens_per_second"]
 METRICS = {
@@ -56,7 +56,7 @@ def test_result_json_has_these_keys(whole_run):
     result = json.loads((whole_run / "result.json").read_text())
     assert list(result) == RESULT
     assert list(result["evaluation"]) == EVALUATION and list(result["generation"][0]) == GENERATION
-    assert list(result["eval"]) == ["loss", "perplexity", "bits_per_byte", "tokens", "bytes"]
+    assert list(result["eval"]) == ["loss", "perplexity", "bits_per_byte", "tokens", "bytes", "lost_bytes"]
 
 
 def test_metrics_jsonl_has_these_keys(finished_run):

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -44,7 +45,7 @@ LONG_WORD = 1000  # characters: the trainer takes what is longer for several wor
 LONG_TEXT = 4_000_000  # characters, which take a second or more to encode
 STRETCH = 1000  # characters that are compared with what decoding gives back at a time
 LONG_STRETCH = 50_000
-CONTEXT = 4  # tokens before, that decoding may depend on
+CONTEXT = 4  # tokens before others that their decoding may depend on
 _UNBROKEN = re.compile(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}")
 SPANNING = ("gpt-4o",)  # rules by which a token may go on over a newline after a letter or mark
 
@@ -180,10 +181,19 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         with _panics(f"{len(text):,} characters cannot be encoded"):
             encoding = self.backend.encode(text, add_special_tokens=False)
-        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        before = np.searchsorted(spans[:, 0], places)
-        reach = np.append(0, np.maximum.accumulate(spans[:, 1]))[before]  # the furthest that a token before has come
-        return np.array(encoding.ids, dtype=np.uint32), np.where(reach > places, -1, before)
+        before, reach = self._cuts(text, _Tokens.of(encoding), places=np.array(places))
+        return np.array(encoding.ids, dtype=np.uint32), np.where(reach < 0, -1, before)
+
+    def _cuts(self, text: str, tokens: "_Tokens", places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Counts the tokens that begin before each of `places`, and says how far these reach; -1 where it is no cut."""
+        before = np.searchsorted(tokens.starts, places)
+        reach = np.append(0, np.maximum.accumulate(tokens.ends))[before]
+        spanned = reach > places
+        if self._drops:  # then the library tells wrong where in a word its tokens are, but for the first
+            first = np.append(np.diff(tokens.words, prepend=-1) != 0, False)[before]
+            spaces = np.array([text[place : place + 1].isspace() for place in places.tolist()], dtype=bool)
+            spanned |= ~first | (np.append(tokens.starts, 0)[before] > places + spaces)  # a space may be no word's
+        return before, np.where(spanned, -1, reach)
 
     def lost_bytes(self, text: str, ids: np.ndarray, places: Sequence[int] = ()) -> np.ndarray:
         """Counts bytes of `text`, before each of `places` and in all, that decoding its `ids` does not give back.
@@ -196,35 +206,29 @@ class Tokenizer:
         if self.lossless or self.decode(ids[ids != self._unknown_id]) == text:
             return counts
         self.backend.encode_special_tokens = True
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        known = np.array(encoding.ids, dtype=np.int64) != self._unknown_id
-        tokens = np.array(encoding.ids, dtype=np.int64)[known]
-        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[known]
-        starts, reach = spans[:, 0], np.append(0, np.maximum.accumulate(spans[:, 1]))  # how far the tokens before come
-        apart = starts >= reach[:-1]
-        if self._drops:  # then the library tells wrong where in a word its tokens are
-            words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)[known]
-            apart &= np.diff(words, prepend=-1) != 0
-        free = starts[apart]  # where the text can be cut
+        every = _Tokens.of(self.backend.encode(text, add_special_tokens=False))
+        tokens = every.only(every.ids != self._unknown_id)
+        free = tokens.starts[self._cuts(text, tokens, places=tokens.starts)[1] >= 0]
         regular = free[np.searchsorted(free, np.arange(STRETCH, free.max(initial=0), STRETCH))]
-        cuts = {place: number for number, place in enumerate(places)}
+        cuts = np.union1d(regular, places).astype(np.int64)
         lost = start = begin = 0
-        for place in sorted({*cuts, *regular.tolist(), len(text)}):
-            end = int(np.searchsorted(starts, place)) if place < len(text) else len(tokens)
-            stop = place
-            if place < len(text):
-                if reach[end] > place or (end < len(tokens) and not apart[end]):
-                    counts[cuts[place]] = lost
-                    continue
-                while stop > max(start, reach[end]) and text[stop - 1].isspace():  # decoded with what follows it
+        for place, end, reach in zip(
+            cuts.tolist(), *(each.tolist() for each in self._cuts(text, tokens, places=cuts)), strict=True
+        ):
+            if reach >= 0:
+                stop = place
+                while stop > max(start, reach) and text[stop - 1].isspace():  # decoded with what follows it
                     stop -= 1
-            before = max(begin - CONTEXT, 0)  # some decoders drop the space that a text begins with
-            back = self.decode(tokens[before:end])[len(self.decode(tokens[before:begin])) :]
-            lost += _unmatched(text[start:stop], back)
-            start, begin = stop, end
-            counts[cuts.get(place, -1)] = lost
-        counts[-1] = lost
+                lost += _unmatched(text[start:stop], self._decoded(tokens.ids, begin, end))
+                start, begin = stop, end
+            counts[:-1][np.equal(places, place)] = lost
+        counts[-1] = lost + _unmatched(text[start:], self._decoded(tokens.ids, begin, len(tokens.ids)))
         return counts
+
+    def _decoded(self, ids: np.ndarray, begin: int, end: int) -> str:
+        """Decodes `ids[begin:end]` after some that stand before, since decoders may drop a text's first space."""
+        before = max(begin - CONTEXT, 0)
+        return self.decode(ids[before:end])[len(self.decode(ids[before:begin])) :]
 
     def _slow(self, text: str) -> np.ndarray:
         self.backend.encode_special_tokens = True
@@ -279,7 +283,9 @@ class Tokenizer:
     def _drops(self) -> bool:
         """True where characters that are not in the vocabulary leave no token behind."""
         model = self._state.get("model") or {}
-        return model.get("type") == "BPE" and not model.get("byte_fallback") and self._unknown_id < 0
+        if model.get("type") != "BPE" or model.get("byte_fallback") or self._unknown_id >= 0:
+            return False
+        return any(letter not in model["vocab"] for letter in byte_alphabet())
 
     @property
     def _unknown_id(self) -> int:
@@ -412,6 +418,25 @@ class Tokenizer:
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return cls(backend, {**_config(), "gptworks_characters": True})
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a text, with where each begins and ends in it, and the word that it is of."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    words: np.ndarray
+
+    @classmethod
+    def of(cls, encoding: Any) -> "_Tokens":
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+        return cls(np.array(encoding.ids, dtype=np.int64), starts=spans[:, 0], ends=spans[:, 1], words=words)
+
+    def only(self, which: np.ndarray) -> "_Tokens":
+        return _Tokens(self.ids[which], starts=self.starts[which], ends=self.ends[which], words=self.words[which])
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Shards: what is held out, what is in the files, and when they are written again."""
 
 import gzip
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -834,3 +835,47 @@ def test_prompts_are_the_beginnings_of_held_out_lines(tmp_path: Path, kind: str)
     (tmp_path / "b.txt").write_text("天地玄黄宇宙洪荒日月盈昃辰宿列张\n" * 300)
     other = prepare(Data(train=str(tmp_path / "b.txt")), TokenizerConfig(kind=kind, vocab_size=300), tmp_path / "e")
     assert beginnings(other.eval, other.tokenizer, 64) == ["天地玄黄宇宙洪荒"]
+
+
+def lossy(path: Path, decoder: Any = None) -> Path:
+    """The folder of a tokenizer that leaves out what it does not know."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    backend = Backend(
+        models.BPE(vocab={c: i for i, c in enumerate(["</s>", *"abcdefghijklmnopqrstuvwxyz ,.\n"])}, merges=[])
+    )
+    backend.decoder = decoders.Fuse()
+    path.mkdir()
+    Tokenizer(backend, {"eos_token": "</s>"}).save(path)
+    return path
+
+
+def test_what_a_tokenizer_loses_is_counted_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("the king 你好\n" * 900 + "plain text\n" * 100)
+    made = build(tmp_path / "d", tmp_path / "a.txt", {"path": str(lossy(tmp_path / "tok"))})
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{900 * 6:,} of {900 * 16 + 1100:,} bytes" in said and "do not come back from the ids" in said
+    assert made.train.lost_bytes + made.eval.lost_bytes == 900 * 6 and made.train.lost_per_token > 0
+    again = open_shards(tmp_path / "d")
+    assert (again.train.lost_bytes, again.eval.lost_bytes) == (made.train.lost_bytes, made.eval.lost_bytes)
+    assert "nobody counted" not in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert "lost_bytes" in manifest["splits"]["eval"]
+
+
+def test_shards_of_before_it_was_counted_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("the king 你好\n" * 900)
+    shards = build(tmp_path / "d", tmp_path / "a.txt", {"path": str(lossy(tmp_path / "tok"))})
+    for facts in shards.manifest["splits"].values():
+        del facts["lost_bytes"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.folder, "read_manifest", lambda path: shards.manifest)
+        open_shards(tmp_path / "d", verified=True)
+    assert "nobody counted what decoding does not give back" in " ".join(capsys.readouterr().err.split())
+
+
+def test_shards_of_a_tokenizer_that_loses_nothing_have_no_word_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the king of men\n" * 100)
+    made = build(tmp_path / "d", tmp_path / "a.txt")
+    assert "lost_bytes" not in made.manifest["splits"]["train"] and made.train.lost_bytes == 0

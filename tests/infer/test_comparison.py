@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import examples
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from gptworks import lifecycle
@@ -265,3 +265,50 @@ def test_a_better_model_is_found_better(text: Path) -> None:
         each.model.forward = lambda tokens, segments=None: Output(torch.ones(*tokens.shape, 1), ())  # type: ignore[method-assign]
         each.model.lm_head.weight = torch.nn.Parameter((strength * counts.log()).float()[:, None])
     assert lifecycle.evaluate(blunt, str(text), against=sharp)["against"]["better"] == "sharp"
+
+
+# -- what a tokenizer loses ------------------------------------------------------------------------------------------
+
+
+WORDS = pre_tokenizers.Split(Regex(r"\s"), "isolated")
+
+
+def spaced() -> Tokenizer:
+    """Letters, of which it leaves out those that it does not know."""
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(["</s>", *tiny.ALPHABET])}, merges=[]))
+    backend.pre_tokenizer = WORDS
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+def test_a_text_that_is_lost_makes_no_evaluation_better(tmp_path: Path) -> None:
+    one = loaded(spaced(), 1, "one")
+    scores, text = [], tiny.text(9000)
+    for lost in (0, 300, 6000):
+        (tmp_path / "a.txt").write_text(text + "你好" * (lost // 6) if lost else text)
+        scores.append(lifecycle.evaluate(one, str(tmp_path / "a.txt")))
+        assert scores[-1].lost_bytes == lost and scores[-1].bytes == 9000 + lost
+    assert scores[0].loss == scores[1].loss == scores[2].loss
+    assert scores[0].bits_per_byte < scores[1].bits_per_byte < scores[2].bits_per_byte
+    bits = scores[0].bits_per_byte * 9000
+    assert scores[2].bits_per_byte == pytest.approx((bits + 8 * 6000) / 15_000)
+    (tmp_path / "a.txt").write_text("你好---你好")
+    with pytest.raises(DataError, match="nothing of the text comes back"):
+        lifecycle.evaluate(one, str(tmp_path / "a.txt"), separator="---")
+
+
+def test_a_model_does_not_win_by_losing_text(tmp_path: Path) -> None:
+    """Two models that are one, but for a tokenizer that leaves a third of the text out."""
+    know = Backend(models.BPE(vocab={c: i for i, c in enumerate(["</s>", *tiny.ALPHABET, *"你好"])}, merges=[]))
+    know.decoder, know.pre_tokenizer = decoders.Fuse(), WORDS
+    whole = Loaded(Path("whole"), tiny.model(1, 33), Tokenizer(know, {"eos_token": "</s>"}), (), {})
+    lossy = Loaded(Path("lossy"), tiny.model(1, 33), spaced(), (), {})
+    for each in (whole, lossy):  # every token costs the same
+        each.model.forward = lambda tokens, segments=None: Output(torch.ones(*tokens.shape, 1), ())  # type: ignore[method-assign]
+        each.model.lm_head.weight = torch.nn.Parameter(torch.ones(33, 1))
+    (tmp_path / "a.txt").write_text("".join(tiny.text(500, seed) + "你好" * 40 + "\n" for seed in range(60)))
+    made = lifecycle.evaluate(lossy, str(tmp_path / "a.txt"), against=whole)
+    against = made.against
+    assert against is not None and (made.lost_bytes, against.lost_bytes) == (60 * 240, 0)
+    assert made.bits_per_byte - against.bits_per_byte == pytest.approx(against.difference_bits_per_byte, rel=1e-9)
+    assert against.better == "whole"

@@ -9,12 +9,24 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptworks.core.errors import NotFinite
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
 from gptworks.data.tokenizer import Tokenizer
-from gptworks.infer.scoring import PASSAGE, passage, score, stream_losses, total, unigram, xz
+from gptworks.infer.scoring import (
+    PASSAGE,
+    bits_per_byte,
+    charge,
+    passage,
+    score,
+    stream_losses,
+    total,
+    unigram,
+    xz,
+)
 from gptworks.model.heads import LanguageHead
 from gptworks.model.transformer import Output
 
@@ -191,3 +203,26 @@ def test_a_passage_never_shows_half_a_character():
 def test_a_text_of_one_token_is_a_passage_without_losses(model):
     stream = Stream(np.array([3], dtype=np.uint16), np.array([0]), 1)
     assert [losses for _, losses in passage(model, stream, tiny.tokenizer(), context=8)] == [[]]
+
+
+@given(
+    nats=st.floats(0, 1e6), kept=st.integers(1, 10**6), lost=st.integers(0, 10**6), more=st.integers(0, 10**6),
+    cost=st.floats(0, 1e5),
+)  # fmt: skip
+def test_losing_more_of_a_text_never_lowers_bits_per_byte(nats, kept, lost, more, cost):
+    """Whatever a model needs for what comes back, and for the tokens that stand for what does not."""
+    before = bits_per_byte(nats, kept + lost, lost)
+    assert bits_per_byte(nats + cost, kept + lost + more, lost + more) >= before * (1 - 1e-12)
+    assert bits_per_byte(nats, kept, 0) == nats / math.log(2) / kept  # and to the bit where nothing is lost
+    assert charge(nats, kept + lost, lost) >= 8
+
+
+def test_what_is_lost_is_charged_on_top_and_the_loss_stays(model):
+    made = score(model, dataclasses.replace(STREAM, bytes=STREAM.bytes + 100, lost_bytes=100), 32)
+    plain = score(model, STREAM, 32)
+    assert (made.loss, made.tokens, made.lost_bytes) == (plain.loss, plain.tokens, 100)
+    bits = plain.bits_per_byte * STREAM.bytes
+    assert bits < 8 * STREAM.bytes
+    assert made.bits_per_byte == pytest.approx((bits + 800) / (STREAM.bytes + 100))
+    simple = unigram(dataclasses.replace(STREAM, bytes=STREAM.bytes + 100, lost_bytes=100))["bits_per_byte"]
+    assert simple * (STREAM.bytes + 100) == pytest.approx(unigram(STREAM)["bits_per_byte"] * STREAM.bytes + 800)
