@@ -340,13 +340,13 @@ def push(path: Path, name: str, private: bool = False) -> Pushed:
 
 def _say_what_is_sent(path: Path, files: dict[str, Path | bytes], name: str) -> None:
     """The files with their sizes, the text that the model was trained on, and what names folders of this machine."""
-    sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in files.items()}
+    sizes = {file: len(what) if isinstance(what, bytes) else what.stat().st_size for file, what in files.items()}
     console.say(f"push     {len(files)} files, {size(sum(sizes.values()))}, to {name}:")
     for file, length in sizes.items():
         console.say(f"push     {file} ({size(length)})")
     lineage = folder.read_json(path / build.LINEAGE) if build.LINEAGE in files else {}
     if isinstance(lineage, dict) and lineage.get("data"):
-        console.say(f"push     they name the training text: {card.mixture(lineage['data'])}")
+        console.say(f"push     they name the training text: {str(lineage['data'])[:500]}")
     home = str(Path.home())
     for file in ("README.md", build.LINEAGE):
         if file in files and home in (path / file).read_text(encoding="utf-8", errors="replace"):

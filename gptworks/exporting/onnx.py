@@ -38,7 +38,7 @@ NEW_TOKENS = 16  # of greedy text
 BATCH = 3
 GRAPH, GRAPH_LAYER = 40_000, 155_000  # bytes of the graph besides weights, and of a layer of it, at most as tried
 PROTOBUF = 1_800_000_000  # bytes of weights in model.onnx itself, whose format ends at 2 GiB; more lie beside it
-FILES = ("config.json", "generation_config.json")  # of the model's folder; what spells a text may be an adapter's
+FILES = ("config.json", "generation_config.json")  # what spells a text is written anew
 
 
 @contextmanager
@@ -126,18 +126,24 @@ class ONNX(Exporter):
     @property
     def estimate(self) -> int:
         weights = 4 * sum(p.numel() for p in self.loaded.model.parameters())  # a shared matrix is there once
-        others = sum((self.loaded.home / name).stat().st_size for name in FILES if (self.loaded.home / name).is_file())
+        others = sum(file.stat().st_size for file in self._files())
         others += len(self.loaded.tokenizer.backend.to_str().encode()) + 2**14
         return weights + others + GRAPH + GRAPH_LAYER * self.config.num_hidden_layers
+
+    def _files(self) -> list[Path]:
+        """Those of FILES that the folder has, or else its base."""
+        places = [[home / name for home in (self.loaded.path, self.loaded.home)] for name in FILES]
+        return [
+            next(file for file in each if file.is_file()) for each in places if any(file.is_file() for file in each)
+        ]
 
     def _past(self, batch: int, length: int) -> list[Tensor]:
         return [torch.zeros(batch, self.config.num_key_value_heads, length, self.config.head_dim) for _ in self.names]
 
     def copy(self, path: Path) -> None:
         """Puts into the folder what is not the graph: the configuration, the tokenizer and the chat template."""
-        for name in FILES:
-            if (self.loaded.home / name).is_file():
-                shutil.copyfile(self.loaded.home / name, path / name)
+        for file in self._files():
+            shutil.copyfile(file, path / file.name)
         build.save_tokenizer(path, self.loaded.tokenizer, self.loaded)
 
     def write(self, path: Path) -> None:

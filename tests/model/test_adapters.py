@@ -387,6 +387,7 @@ def test_an_adapters_own_tokenizer_files_count_and_merge_and_exports_carry_them(
         (adapter / "tokenizer_config.json").write_text(json.dumps(own))
     if "tokenizer" in files:
         shutil.copy(base / "tokenizer.json", adapter)
+        (adapter / "generation_config.json").write_text('{"eos_token_id": [7]}')
     if "jinja" in files:
         (adapter / "chat_template.jinja").write_text(TEMPLATE)
     read = build.load(adapter)
@@ -404,6 +405,8 @@ def test_an_adapters_own_tokenizer_files_count_and_merge_and_exports_carry_them(
     for whole in (tmp_path / "merged", tmp_path / "onnx"):
         theirs = transformers.AutoTokenizer.from_pretrained(whole)
         assert theirs.eos_token == end and theirs.chat_template == template
+        ends = json.loads((whole / "generation_config.json").read_text())["eos_token_id"]
+        assert (7 in ends if isinstance(ends, list) else False) == ("tokenizer" in files)
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == template
     assert fields["tokenizer.ggml.eos_token_id"].contents() == read.tokenizer.eos_id
