@@ -82,8 +82,8 @@ def chart(
     for row, (name, text_of) in enumerate((("step" if axes.below else "", across_label or label), *axes.below)):
         drawn.append(f'<text class="y" x="-20" y="100%" dy="{18 + 16 * row}">{h(name)}</text>' if row else "")
         for x in steps:
-            text = h(text_of(x))
-            drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="{18 + 16 * row}">{text}</text>')
+            told = h(text_of(x))
+            drawn.append(f'<text class="x" x="{across(x)}%" y="100%" dy="{18 + 16 * row}">{told}</text>')
     places = sorted((down(y), name, y) for name, y in levels)
     for number, (place, name, y) in enumerate(places):
         crowded = any(abs(place - other) < CLOSE for other, _, _ in places[:number])

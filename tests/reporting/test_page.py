@@ -18,7 +18,7 @@ from gptworks.core import config as configuration
 from gptworks.core import folder
 from gptworks.core.config import Change, RunFile
 from gptworks.core.errors import DataError
-from gptworks.reporting.chart import MOST_POINTS, decades, thin, ticks
+from gptworks.reporting.chart import MOST_POINTS, Series, chart, decades, thin, ticks
 from gptworks.reporting.markup import language
 from gptworks.reporting.page import write_range_test, write_report
 
@@ -227,6 +227,14 @@ def test_every_text_from_a_file_is_escaped(full: Path, tiny_config: Callable[...
     assert page.text.count("<script>alert(1)</script>\"'&\ufffd\ufffd[31m? </pre><img") >= 10
     for letter in "abcdefg":
         assert f"<script>{letter}" in page.text, letter
+
+
+def test_whatever_a_line_is_called_is_text_in_a_chart(tmp_path: Path) -> None:
+    drawn = chart(NASTY, [Series(NASTY, "train", [(1, 2.0), (2, 1.0)]), Series("b", "eval", [(1, 1.0)])])
+    (tmp_path / "chart.html").write_text(drawn, encoding="utf-8")
+    page = Page(tmp_path / "chart.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "pre"}
+    assert page.hover()[0]["lines"][0]["name"].startswith("<script>alert(1)</script>\"'&")
 
 
 def test_curves_have_a_point_for_each_logged_row(full: Path) -> None:
