@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from gptworks.core import runtime
+from gptworks.core import folder, runtime
 from gptworks.core.log import console
 
 
@@ -1070,9 +1070,10 @@ def test_evaluate_warns_of_what_was_replaced_though_quiet(
 
 @pytest.mark.parametrize("trained, crlf_is_read_as", [("lf", "\n"), ("keep", "\r\n"), (None, "\r\n"), ("", "\n")])
 def test_evaluate_reads_line_ends_as_training_did(
-    cli: Callable[..., Outcome], model: Path, tmp_path: Path, trained: str | None, crlf_is_read_as: str
+    cli: Callable[..., Outcome], finished_run: Path, tmp_path: Path, trained: str | None, crlf_is_read_as: str
 ) -> None:
     """None: a run from before there was a choice; "": a model of which no run is known."""
+    model = Path(shutil.copytree(finished_run / "model", tmp_path / "copied"))
     lineage = json.loads((model / "gptworks.json").read_text())
     assert lineage["config"]["data"].pop("newlines") == "lf"
     if trained == "":
@@ -1080,6 +1081,11 @@ def test_evaluate_reads_line_ends_as_training_did(
     elif trained:
         lineage["config"]["data"]["newlines"] = trained
     (model / "gptworks.json").write_text(json.dumps(lineage))
+    manifest = folder.read_manifest(model)
+    manifest["files"]["gptworks.json"] = {
+        "bytes": (model / "gptworks.json").stat().st_size, "sha256": folder.sha256(model / "gptworks.json"),
+    }  # fmt: skip
+    folder.write_manifest(model, manifest)
     lines = "the king walked slowly\nover old stones\n" * 10
     (tmp_path / "a.txt").write_bytes(lines.replace("\n", "\r\n").encode())
     found = one_object(cli("evaluate", model, "--data", tmp_path / "a.txt", "--json"))

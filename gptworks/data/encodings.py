@@ -61,7 +61,7 @@ def _wide(raw: bytes) -> str | None:
     """UTF-16 and UTF-32 without a byte order mark: text of their characters is printable."""
     for name in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
         text = _decoded(raw, name)
-        if text and sum(c.isprintable() or c in "\t\r\n" for c in text) > 0.99 * len(text):
+        if len(text) > 8 and sum(c.isprintable() or c in "\t\r\n" for c in text) > 0.99 * len(text):
             return name
     return None
 
