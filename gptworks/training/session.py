@@ -7,6 +7,7 @@ On several processes the main one prepares and writes (`run_main`); the others w
 import contextlib
 import json
 import os
+import sys
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -492,7 +493,8 @@ def _train(
         if metrics:
             metrics.close()
             account.add("training", state.seconds - trained_before)
-            with contextlib.suppress(StorageError):  # what stopped the run is what is to be said
+            stopped = sys.exc_info()[0] is not None  # and what stopped the run is what is to be said
+            with contextlib.suppress(StorageError) if stopped else contextlib.nullcontext():
                 account.write()
 
 

@@ -185,7 +185,7 @@ def test_a_model_that_the_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatc
     model = tiny.model(vocab_size=31)
     need = sum(value.nbytes for value in {id(p): p for p in model.parameters()}.values())
     for free, fits in ((need, True), (need - 1, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free, total=10**15))
         if fits:
             build.save(tmp_path / "a" / "m", model, tiny.tokenizer(), {})
         else:

@@ -394,7 +394,7 @@ def test_figures_that_differ_between_processes_end_both_at_one_step(tmp_path, zy
 def test_the_card_of_a_problem_names_it(tmp_path):
     lifecycle.train(asked("reverse"), tmp_path / "run")
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert f", for\n`{REVERSE}`." in card and "split of '" not in card
+    assert ", for\n`own_problem.py:Reverse`." in card and "split of '" not in card
 
 
 def test_nothing_of_the_package_knows_of_the_example():
