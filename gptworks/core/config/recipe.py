@@ -131,9 +131,8 @@ def _tree(recipe: str, origins: dict[str, str], above: tuple[str, ...] = ()) -> 
     origins |= dict.fromkeys(_named(tree), recipe)
     if isinstance(model := tree.get("model"), dict) and model.get("path") is not None:
         _make_room(base)
-        parts = [(name, section) for name, section in tree.items() if isinstance(section, dict)]
+    parts = [(name, section) for name, section in tree.items() if isinstance(section, dict)]
     _drop_prompts(base, {f"{name}.{key}": value for name, section in parts for key, value in section.items()})
-
     for name, section in tree.items():
         before = base.get(name)
         base[name] = before | section if isinstance(before, dict) and isinstance(section, dict) else section
