@@ -37,9 +37,6 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
-    def check_rows(self, largest: int, rows: int, what: str) -> None:
-        """Nothing: its ids are the model's."""
-
     def decode(self, ids: Any, skip_control: bool = False) -> str:
         return " ".join(map(str, ids[:8]))
 

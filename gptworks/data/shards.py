@@ -32,7 +32,7 @@ from gptworks.data.findings import Findings, Piece
 from gptworks.data.formats import ROW
 from gptworks.data.sources import Source, findings_of, listed, sources_of
 from gptworks.data.split import Overlap, Split
-from gptworks.data.tokenizer import Tokenizer, sample
+from gptworks.data.tokenizer import Tokenizer, check_rows, sample
 
 VERSION = 2
 DTYPES = ("<u2", "<u4")
@@ -252,7 +252,7 @@ def check_ids(stream: Stream, tokenizer: Tokenizer, rows: int, what: str) -> Non
     if largest is None:
         starts = range(0, len(stream.tokens), 10_000_000)
         largest = max((int(stream.tokens[i : i + 10_000_000].max()) for i in starts), default=0)
-    tokenizer.check_rows(largest, rows, what)
+    check_rows(tokenizer, largest, rows=rows, what=what)
     if stream.lost_bytes == stream.bytes > 0:
         raise DataError(f"{what}: nothing of the text comes back from the tokenizer's ids, so that it has no score")
 

@@ -153,13 +153,6 @@ class Tokenizer:
                 return self.backend.encode(text, add_special_tokens=False).ids
         return self.encode_array(text).tolist()
 
-    def check_rows(self, largest: int, rows: int, what: str) -> None:
-        """Raises DataError for an id that a model with so many rows cannot take: published folders have tokens beyond
-        their rows, which harm nobody until one is met."""
-        if largest >= rows:
-            token = str(self.backend.id_to_token(largest))[:80]
-            raise DataError(f"{what}: token id {largest} ({token!r}) is beyond the model's vocabulary of {rows}")
-
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, but returns a uint32 array, as fast as this installation can."""
         if self._characters is not None:
@@ -437,6 +430,14 @@ class _Tokens:
 
     def only(self, which: np.ndarray) -> "_Tokens":
         return _Tokens(self.ids[which], starts=self.starts[which], ends=self.ends[which], words=self.words[which])
+
+
+def check_rows(tokenizer: Tokenizer, largest: int, *, rows: int, what: str) -> None:
+    """Raises DataError for an id that a model with so many rows cannot take: published folders have tokens beyond
+    their rows, which harm nobody until one is met. Of `tokenizer`, which may be a problem's own, it asks `decode`."""
+    if largest >= rows:
+        token = tokenizer.decode([largest])[:80]
+        raise DataError(f"{what}: token id {largest} ({token!r}) is beyond the model's vocabulary of {rows}")
 
 
 @contextmanager

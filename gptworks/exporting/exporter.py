@@ -22,6 +22,7 @@ from gptworks.core.results import Exported
 from gptworks.data.batch import Batch
 from gptworks.data.loader import blocks
 from gptworks.data.shards import Stream
+from gptworks.data.tokenizer import check_rows
 from gptworks.model.build import Loaded
 
 FORMATS = {"gguf": "gptworks.exporting.gguf:GGUF", "onnx": "gptworks.exporting.onnx:ONNX"}
@@ -117,7 +118,7 @@ def _rows(loaded: Loaded, text: str, tokens: int) -> list[Batch]:
     ids = ids if start is None else [start, *ids]
     if len(ids) < 2:
         raise DataError("--data: too little text to compare on")
-    loaded.tokenizer.check_rows(max(ids), loaded.model.config.vocab_size, "--data")
+    check_rows(loaded.tokenizer, max(ids), rows=loaded.model.config.vocab_size, what="--data")
     stream = Stream(np.array(ids), np.zeros(1, dtype=np.int64), len(text))
     return list(blocks(stream, min(loaded.model.config.max_position_embeddings, ROW)))
 

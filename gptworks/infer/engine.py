@@ -13,7 +13,7 @@ from torch import Tensor
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import plural
 from gptworks.core.workers import threads
-from gptworks.data.tokenizer import Tokenizer
+from gptworks.data.tokenizer import Tokenizer, check_rows
 from gptworks.infer.sampling import Sampling, choose
 from gptworks.model.attention import KeyValueCache
 from gptworks.model.config import parameter_count
@@ -66,7 +66,7 @@ class Engine:
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise DataError(f"the prompt has {plural(len(ids), 'token')}; this model takes fewer than {limit:,}")
-        self.tokenizer.check_rows(max(ids, default=0), self.model.config.vocab_size, "the prompt")
+        check_rows(self.tokenizer, max(ids, default=0), rows=self.model.config.vocab_size, what="the prompt")
         return ids
 
     def generate(self, prompt: str, how: Sampling, max_new_tokens: int, **options: object) -> Generation:
