@@ -131,7 +131,7 @@ class ONNX(Exporter):
         return weights + others + GRAPH + GRAPH_LAYER * self.config.num_hidden_layers
 
     def _files(self) -> list[Path]:
-        """Those of FILES that the folder has, or else its base."""
+        """The tokenizer's files, each from the folder itself or else from its base."""
         places = [[home / name for home in (self.loaded.path, self.loaded.home)] for name in FILES]
         return [
             next(file for file in each if file.is_file()) for each in places if any(file.is_file() for file in each)

@@ -77,8 +77,6 @@ class Logger:
         """Bits a byte of text, where a token stands for text."""
         if self.bytes_per_token is None:
             return None
-        if not self.lost_per_token:
-            return loss * (1 / math.log(2) / self.bytes_per_token)
         return bits_per_byte(loss, self.bytes_per_token, self.lost_per_token)
 
     def __call__(self, state: State, m: StepMetrics) -> None:
@@ -366,7 +364,10 @@ class TimeBudget:
             return now + left - end, end, pace
 
         miss, end, pace = missed()
-        if miss > 0 and pace.evaluation > EVALUATION_DOUBTED * (end - now) and now < (1 - LATE) * self.budget:
+        doubted = miss > 0 and pace.evaluation > EVALUATION_DOUBTED * (end - now) and now < (1 - LATE) * self.budget
+        if (
+            doubted and ranks.world == 1
+        ):  # of several, each makes a plan of its own, and an evaluation may need them all
             # So much of what is left is not given up for an estimate that a busy moment may have made.
             self.evaluation_steps = min(self.evaluation_steps, self.evaluation_now() / seconds)
             miss, end, pace = missed()

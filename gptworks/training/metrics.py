@@ -118,7 +118,7 @@ class Metrics:
         if self.board:
             self.board.close()
         if self.wandb:
-            self._at_wandb(lambda: self.wandb.finish())
+            self._at_wandb(self.wandb.finish)
 
 
 class Account:

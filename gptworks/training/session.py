@@ -51,11 +51,10 @@ def check(config: Config) -> None:
     check_values(config)
 
 
-WRITTEN = (
-    "metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html", "run.json", "passage.json",
-    "choices.json",
-)  # fmt: skip
 CHOICES = "choices.json"  # what the run was decided from; written before config.yaml, which makes the folder a run
+WRITTEN = (
+    "metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html", "run.json", "passage.json", CHOICES,
+)  # fmt: skip
 
 
 def check_values(config: Config) -> None:

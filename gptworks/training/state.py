@@ -53,7 +53,7 @@ class Sums:
 
     @classmethod
     def of(cls, values: Any) -> "Sums":
-        """Those that a checkpoint keeps. Raises TypeError, ValueError."""
+        """Reads the sums that a checkpoint keeps. Raises TypeError, ValueError."""
         plain = {name: float(value) for name, value in values.items() if name not in ("tokens", "figures")}
         figures = {str(name): (float(total), float(weight)) for name, (total, weight) in values["figures"].items()}
         return cls(**plain, tokens=operator.index(values["tokens"]), figures=figures)

@@ -123,7 +123,7 @@ def _tree(recipe: str, origins: dict[str, str], above: tuple[str, ...] = ()) -> 
         if not isinstance(extended, str):
             raise UsageError(f"{recipe}: extends={shown(extended)}: name one recipe")
         if extended not in recipe_names() and Path(extended).suffix in (".yaml", ".yml"):
-            extended = os.path.normpath(Path(recipe).parent / Path(extended).expanduser())  # beside this file
+            extended = os.path.normpath(Path(recipe).parent / folder.path(extended))  # beside this file
         chain = (*above, recipe)
         if extended in (os.path.normpath(each) for each in chain):
             raise UsageError(f"{recipe}: extends {extended}, and so itself; name another recipe")
