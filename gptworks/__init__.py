@@ -7,11 +7,29 @@ of their names do, and give back what those print with `--json`.
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from gptworks.api import Model, evaluate, export, generate, load, merge, push, report, run, train, verify
+    from gptworks.api import (
+        Model,
+        compare,
+        continue_run,
+        evaluate,
+        export,
+        generate,
+        load,
+        merge,
+        plan,
+        push,
+        report,
+        run,
+        train,
+        verify,
+    )
 
     __version__: str
 
-__all__ = ["Model", "evaluate", "export", "generate", "load", "merge", "push", "report", "run", "train", "verify"]
+__all__ = [
+    "Model", "compare", "continue_run", "evaluate", "export", "generate", "load", "merge", "plan", "push", "report",
+    "run", "train", "verify",
+]  # fmt: skip
 
 
 if not _typing.TYPE_CHECKING:  # else a type checker would take any name for one of these

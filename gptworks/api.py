@@ -7,6 +7,7 @@ was. A wrong argument is a UsageError.
 
 import inspect
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -23,11 +24,13 @@ from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import count
 from gptworks.core.registry import nearest
 from gptworks.core.results import (
+    ComparedRuns,
     Evaluated,
     Exported,
     Finished,
     Generated,
     Merged,
+    Planned,
     Proposed,
     Pushed,
     Reported,
@@ -37,6 +40,7 @@ from gptworks.core.results import (
 from gptworks.data.shards import check_ids, encode_documents
 from gptworks.infer.sampling import Sampling
 from gptworks.infer.scoring import Score, score
+from gptworks.reporting.compare import compare as side_by_side
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,8 +54,9 @@ def _public(work: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(work)
     def called(*arguments: P.args, **options: P.kwargs) -> R:
-        for key in () if takes_any else options:
-            if key not in named:
+        for key in options:
+            misspelt = key not in Config.model_fields and get_close_matches(key, named, cutoff=0.7)
+            if key not in named and (misspelt or not takes_any):
                 raise UsageError(f"{name}: unknown argument {key!r}: {nearest(key, named)}")
         try:
             bound = signature.bind(*arguments, **options)
@@ -161,6 +166,29 @@ def train(
 
 
 @_public
+def continue_run(run: str | PathLike[str], quiet: bool = False, **overrides: Any) -> Trained | Proposed | None:
+    """`gptworks continue`: a run goes on, as it was asked for or with what is given here."""
+    runtime.restart_clock()
+    config, name = configuration.continued(Path(run), _written(overrides))
+    return lifecycle.train(config, Path(run), name)
+
+
+@_public
+def plan(
+    recipe: str | PathLike[str] = "mine", machine: str | PathLike[str] | None = None, quiet: bool = False,
+    **overrides: Any,
+) -> Planned:  # fmt: skip
+    """`gptworks plan`: what three sizes of model would see, take and reach."""
+    return lifecycle.plan(fspath(recipe), _written(overrides), None if machine is None else Path(machine))
+
+
+@_public
+def compare(*runs: str | PathLike[str]) -> ComparedRuns:
+    """`gptworks compare`: runs side by side, from their files alone."""
+    return side_by_side([Path(each) for each in runs])
+
+
+@_public
 def run(
     recipe: str | PathLike[str], out: str | PathLike[str] | None = None, fresh: bool = False, quiet: bool = False,
     **overrides: Any,
@@ -175,8 +203,12 @@ def _asked(
 ) -> tuple[Config, Path, str]:
     runtime.restart_clock()
     name = fspath(recipe)
-    values = {key: _as_written(key, value) for key, value in overrides.items()}
-    return configuration.load(name, values), Path(out or f"runs/{Path(name).stem}"), name
+    return configuration.load(name, _written(overrides)), Path(out or configuration.usual_folder(name)), name
+
+
+def _written(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides as a recipe would have them."""
+    return {key: _as_written(key, value) for key, value in overrides.items()}
 
 
 def _as_written(key: str, value: Any) -> Any:

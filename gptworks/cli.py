@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from gptworks.core.errors import DataError, GptworksError, Preempted, StorageError, UsageError
-from gptworks.core.log import PRINTABLE, console, count, plural, table, unfailing, unwritten
+from gptworks.core.log import PRINTABLE, console, count, duration, plural, size, table, unfailing, unwritten
 from gptworks.core.registry import text_of, users_place, users_problems
-from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Result
+from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Planned, PlannedSize, Result
 
 app = typer.Typer(
     help="Train, evaluate, use and export GPT-style language models: from a text to a folder that other tools open.",
@@ -200,7 +200,7 @@ def _stage(
         if machine and not dry_run:
             raise UsageError("--machine says what another machine would do: it goes with --dry-run")
         if dry_run:
-            _put(_dry_run(lifecycle.choices(config, machine), as_json) + "\n")
+            _put(_dry_run(*lifecycle.choices(config, machine), as_json) + "\n")
             return
         stage = lifecycle.train if name == "train" else lifecycle.run
         result = stage(config, folder, named, fresh=fresh)
@@ -210,15 +210,23 @@ def _stage(
     _do(work, debug)
 
 
-def _dry_run(choices: Any, as_json: bool) -> str:
-    """The configuration as far as it can be decided now, and what stays open."""
+def _dry_run(choices: Any, expected: PlannedSize | None, as_json: bool) -> str:
+    """Says what the run would take and reach, and the configuration as far as it can be decided now."""
     from gptworks.core import config as configuration
 
     if as_json:
         return _json(choices.config.model_dump(mode="json"))
     reasons = choices.reasons | {key: f"open: {why}" for key, why in choices.open.items()}
-    warnings = [f"# {warning}" for warning in choices.warnings]
-    return "\n".join([*warnings, configuration.recipe_lines(choices.config, reasons)])
+    lines = [*_outlook(expected), *choices.warnings] if expected else choices.warnings
+    return "\n".join([*(f"# {line}" for line in lines), configuration.recipe_lines(choices.config, reasons)])
+
+
+def _outlook(run: PlannedSize) -> list[str]:
+    return [
+        f"about {duration(run.seconds)} here, {size(run.memory_bytes)} of memory, {run.bits_per_byte:.2f} bits/byte",
+        f"about {plural(run.steps, 'step')}, {count(run.tokens)} tokens: {run.tokens_per_parameter:.2g} for each of "
+        f"{count(run.parameters)} parameters, {run.passes:.2g} passes over the text",
+    ]
 
 
 @app.command()
@@ -576,6 +584,63 @@ def _compared(result: ComparedRuns) -> str:
     if not keys:
         return "\n".join([*table([head, *rows]), "", "no setting differs"])
     return "\n".join([*table([head, *rows]), "", *table([["differs in", *(each.run for each in result.runs)], *keys])])
+
+
+@app.command()
+def plan(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] KEY=VALUE...", show_default=False, autocompletion=_known_keys,
+            help="Settings, data.train=FILE among them; first a recipe, if other than mine.",
+        ),
+    ] = None,
+    machine: Annotated[
+        Path | None, typer.Option(help="Tell the time on this machine too: a file that `gptworks env --json` wrote.")
+    ] = None,
+    json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Say what three sizes of model would see, take and reach.
+
+    It reads a part of the text, times a few steps here, and writes nothing.
+    """
+    console.quiet = quiet
+
+    def work() -> Any:
+        from gptworks import lifecycle
+
+        recipe, *asked = settings or ["mine"]
+        if "=" in recipe:
+            recipe, asked = "mine", [recipe, *asked]
+        return lifecycle.plan(recipe, asked, machine)
+
+    _do(lambda: _print(work(), json, _planned), debug)
+
+
+def _planned(plan: Planned) -> str:
+    """The text, a row for each size, and the command for each."""
+    about = "" if plan.exact else "about "
+    head = ["", "parameters", "tokens", "a parameter", "passes", "memory", "time here", "bits/byte"]
+    names = ("smaller", "chosen", "larger")
+    rows = [
+        [
+            name, count(each.parameters), count(each.tokens), f"{each.tokens_per_parameter:.2g}",
+            f"{each.passes:.2g}", size(each.memory_bytes), duration(each.seconds), f"{each.bits_per_byte:.2f}",
+            *([duration(each.seconds_there or 0.0)] if plan.there else []),
+        ]
+        for name, each in zip(names, plan.sizes, strict=True)
+    ]  # fmt: skip
+    lines = [
+        f"text     {about}{size(plan.bytes)}, {count(plan.tokens)} tokens of {plan.vocab_size:,} ids to train on",
+        f"machine  {plan.machine}: {plan.matmul_gflops:,.0f} GFLOP/s in a large product",
+    ]
+    if plan.there:
+        head.append("time there")
+        lines.append(f"there    {plan.there}, in training alone")
+    lines += ["", *table([head, *rows]), ""]
+    width = max(map(len, names))
+    lines += [f"{name:<{width}}  {each.command}" for name, each in zip(names, plan.sizes, strict=True)]
+    return "\n".join(lines)
 
 
 def _shortened(text: str, most: int = 32) -> str:

@@ -29,6 +29,8 @@ from gptworks.core.results import (
     Finished,
     Generated,
     Merged,
+    Planned,
+    PlannedSize,
     Proposed,
     Pushed,
     Reported,
@@ -38,7 +40,7 @@ from gptworks.core.results import (
 from gptworks.data import shards as shard_folder
 from gptworks.data.findings import Findings
 from gptworks.data.shards import Stream
-from gptworks.data.sources import Source
+from gptworks.data.sources import Source, sources_of
 from gptworks.exporting.exporter import export as write_export
 from gptworks.infer import comparison
 from gptworks.infer.chat import ChatFormat, Conversation
@@ -53,6 +55,8 @@ from gptworks.planning.machine import Machine, here
 from gptworks.training import session
 from gptworks.training.hooks import sampling
 from gptworks.training.metrics import Account
+from gptworks.training.plan import outlook
+from gptworks.training.plan import plan as plan_of
 
 # -- train -------------------------------------------------------------------------------------------------------
 
@@ -89,9 +93,9 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> T
             ranks.end()
 
 
-def choices(config: Config, machine: Path | None = None) -> Choices:
-    """The decisions of `train`, as far as they can be told before any text is read; for the machine that a file
-    describes, else for this one. Raises UsageError, OutOfMemory."""
+def choices(config: Config, machine: Path | None = None) -> tuple[Choices, PlannedSize | None]:
+    """The decisions of `train`, as far as they can be told before any text is read, and what a look at the text tells
+    of the run; for the machine that a file describes, else for this one. Raises DataError, UsageError, OutOfMemory."""
     session.check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
         raise UsageError(f"model.path={config.model.path}: no such folder{hub.advice(config.model.path)}")
@@ -101,7 +105,23 @@ def choices(config: Config, machine: Path | None = None) -> Choices:
     vocab_size = 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
     known = model.path is None and config.problem.kind == "pretraining" and (sized or not unread)
     where = Machine.read(folder.path(machine)) if machine else here(config.train.precision, config.train.threads)
-    return choose(config, Facts(vocab_size if known else None), where)
+    decided = choose(config, Facts(vocab_size if known else None), where)
+    if config.problem.kind != "pretraining" or "???" in config.data.places:
+        return decided, None
+    own_code = any(source.function for source in sources_of(config.data.places, config.data))
+    return decided, None if config.model.path or own_code else outlook(config, where)
+
+
+def plan(recipe: str, asked: list[str] | dict[str, Any], machine: Path | None = None) -> Planned:
+    """Tells what a run of this recipe with these settings, and smaller and larger models, would see, take and reach.
+
+    `machine` is a file that describes another machine. Nothing is written. Raises GptworksError.
+    """
+    with runtime.interrupts.listening():
+        try:
+            return plan_of(recipe, asked, Machine.read(folder.path(machine)) if machine else None)
+        finally:
+            console.clear()
 
 
 def _find_lr(config: Config, out: Path) -> Proposed:

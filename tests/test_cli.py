@@ -993,7 +993,8 @@ def test_a_signal_ends_a_command_with_75(cli: Callable[..., Outcome], monkeypatc
 
 def test_a_dry_run_from_a_model_that_is_not_there_is_64(cli: Callable[..., Outcome]) -> None:
     refused(cli("train", "laptop", "model=nowhere", "--dry-run"), 64, "model.path=nowhere", "no such folder")
-    assert cli("train", "lora", "data.train=x.txt", "--dry-run").code == 0  # whose model is still to be named
+    assert cli("train", "lora", "--dry-run").code == 0  # whose model and text are still to be named
+    refused(cli("train", "lora", "data.train=x.txt", "--dry-run"), 65, "x.txt: no such file")
 
 
 def test_version_and_help_are_no_errors(cli: Callable[..., Outcome]) -> None:

@@ -98,7 +98,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     load = configuration.load
     monkeypatch.setattr(configuration, "load", lambda recipe, overrides: load(recipe, {**overrides, **small}))
     monkeypatch.chdir(tmp_path)
-    api.train("laptop", "runs/demo")
+    api.train("laptop", "runs/laptop")
     blocks = [block for kind, block in FENCE.findall(text_of(READMES[0])) if kind == "python"]
     assert len(blocks) >= 2
     for block in blocks:
@@ -106,9 +106,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "runs" / "second" / "model").is_dir()
 
 
-def test_first_commands_are_make_demo_and_make_test() -> None:
+def test_the_first_screen_installs_and_runs_in_three_lines() -> None:
     for page in READMES:
-        assert FENCE.findall(text_of(page))[0] == ("sh", "make demo\nmake test\n")
+        kind, commands = FENCE.findall(text_of(page))[0]
+        assert kind == "sh" and len(commands.splitlines()) == 3
+        assert "pip install" in commands and commands.endswith("gptworks run laptop\n")
+        before = text_of(page).split("```")[0]
+        assert "docs/report.png" in before and len(before.splitlines()) < 12
 
 
 def test_readmes_have_the_same_code_blocks() -> None:

@@ -13,7 +13,7 @@ from gptworks.core.config import schema
 from gptworks.core.results import Result
 
 COMMANDS = [
-    "chat", "compare", "continue", "env", "evaluate", "export", "generate", "keys", "merge", "push", "recipes",
+    "chat", "compare", "continue", "env", "evaluate", "export", "generate", "keys", "merge", "plan", "push", "recipes",
     "report", "run", "train", "verify",
 ]  # fmt: skip
 CODES = {
@@ -65,9 +65,11 @@ def test_metrics_jsonl_has_these_keys(finished_run):
 
 
 def test_every_stage_has_a_python_name_and_a_typed_result():
-    stages = {"evaluate", "export", "generate", "merge", "push", "report", "run", "train", "verify"}
+    stages = {
+        "compare", "evaluate", "export", "generate", "merge", "plan", "push", "report", "run", "train", "verify",
+    }  # fmt: skip
     assert stages <= set(gptworks.__all__) and stages <= set(COMMANDS)
-    assert {"load", "Model"} | stages == set(gptworks.__all__)
+    assert {"load", "Model", "continue_run"} | stages == set(gptworks.__all__)  # `continue` is a word of Python's
     for name in stages:
         assert callable(getattr(gptworks, name))
 

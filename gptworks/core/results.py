@@ -239,6 +239,44 @@ class ComparedRuns(Result):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class PlannedSize(Result):
+    """A size of model for a text: what it would see, take and reach."""
+
+    parameters: int
+    width: int
+    layers: int
+    context: int
+    batch_tokens: int
+    steps: int
+    tokens: int
+    tokens_per_parameter: float
+    passes: float  # over the training text
+    memory_bytes: int
+    flops: float  # of training
+    seconds: float  # here, of the whole process
+    bits_per_byte: float  # expected of the held-out text
+    command: str = ""  # that starts it
+    seconds_there: float | None = None  # of training alone, on the machine that was described
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Planned(Result):
+    """A plan: a text, the time for it, and what three sizes of model would do with both."""
+
+    data: list[str]
+    bytes: int
+    exact: bool  # false where bytes and tokens are estimates, from a part of the text
+    tokens: int  # of the training text
+    bytes_per_token: float
+    vocab_size: int
+    time_budget_s: float | None
+    machine: str
+    matmul_gflops: float  # of a large product on it
+    sizes: list[PlannedSize]  # smaller, chosen, larger
+    there: str | None = None  # the machine that was described, and the rate that is counted with
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Verified(Result):
     """The verdict on a folder compared with its manifest, or on a run that was trained again."""
 

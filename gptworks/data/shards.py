@@ -11,7 +11,7 @@ import queue
 import re
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from gptworks.data.findings import Findings, Piece
 from gptworks.data.formats import ROW
 from gptworks.data.sources import Source, findings_of, listed, sources_of
 from gptworks.data.split import Overlap, Split
-from gptworks.data.tokenizer import Tokenizer, check_rows, sample
+from gptworks.data.tokenizer import USUAL_VOCABULARY, Tokenizer, check_rows, sample, usual_vocabulary
 
 VERSION = 2
 DTYPES = ("<u2", "<u4")
@@ -90,6 +90,12 @@ class Shards:
         """SHA-256 of the ids, which a checkpoint records."""
         files = self.manifest["files"]
         return "-".join(files[f"{split}.tokens"]["sha256"][:16] for split in ("train", "eval"))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The size that was wanted of a BPE tokenizer made for this text."""
+        asked = self.manifest.get("settings", {}).get("tokenizer")
+        return asked.get("vocab_size") if isinstance(asked, dict) and asked.get("kind") == "bpe" else None
 
 
 class Writer:
@@ -181,6 +187,7 @@ def prepare(
     sources = sources_of(data.places, data)
     held_out = sources_of([data.eval], data, len(sources)) if data.eval else []
     base_tokenizer = base_tokenizer or (Tokenizer.load(asked.path, asked.pattern) if asked.path else None)
+    asked = with_vocabulary(asked, sources)
     settings = _settings(data, asked, base_tokenizer)
     if (path / folder.MANIFEST).is_file():
         damage, change, verifying = _reason_to_rewrite(path, settings, sources + held_out)
@@ -314,20 +321,36 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], sources: lis
     return ""
 
 
-def _make_tokenizer(asked: TokenizerConfig, split: Split) -> Tokenizer:
-    start = process_seconds()
+def with_vocabulary(asked: TokenizerConfig, sources: list[Source]) -> TokenizerConfig:
+    """Gives what is asked of a tokenizer, with a size that suits the text where none is asked for."""
+    if asked.vocab_size is not None:
+        return asked
+    size = sum(source.size for source in sources) if asked.kind == "bpe" else 0
+    return asked.model_copy(update={"vocab_size": usual_vocabulary(size)})
+
+
+def make_tokenizer(asked: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer for a text. Raises DataError."""
     if asked.kind == "bytes":
         return Tokenizer.of_bytes()
     if asked.kind == "char":
         alphabet: set[str] = set()
-        for piece, _ in split.pieces():
-            alphabet.update(piece.text)
+        for text in texts:
+            alphabet.update(text)
         if len(alphabet) > 100_000:
             raise DataError(f"{len(alphabet):,} different characters; tokenizer.kind=bpe suits this text")
-        tokenizer = Tokenizer.train_characters(alphabet)
-    else:
-        texts = sample((piece.text for piece, held_out in split.pieces() if not held_out), asked.sample_bytes)
-        tokenizer = Tokenizer.train_bpe(texts, asked.vocab_size, asked.pattern)
+        return Tokenizer.train_characters(alphabet)
+    return Tokenizer.train_bpe(texts, asked.vocab_size or USUAL_VOCABULARY, asked.pattern)
+
+
+def _tokenizer_of(asked: TokenizerConfig, split: Split) -> Tokenizer:
+    if asked.kind == "bytes":
+        return Tokenizer.of_bytes()
+    start = process_seconds()
+    texts: Iterable[str] = (piece.text for piece, held_out in split.pieces() if asked.kind == "char" or not held_out)
+    if asked.kind == "bpe":
+        texts = sample(texts, asked.sample_bytes)
+    tokenizer = make_tokenizer(asked, texts)
     console.say(f"tokens   {len(tokenizer):,} ids, {asked.kind}, trained in {process_seconds() - start:.1f} s")
     return tokenizer
 
@@ -347,7 +370,7 @@ def _build(
     overlap = Overlap(held_out, data.eval_bytes)
     sources = sources + held_out
     size = sum(source.size for source in sources)
-    tokenizer = base_tokenizer or _make_tokenizer(asked, split)
+    tokenizer = base_tokenizer or _tokenizer_of(asked, split)
     if tokenizer.start_id is None:
         raise DataError("the tokenizer names neither bos_token nor eos_token: add one to its tokenizer_config.json")
     if tokenizer.engine == "tokenizers" and size > 3_000_000 and find_spec("gigatoken") is None:

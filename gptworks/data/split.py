@@ -40,7 +40,7 @@ class Split:
             self.how = f"{data.eval}{first}"
         else:
             size = sum(source.size for source in sources)
-            fraction = data.eval_fraction or min(HELD_OUT, HELD_OUT_BYTES / max(size, 1))
+            fraction = held_out_share(data, size)
             surveys = [Survey(group, fraction, data.eval_bytes) for group in groups]
             total = sum(survey.size for survey in surveys)
             rules = [survey.rule(total) for survey in surveys]
@@ -80,6 +80,11 @@ class Split:
                 break
             left -= piece.size
             yield piece, True
+
+
+def held_out_share(data: Data, size: int) -> float:
+    """The share of a text of so many bytes that is validation, where `data.eval` names no other text."""
+    return data.eval_fraction or min(HELD_OUT, HELD_OUT_BYTES / max(size, 1))
 
 
 class Survey:

@@ -7,6 +7,7 @@ library with `encode_special_tokens=True`: text that looks like a control token 
 import hashlib
 import heapq
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ PATTERNS = {
     + rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?|"
     + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+USUAL_VOCABULARY = 4096
 LONG_WORD = 1000  # characters: the trainer takes what is longer for several words
 LONG_TEXT = 4_000_000  # characters, which take a second or more to encode
 STRETCH = 1000  # characters that are compared with what decoding gives back at a time
@@ -533,6 +535,17 @@ def _gigatoken(state: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
 
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
+
+
+def usual_vocabulary(size: int) -> int:
+    """A size of a BPE vocabulary that suits a text of so many bytes; 0 bytes stand for a text of unknown length.
+
+    Sizes were compared on texts of 1 to 100 MB at equal time (docs/log.md): a larger one packs more text into a token,
+    and needs more text for the rows of its rare tokens.
+    """
+    if not size:
+        return USUAL_VOCABULARY
+    return int(min(max(2 ** round(math.log2(4096 * (size / 9e6) ** 0.25)), 512), 65536))
 
 
 def sample(pieces: Iterable[str], limit: int) -> list[str]:

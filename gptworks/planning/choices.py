@@ -35,6 +35,13 @@ class Measured:
     eval_seconds: float = 0.0
     left_seconds: float = 0.0  # of the budget, when the timing ended
     fill: float = 1.0  # share of the places of a row that are trained on, where train.max_tokens counts them
+    step_tokens: int | None = None  # of the steps that were timed; earlier runs did not keep it
+
+    def with_steps_of(self, tokens: int) -> "Measured":
+        """The measurements for steps of so many tokens, which take as much longer as they are larger."""
+        if not self.step_tokens or self.step_tokens == tokens:
+            return self
+        return replace(self, step_seconds=self.step_seconds * tokens / self.step_tokens, step_tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ class Facts:
     """The known facts of a run's data and of the model it starts from. None: not known yet, as in a dry run."""
 
     vocab_size: int | None = None  # ids of the tokenizer
+    vocabulary: int | None = None  # the size that was wanted of a tokenizer made for the text
     epoch_tokens: int | None = None  # of the training data
+    unigram_bits: float | None = None  # a byte, that counting its tokens leaves of the text
     endless: bool = False  # data that has no epochs
     eval_tokens: int | None = None  # of an evaluation
     prompts: list[str] | None = None  # beginnings of held-out lines, where no others were asked for

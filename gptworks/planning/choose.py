@@ -8,18 +8,29 @@ planned anew from the run's own pace (`training/hooks.py`).
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from gptworks.core.config import Adapter, Config
 from gptworks.core.errors import OutOfMemory, UsageError
-from gptworks.core.log import duration, plural
+from gptworks.core.log import count, duration, plural
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until, with_evaluations
 from gptworks.planning.choices import Choices, Facts, Measured, needed
 from gptworks.planning.cost import Memory, Trainable, flops_per_token, step_memory
-from gptworks.planning.dial import derive_shape, derive_training
+from gptworks.planning.dial import (
+    MAX_DEFAULT_EPOCHS,
+    TOKENS_PER_PARAMETER,
+    USUAL_PARAMETERS,
+    derive_shape,
+    derive_training,
+)
+from gptworks.planning.forecast import SMALLEST, best_parameters, share_of_unigrams
 from gptworks.planning.machine import Machine, usual_precision
 
-USUAL_UTILISATION = 0.4  # of the matmul rate, what a step reaches; for forecasts only
+# Of the matmul rate, what a step reaches, for forecasts only: small models on a CPU keep its bf16 units waiting.
+USUAL_UTILISATION: dict[Any, float] = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4, ("cpu", "bf16"): 0.18}
+WORTH_SAYING = 0.05  # how much worse than the best size an asked one has to be
+BUDGET_TRAINED = 0.9  # of what is left of a time budget, the part that steps have; the rest is evaluations and saving
 # A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
 # kernels (docs/log.md), on an H100 for GPT-2 124M (docs/benchmarks.md).
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 15.0}
@@ -51,26 +62,84 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
         choices.set("generate.prompts", facts.prompts, "beginnings of held-out lines")
     elif asked.generate.prompts is None and facts.epoch_tokens is None and not facts.endless:
         choices.leave("generate.prompts", "beginnings of held-out lines, once the text is read")
+    if asked.tokenizer.vocab_size is None and facts.vocabulary is not None:
+        choices.set("tokenizer.vocab_size", facts.vocabulary, "suits a text of this size")
+    _set_up_process(choices, machine)
+    sized = any(getattr(asked.model, name) for name in ("parameters", "depth", "hidden_size", "num_hidden_layers"))
     if facts.base is not None:
         _take_over(choices, facts)
-    elif facts.vocab_size is not None:
-        choices.architecture = derive_shape(choices, facts.vocab_size)
-    else:
+    elif facts.vocab_size is None:
         choices.leave("model.num_hidden_layers", "the tokenizer's size is not known yet")
-    _set_up_process(choices, machine)
+    elif not sized and facts.epoch_tokens is None and not facts.endless:
+        choices.leave("model.parameters", "follows from the text and the time")
+    else:
+        if not sized:
+            _suit_the_text(choices, facts, machine)
+        choices.architecture = derive_shape(choices, facts.vocab_size)
     architecture = choices.architecture
     if architecture is None:
         return choices
-    flops = USUAL_UTILISATION * machine.rate(choices.config.train.precision) * machine.processes
     epoch_tokens = math.inf if facts.endless else facts.epoch_tokens
-    derive_training(choices, architecture, epoch_tokens=epoch_tokens, flops_per_second=flops)
+    fitting = _tokens_in_budget(choices, architecture, facts=facts, machine=machine)
+    derive_training(choices, architecture, epoch_tokens=epoch_tokens, budget_tokens=fitting)
     if facts.base and facts.base.adapter and choices.config.adapter.kind:
         _adopt_adapter(choices, facts.base.adapter, facts.base.name)
     choices.trainable = trainable_part(choices.config, architecture, facts.bytes_per_weight)
     _share_out(choices, architecture, facts=facts, machine=machine)
     _limit(choices, facts, machine)
+    if sized and facts.base is None and facts.measured and choices.config.train.time_budget_s:
+        _weigh_the_wish(choices, architecture, facts)
     set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
+
+
+def _suit_the_text(choices: Choices, facts: Facts, machine: Machine) -> None:
+    """The number of parameters that is likely to reach most on this text, in this time or with this many tokens."""
+    train, epoch = choices.config.train, math.inf if facts.endless else needed(facts.epoch_tokens)
+    if train.time_budget_s:
+        flops = BUDGET_TRAINED * train.time_budget_s * flops_per_second(machine, train.precision)
+        size, _ = best_parameters(flops, epoch, needed(facts.vocab_size))
+        why = f"likely to reach most in {duration(train.time_budget_s)} here"
+    else:
+        tokens = min(train.max_tokens or math.inf, (train.max_epochs or MAX_DEFAULT_EPOCHS) * epoch)
+        size = max(min(tokens / TOKENS_PER_PARAMETER, USUAL_PARAMETERS), SMALLEST)
+        why = f"{TOKENS_PER_PARAMETER} tokens for each, at most {count(USUAL_PARAMETERS)} where no time is given"
+    choices.set("model.parameters", int(round(size, 2 - len(f"{size:.0f}"))), why)
+
+
+def _weigh_the_wish(choices: Choices, architecture: ModelConfig, facts: Facts) -> None:
+    """Warns where the size that was asked for is far from the best that the time allows."""
+    train, epoch = choices.config.train, math.inf if facts.endless else needed(facts.epoch_tokens)
+    parameters = parameter_count(architecture)
+    tokens = needed(train.max_steps) * step_tokens(choices.config, facts.epoch_tokens)
+    flops = tokens * flops_per_token(architecture, needed(train.context))
+    best, reached = best_parameters(flops, epoch, architecture.vocab_size)
+    expected = share_of_unigrams(parameters, tokens, epoch)
+    if facts.unigram_bits is None or expected < (1 + WORTH_SAYING) * reached:
+        return
+    choices.warnings.append(
+        f"{count(parameters)} parameters will see {count(tokens)} tokens in train.time_budget_s="
+        f"{train.time_budget_s:g}, {tokens / parameters:.2g} for each, and reach about "
+        f"{expected * facts.unigram_bits:.2f} bits/byte; model.parameters={count(best)} would reach about "
+        f"{reached * facts.unigram_bits:.2f}"
+    )
+
+
+def flops_per_second(machine: Machine, precision: str) -> float:
+    """FLOPs a second that the steps of a run are likely to reach, on all its processes."""
+    share = USUAL_UTILISATION.get((machine.device, precision), USUAL_UTILISATION[machine.device])
+    return share * machine.rate(precision) * machine.processes
+
+
+def _tokens_in_budget(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> float:
+    """The tokens that a time budget is likely to hold: by the steps that were timed, before that by the shape."""
+    train, measured = choices.config.train, facts.measured
+    if not train.time_budget_s:
+        return math.inf
+    if measured and measured.step_tokens:
+        return max(BUDGET_TRAINED * measured.left_seconds / measured.step_seconds * measured.step_tokens, 1.0)
+    flops = flops_per_token(architecture, needed(train.context), choices.trainable)
+    return max(0.8 * train.time_budget_s * flops_per_second(machine, train.precision) / flops, 1.0)
 
 
 def _take_over(choices: Choices, facts: Facts) -> None:
@@ -294,6 +363,13 @@ def batch_rows(config: Config) -> int:
     return train.batch_tokens // train.context
 
 
+def step_tokens(config: Config, epoch_tokens: int | None) -> int:
+    """Tokens of a step; of the whole text where `train.batch_tokens=full`."""
+    if config.train.batch_tokens == "full":
+        return needed(epoch_tokens)
+    return batch_rows(config) * needed(config.train.context)
+
+
 def limits(config: Config, measured: Measured) -> list[tuple[int, str]]:
     """The steps that each of the limits comes to, and which it is."""
     train = config.train
@@ -327,7 +403,8 @@ def _limit(choices: Choices, facts: Facts, machine: Machine) -> None:
         return
     steps, why = min(limits(config, measured or Measured()), default=(10**15, ""))
     if train.time_budget_s:
-        fitting, pace = _steps_in_budget(choices, needed(measured), before=facts.base is not None)
+        timed = needed(measured).with_steps_of(step_tokens(config, facts.epoch_tokens))
+        fitting, pace = _steps_in_budget(choices, timed, before=facts.base is not None)
         asked, budget = f"{steps} steps" if steps == train.max_steps else why, train.time_budget_s
         if steps <= fitting:
             why = f"{asked}, within train.time_budget_s={budget:g}"
@@ -383,7 +460,7 @@ def set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, mac
     total, context, processes = needed(train.max_steps), needed(train.context), machine.processes
     full = train.batch_tokens == "full"
     tokens = total * (1 if full else batch_rows(config) * context)
-    rate = USUAL_UTILISATION * machine.rate(train.precision) * processes
+    rate = flops_per_second(machine, train.precision)
     expected = tokens * flops_per_token(architecture, context, choices.trainable) / rate  # seconds
     if not full:
         passes = total * math.ceil(batch_rows(config) / processes / needed(train.micro_batch))
@@ -416,8 +493,7 @@ def _space_evaluations(choices: Choices, architecture: ModelConfig, facts: Facts
     if train.time_budget_s:
         times = evaluations(train.time_budget_s, needed(facts.measured).eval_seconds)
     elif facts.eval_tokens:
-        full = train.batch_tokens == "full"
-        step = needed(facts.epoch_tokens) if full else batch_rows(config) * needed(train.context)
+        step = step_tokens(config, facts.epoch_tokens)
         passes = 2 if architecture.num_experts else 1  # the use of experts is looked at in another
         cost = EVALUATION_COST * facts.eval_tokens * passes / (steps * step)
         if train.patience is None and train.target_loss is None:

@@ -10,12 +10,16 @@ from gptworks.core.errors import UsageError
 from gptworks.core.log import count
 from gptworks.model.config import ModelConfig, build_config, parameter_count
 from gptworks.planning.choices import Choices, needed
-from gptworks.planning.cost import flops_per_token
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022; Epoch's refit of 2024 gives 18 to 27)
 # Of Adam at a width of 128, for low-rank adapters with alpha = 2 * rank; 5e-4 at 2000. Schulman et al. fit exponents of
 # the width of 0.78 for Llama and 0.08 for Qwen; the square root lies between.
 ADAPTER_LR = 0.002
+USUAL_PARAMETERS = 3_000_000
+# Of Muon, and of Adam beside it at a width of 128: for a vocabulary of which most rows are rare, and for an alphabet of
+# which all are met at each step. How much higher they are where a run has fewer steps. All measured, docs/log.md.
+MUON_LR, TABLE_LR, ALPHABET_LR, RARE = 0.02, 0.008, 0.004, 512
+SHORT = ((100, 2.0), (250, 1.4))
 MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new text (Muennighoff et al. 2023)
 
 EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
@@ -63,8 +67,8 @@ def _size(model: Model, vocab_size: int, context: int, choices: Choices) -> None
         if model.num_hidden_layers is None:
             choices.set("model.num_hidden_layers", depth, "model.depth")
         return
-    wanted = model.parameters or 3_000_000
-    why = f"nearest to {count(wanted)} parameters" if model.parameters else "our default of 3M parameters"
+    wanted = model.parameters or USUAL_PARAMETERS
+    why = f"nearest to {count(wanted)} parameters"
     best: tuple[float, int, int] | None = None
     widths = [model.hidden_size] if model.hidden_size else range(32, 32 * 1024 + 1, 32)
     for width in widths:
@@ -112,12 +116,12 @@ def _try_count(model: Model, width: int, depth: int, vocab_size: int, context: i
 
 
 def derive_training(
-    choices: Choices, architecture: ModelConfig, epoch_tokens: float | None, flops_per_second: float
+    choices: Choices, architecture: ModelConfig, epoch_tokens: float | None, budget_tokens: float = math.inf
 ) -> None:
     """Sets batch, rates, decay and the length of the run, where open.
 
     `epoch_tokens` is one epoch, infinite for data without end; what follows from it stays open where it is None.
-    `flops_per_second` is what a step is likely to reach, which turns a time budget into an expected number of tokens.
+    `budget_tokens` is what a time budget is likely to hold.
     """
     config, train = choices.config, choices.config.train
     context = train.context or architecture.max_position_embeddings
@@ -125,7 +129,7 @@ def derive_training(
     horizon = (
         None
         if epoch_tokens is None
-        else _horizon(config, architecture, epoch_tokens=epoch_tokens, flops_per_second=flops_per_second)
+        else _horizon(config, architecture, epoch_tokens=epoch_tokens, budget_tokens=budget_tokens)
     )
     unread = "decided once the data is counted"
 
@@ -137,24 +141,29 @@ def derive_training(
         reason = f"grows with the {count(needed(horizon))} tokens the run is likely to see"
         choices.set("train.batch_tokens", batch, reason)
     falling = f"falls with the square root of the width, {width}"
+    steps = None
+    if horizon is not None and epoch_tokens is not None and batch is not None:
+        steps = horizon / (epoch_tokens if batch == "full" else batch)
+    short, shortly = (1.0, "") if steps is None else _shortness(steps)
     if train.lr is None:
         if config.adapter.kind and train.optimizer in ("adamw", "adam"):
             why = f"about ten times what suits all weights, whatever the rank (LoRA Without Regret, 2025); {falling}"
             choices.set("train.lr", _by_width(ADAPTER_LR, width), why)
         elif train.optimizer == "muon":
-            choices.set("train.lr", 0.02, "Muon's update has the same size at every width")
+            why = f"Muon's update has the same size at every width{shortly}"
+            choices.set("train.lr", round(MUON_LR * short, 4), why)
         else:
             choices.set("train.lr", 0.1 if train.optimizer == "sgd" else _by_width(0.003, width), falling)
     if train.optimizer == "muon" and train.adam_lr is None:
-        choices.set("train.adam_lr", _by_width(0.004, width), falling)
+        rate = TABLE_LR if architecture.vocab_size >= RARE else ALPHABET_LR
+        choices.set("train.adam_lr", _by_width(rate * short, width), falling + shortly)
     if train.momentum is None and train.optimizer in ("muon", "sgd"):
-        if horizon is None or batch is None or epoch_tokens is None:
+        if steps is None:
             choices.leave("train.momentum", unread)
         else:
-            steps = horizon / (epoch_tokens if batch == "full" else batch)
-            short = train.optimizer != "muon" or steps < 1000
-            why = "a short run gains from a short memory" if short else "Muon's usual"
-            choices.set("train.momentum", 0.9 if short else 0.95, why)
+            brief = train.optimizer != "muon" or steps < 1000
+            why = "a short run gains from a short memory" if brief else "Muon's usual"
+            choices.set("train.momentum", 0.9 if brief else 0.95, why)
     if train.weight_decay is None and config.adapter.kind:
         choices.set("train.weight_decay", 0.0, "adapters start at nothing, and stay small by themselves")
     elif train.weight_decay is None:
@@ -172,11 +181,20 @@ def derive_training(
             choices.set("train.max_tokens", int(horizon), _horizon_reason(parameters, int(horizon), epoch_tokens))
 
 
+def _shortness(steps: float) -> tuple[float, str]:
+    """Tells how much higher the rates of a short run are, which ends before they do harm, and why (docs/log.md)."""
+    for most, factor in SHORT:
+        if steps < most:
+            return factor, f"; higher, as the run has fewer than {most} steps"
+    return 1.0, ""
+
+
 def best_batch(horizon: float) -> int:
     """Tokens a step for a run of `horizon` tokens: a power law through 1,024 at 260 thousand tokens (measured on
-    character-level Shakespeare, docs/log.md) and 524,288 at 2.2 billion (nanochat's tuned depth 12)."""
+    character-level Shakespeare, docs/log.md) and 524,288 at 2.2 billion (nanochat's tuned depth 12). The power of two
+    below it: a batch half as large as the best costs less than one twice as large (docs/log.md)."""
     exponent = math.log(524_288 / 1024) / math.log(2.2e9 / 2.6e5)
-    return 2 ** round(math.log2(max(1024 * (horizon / 2.6e5) ** exponent, 1)))
+    return 2 ** int(math.log2(max(1024 * (horizon / 2.6e5) ** exponent, 1)) + 1e-6)
 
 
 def _by_width(rate: float, width: int) -> float:
@@ -184,19 +202,16 @@ def _by_width(rate: float, width: int) -> float:
     return round(rate * (128 / width) ** 0.5, 6)
 
 
-def _horizon(config: Config, architecture: ModelConfig, epoch_tokens: float, flops_per_second: float) -> float:
+def _horizon(config: Config, architecture: ModelConfig, epoch_tokens: float, budget_tokens: float) -> float:
     """Tokens the run is likely to see; where nothing limits it, should see."""
     train = config.train
-    limits: list[float] = []
+    limits: list[float] = [budget_tokens] if train.time_budget_s else []
     if train.max_tokens:
         limits.append(train.max_tokens)
     if train.max_epochs:
         limits.append(train.max_epochs * epoch_tokens)
     if train.max_steps and isinstance(train.batch_tokens, int):
         limits.append(train.max_steps * train.batch_tokens)
-    if train.time_budget_s and flops_per_second:
-        cost = flops_per_token(architecture, train.context or architecture.max_position_embeddings)
-        limits.append(max(0.8 * train.time_budget_s * flops_per_second / cost, 1.0))
     ideal = min(TOKENS_PER_PARAMETER * parameter_count(architecture), MAX_DEFAULT_EPOCHS * epoch_tokens)
     return min(limits, default=ideal)
 

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from gptworks.core import config as configuration
 from gptworks.core import runtime
 from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import console, plural
 from gptworks.model.build import Loaded
 from gptworks.planning.choices import Base, Choices, Facts, Measured
-from gptworks.planning.choose import choose, free_memory, memory_of_step, most_steps
+from gptworks.planning.choose import choose, free_memory, memory_of_step, most_steps, step_tokens
 from gptworks.planning.machine import Machine, here
 from gptworks.training.assemble import Run, architecture_of, assemble, bytes_per_weight, layout_of
+from gptworks.training.optim import make_optimizers
 from gptworks.training.problem import Problem
 from gptworks.training.timing import measure
 
@@ -32,9 +34,11 @@ def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
     """The known facts of the data and of the model that the run starts from."""
     return Facts(
         vocab_size=len(problem.tokenizer),
+        vocabulary=problem.vocabulary,
         epoch_tokens=problem.epoch_tokens,
         endless=problem.epoch_tokens is None,
         eval_tokens=problem.eval_tokens,
+        unigram_bits=problem.unigram_bits,
         prompts=problem.prompts(_most_tokens(config, base) // 2) if config.generate.prompts is None else None,
         base=None if base is None else Base(base.name, base.model.config, base.adapter, sha256=base.own_sha256),
         unit=problem.unit,
@@ -62,14 +66,17 @@ def decide(
         console.warn(warning)
     run.config = choices.chosen
     run.layout = layout_of(run.config)
+    run.state.optimizers = make_optimizers(run.state.model, run.config.train)
     _apply(run.config)
     return Decided(
         run,
         choices,
         facts=facts,
         machine=machine,
-        measured=measured,
-        most_steps=most_steps(first.config, measured),
+        measured=measured.with_steps_of(step_tokens(run.config, facts.epoch_tokens)),
+        most_steps=most_steps(
+            configuration.with_values(choices.config, {"train.max_steps": config.train.max_steps}), measured
+        ),
     )
 
 

@@ -25,10 +25,13 @@ class Pretraining(Problem):
     sections = frozenset({"data", "tokenizer", "generate"})
 
     def __init__(self, shards: "Shards") -> None:
+        from gptworks.infer.scoring import unigram
+
         self.shards, self.tokenizer, self.identity = shards, shards.tokenizer, shards.identity
         self.epoch_tokens = len(shards.train.tokens) - 1
         self.eval_tokens = len(shards.eval.tokens) - 1
         self.bytes_per_token, self.lost_per_token = shards.train.bytes_per_token, shards.train.lost_per_token
+        self.vocabulary, self.unigram_bits = shards.vocabulary, unigram(shards.eval)["bits_per_byte"]
         self._loaders: dict[tuple[Any, ...], Loader] = {}
 
     @classmethod

@@ -128,6 +128,8 @@ class Problem(ABC):
     identity: str
     epoch_tokens: int | None = None  # None: the data has no end
     eval_tokens: int | None = None  # of an evaluation; None: what one costs is not known
+    vocabulary: int | None = None  # the size that was wanted of a tokenizer made for its text
+    unigram_bits: float | None = None  # a byte, that counting its tokens leaves of the text
     bytes_per_token: float | None = None  # of text, where the loss can be told in bits per byte
     lost_per_token: float = 0.0  # of these bytes, that decoding does not give back
     parents: tuple[Parent, ...] = ()

@@ -19,7 +19,7 @@ from gptworks.training.state import State
 STEPS = 120
 SPAN = (1e-3, 1e2)  # of the rate that the dial or the recipe has
 BESIDE = 4  # losses on either side that a smoothed one is the mean of; one-sided, it would lag behind the rate
-BACK = 4.0  # how far below the rate of the lowest loss we propose to stay
+FLAT = 0.25  # of the steepest fall: where the loss falls less, a higher rate gains little and risks much
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,20 @@ def range_test(ready: Run) -> RangeTest:
     smoothed = [_mean(losses[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(losses))]
     if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
         raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
-    best = _first_dip(smoothed)
-    lr = _rounded(rates[best] / BACK)
+    bend = _bend(smoothed)
+    lr = _rounded(rates[bend or -1])
+    reason = (
+        f"the loss falls steeply until {rates[bend]:.2g} and little beyond"
+        if bend
+        else (f"the loss is still falling at {rates[-1]:.2g}, the end of the range: a higher rate may do better")
+    )
     return RangeTest(
         rates,
         losses,
         smoothed=smoothed,
         lr=lr,
         adam_lr=None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
-        reason=f"the smoothed loss falls to {smoothed[best]:.3f} at {rates[best]:.2g} and rises from there; a rate "
-        f"that is to hold for a whole run stays a factor of {BACK:g} below that",
+        reason=reason,
     )
 
 
@@ -89,16 +93,19 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _first_dip(smoothed: list[float]) -> int:
-    """The step of the lowest loss before it first rises by a twentieth of its fall: beyond, chance may lower it
-    again."""
-    best = 0
-    for i, value in enumerate(smoothed):
-        if value < smoothed[best]:
-            best = i
-        elif value - smoothed[best] > 0.05 * (smoothed[0] - smoothed[best]) and smoothed[best] < smoothed[0] - 0.01:
-            break
-    return best
+def _bend(smoothed: list[float]) -> int | None:
+    """The step from which the loss falls no more than FLAT of its steepest; None where it does so to the end.
+
+    Where the lowest loss is says little: a network with norms does not diverge at a rate far too high, and its loss may
+    go on falling slowly. What follows a loss higher than the first is chance.
+    """
+    above = (i for i, value in enumerate(smoothed) if value > smoothed[0] + 0.1 * (smoothed[0] - min(smoothed)))
+    end = next(above, len(smoothed))
+    falls = [smoothed[i - BESIDE] - smoothed[i + BESIDE] for i in range(BESIDE, end - BESIDE)]
+    steepest = max(range(len(falls)), key=falls.__getitem__)
+    flat = (i for i in range(steepest, len(falls)) if falls[i] < FLAT * falls[steepest])
+    first = next(flat, None)
+    return None if first is None and end == len(smoothed) else (end - 1 if first is None else first + BESIDE)
 
 
 def _rounded(value: float) -> float:

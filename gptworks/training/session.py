@@ -22,6 +22,7 @@ from gptworks.core.log import console, count, plural
 from gptworks.core.ranks import ranks
 from gptworks.core.registry import file_of, resolve
 from gptworks.core.results import Trained, Verified
+from gptworks.data.tokenizer import USUAL_VOCABULARY
 from gptworks.model import build, hub
 from gptworks.model.build import Loaded
 from gptworks.model.lowbit import scheme
@@ -68,7 +69,7 @@ def check_values(config: Config) -> None:
     if config.train.reduce == "canonical" and config.train.batch_tokens == "full":
         raise UsageError("train.reduce=canonical needs steps of one size; train.batch_tokens=full has them by epoch")
     if config.model.path is None:
-        derive_shape(Choices(config), config.tokenizer.vocab_size)
+        derive_shape(Choices(config), config.tokenizer.vocab_size or USUAL_VOCABULARY)
     if isinstance(config.train.batch_tokens, int) and config.train.context:
         batch_rows(config)
 

@@ -11,6 +11,7 @@ from gptworks.core.runtime import interrupts
 from gptworks.data.batch import Batches
 from gptworks.model.transformer import Transformer
 from gptworks.planning.choices import Measured
+from gptworks.planning.choose import step_tokens
 from gptworks.training.assemble import Run, trial_of
 from gptworks.training.loop import StepMetrics
 from gptworks.training.loop import run as train
@@ -22,36 +23,50 @@ ENOUGH_SECONDS = 1.0  # of steps: the plan that is made of them is changed by th
 
 
 def measure(run: Run, work: Work, clock: Callable[[], float]) -> Measured:
-    """Counts rows, and where there is a time budget times a few steps and a part of an evaluation on a copy of the
-    model. `clock` gives the seconds since the command began."""
+    """Counts rows, and where there is a time budget times a few steps and a part of an evaluation. `clock` gives the
+    seconds since the command began."""
     options, counted = run.config.train, measured_rows(work.batches, run.config)
     if not options.time_budget_s:
         return counted
+    timed = timings(run)
+    return replace(
+        counted,
+        step_seconds=timed.step_seconds,
+        step_tokens=timed.step_tokens,
+        eval_seconds=timed.eval_seconds,
+        left_seconds=options.time_budget_s - clock(),
+    )
+
+
+def timings(run: Run) -> Measured:
+    """Times a few steps and a part of an evaluation on a copy of the model."""
     console.live("timing a few steps")
     trial = trial_of(run)
-    trial_work = run.start(trial)
+    work = run.start(trial)
     times: list[float] = []
     evaluations: list[float] = []
     began = time.perf_counter()
 
     def timer(state: State, m: StepMetrics) -> str | None:
-        """Times a part of an evaluation after each step, so that a busy moment makes both slow."""
+        """Times every second step, and after it a part of an evaluation, so that a busy moment makes both slow. The
+        step after that has its memory to allocate again, which no step of the run has."""
         interrupts.check()
         times.append(m.seconds)
-        if len(evaluations) < 2 or time.perf_counter() - began < ENOUGH_SECONDS:
-            evaluations.append(evaluation_seconds(trial_work.evaluate, state.model))
-        return "timed" if len(times) >= 2 and time.perf_counter() - began > ENOUGH_SECONDS else None
+        if len(times) % 2:
+            return None
+        if not evaluations:
+            evaluation_seconds(work.evaluate, state.model)  # which has what is allocated once
+        evaluations.append(evaluation_seconds(work.evaluate, state.model))
+        return "timed" if time.perf_counter() - began > ENOUGH_SECONDS else None
 
+    options = run.config.train
     endless = RunSchedule(options.model_copy(update={"max_steps": 10**9}), [])
     layout = replace(run.layout, compile=False)
-    train(
-        trial, trial_work.batches, trial_work.objective, train=options, layout=layout, schedule=endless, hooks=[timer]
-    )
-    return replace(
-        counted,
-        step_seconds=statistics.median(times[1:]),
-        eval_seconds=statistics.median(evaluations[1:]),  # the first has what is allocated once
-        left_seconds=options.time_budget_s - clock(),
+    train(trial, work.batches, work.objective, train=options, layout=layout, schedule=endless, hooks=[timer])
+    return Measured(
+        step_seconds=statistics.median(times[1::2]),
+        step_tokens=step_tokens(run.config, run.problem.epoch_tokens),
+        eval_seconds=statistics.median(evaluations),
     )
 
 

@@ -287,7 +287,8 @@ def test_a_machine_file_that_lacks_a_number_is_refused_by_its_name(key, value, t
 def test_a_dry_run_decides_for_the_machine_of_a_file(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps({"machine": GPU.as_dict()}))
-    choices = lifecycle.choices(configuration.load("gpt2_124m"), path)
+    choices, expected = lifecycle.choices(configuration.load("gpt2_124m"), path)
+    assert expected is None  # there is no text yet
     assert choices.config.train.precision == "bf16" and choices.config.train.micro_batch > 8
     assert "train.max_steps" in choices.open
 

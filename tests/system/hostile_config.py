@@ -70,7 +70,7 @@ def mutated(draw: random.Random, text: str) -> str:
     return text
 
 
-@campaign("P25", "hostile configuration: one line, exit 64, nothing written", 200, 9000)
+@campaign("P25", "hostile configuration: one line, exit 64 or 65, nothing written", 200, 9000)
 def hostile_config(bench: Bench, count: int) -> Iterator[Trial]:
     draw, box = bench.draw("P25"), bench.box()
     grid = [(key, value) for key in NUMBERS for value in NEVER_NUMBERS]
@@ -80,7 +80,7 @@ def hostile_config(bench: Bench, count: int) -> Iterator[Trial]:
     share = (count - len(grid)) // 4
     wrong = [atom for atom in ATOMS if atom != "{}"]  # which empties a section, and may
     yield from attempt(bench, box, "number", [[f"{key}={value}"] for key, value in grid], (64,))
-    yield from attempt(bench, box, "override", examples(OVERRIDES, share, bench.seed), (0, 64))
+    yield from attempt(bench, box, "override", examples(OVERRIDES, share, bench.seed), (0, 64, 65))
     yield from attempt(
         bench, box, "typo", [[f"{draw.choice(TYPOS)}={draw.choice(wrong)}"] for _ in range(share)], (64,)
     )
@@ -91,7 +91,7 @@ def hostile_config(bench: Bench, count: int) -> Iterator[Trial]:
     texts += [(f"m{n}.yaml", mutated(draw, draw.choice(recipes))) for n in range(count - len(grid) - 3 * share)]
     for name, text in texts:
         (box / name).write_text(text, encoding="utf-8", errors="surrogatepass")
-    yield from attempt(bench, box, "recipe", [[]] * len(texts), (0, 64), [name for name, _ in texts])
+    yield from attempt(bench, box, "recipe", [[]] * len(texts), (0, 64, 65), [name for name, _ in texts])
 
 
 def attempt(
@@ -112,7 +112,7 @@ def attempt(
             if not problem and sorted(path.name for path in box.iterdir()) != before:
                 problem = "something was written"
             what = " ".join(command[1:])[:200]
-            ended = {0: "accepted", 64: "refused"}.get(outcome.code, "")
+            ended = {0: "accepted", 64: "refused", 65: "no such text"}.get(outcome.code, "")
             yield Trial(f"{kind}, {ended}" if kind != "number" else kind, problem and f"{what!r}: {problem}")
         position += len(outcomes)
 

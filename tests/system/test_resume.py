@@ -357,7 +357,7 @@ def test_a_text_that_is_the_same_or_gone_is_not_warned_of(tiny_config, tiny_text
 
 
 @pytest.mark.parametrize(
-    "key, old, new", [("data.train", "tiny.txt", "other.txt"), ("train.lr", "lr: 0.02", "lr: 0.5"),
+    "key, old, new", [("data.train", "tiny.txt", "other.txt"), ("train.lr", "lr: 0.04", "lr: 0.5"),
                       ("changes", "changes: []", "changes: [{step: 2, lr: 0.3}]")],
 )  # fmt: skip
 def test_a_config_yaml_edited_by_hand_is_refused(tiny_config, tmp_path, interrupt, key, old, new):

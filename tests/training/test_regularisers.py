@@ -18,6 +18,7 @@ from gptworks.training import loop, metrics, state
 from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.pretraining import HeldOut
 from gptworks.training.problem import Evaluation
+from gptworks.training.range_test import _bend
 from gptworks.training.state import spike_limit
 
 
@@ -279,6 +280,27 @@ def test_the_range_test_proposes_a_rate_and_trains_nothing(tiny_config, tmp_path
     assert "<svg" in page and f"train.lr={found['lr']:g}" in page
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "config.yaml").exists()
     assert lifecycle.train(tiny_config(**{"train.lr": found["lr"]}), tmp_path / "run")["steps"] == 12
+
+
+FALL = [8.3] * 40 + [8.3 - 0.1 * i for i in range(20)]  # flat, then steep
+
+
+@pytest.mark.parametrize(
+    ("losses", "where"),
+    [
+        (FALL + [6.3] * 60, range(54, 64)),  # the fall ends
+        (FALL + [6.3 - 0.005 * i for i in range(60)], range(54, 64)),  # the fall goes on, slowly
+        (FALL + [6.3] * 20 + [9.0 + i for i in range(20)], range(54, 64)),  # and then it diverges
+        ([8.3, 8.29, 8.31, 8.30] * 10 + FALL[40:] + [6.3] * 20, range(54, 64)),  # chance, before anything falls
+        (FALL[40:] + [6.3] * 30, range(14, 24)),
+    ],
+)  # fmt: skip
+def test_the_range_test_finds_where_the_steep_fall_ends(losses, where):
+    assert _bend(losses) in where
+
+
+def test_the_range_test_says_so_where_the_loss_still_falls_at_the_end():
+    assert _bend(FALL) is None and _bend(FALL + [6.4 - 0.1 * i for i in range(20)]) is None
 
 
 def test_the_range_test_in_a_run_is_of_the_text_that_was_asked_for(tiny_config, tiny_run, tmp_path):

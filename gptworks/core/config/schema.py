@@ -180,8 +180,8 @@ class Tokenizer(Section):
         "a tokenizer to use as it is: tokenizer.json, a .tiktoken file, SentencePiece's tokenizer.model, "
         "vocab.json with merges.txt, or a folder",
     )
-    vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] = fixed(
-        4096, "BPE vocabulary, the 256 bytes and the reserved tokens included"
+    vocab_size: Annotated[int, BeforeValidator(_whole), Field(ge=260, le=1_000_000)] | None = fixed(
+        None, "BPE vocabulary, the 256 bytes and the reserved tokens included; by default it follows the text's size"
     )
     pattern: Literal["gpt-2", "llama-bpe", "qwen2", "gpt-4o"] = fixed(
         "qwen2", "how text is split before BPE, by llama.cpp's name"

@@ -1,0 +1,177 @@
+"""Three sizes of model for a text and a time: what each would see, take and reach, before anything is trained.
+
+The run's own decisions are asked (`planning.choose`), from a look at a part of the text, and from steps timed on it.
+"""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptworks.core import config as configuration
+from gptworks.core.config import Chosen, Config
+from gptworks.core.errors import UsageError
+from gptworks.core.log import count
+from gptworks.core.results import Planned, PlannedSize
+from gptworks.data.glance import Glance, glance
+from gptworks.data.shards import Shards, Stream
+from gptworks.infer.scoring import unigram
+from gptworks.model.config import ModelConfig, parameter_count
+from gptworks.planning.choices import Facts, Measured, needed
+from gptworks.planning.choose import EVALUATION_COST, choose, flops_per_second, memory_of_step, step_tokens
+from gptworks.planning.cost import flops_per_token
+from gptworks.planning.forecast import share_of_unigrams
+from gptworks.planning.machine import Machine, Precision, here, usual_precision
+from gptworks.training.assemble import assemble
+from gptworks.training.pretraining import Pretraining
+from gptworks.training.timing import timings
+
+Asked = list[str] | dict[str, Any]  # settings, as texts or by key
+APART = 3  # how many times larger or smaller the sizes beside the chosen one are
+EVALUATED = 50_000  # tokens of the text that an evaluation is timed on
+START_SECONDS = 3.0  # of a process, until it reads its text
+SHAPE = ("parameters", "depth", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "intermediate_size")  # fmt: skip
+
+
+def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
+    """Plans the run of a recipe with what is asked beside it, and one of a smaller and of a larger model; with the time
+    on another machine, where one is described. Raises DataError, UsageError, OutOfMemory."""
+    config = configuration.load(recipe, asked)
+    if config.model.path or config.problem.kind != "pretraining":
+        raise UsageError("a plan is for a new model that is trained on a text; a model that is there has its size")
+    Pretraining.check(config)
+    own = here(config.train.precision, config.train.threads)
+    planner = _Planner(glance(config.data, config.tokenizer), own)
+    first = choose(config, planner.facts, own)
+    middle, sizes = parameter_count(needed(first.architecture)), []
+    for share in (1 / APART, 1, APART):
+        size = planner.size(config if share == 1 else _sized(config, middle * share))
+        command = _command(recipe, asked, None if share == 1 else size.parameters)
+        sizes.append(replace(size, command=command, seconds_there=_seconds(size, there, config) if there else None))
+    text = planner.text
+    return Planned(
+        data=config.data.places, bytes=text.train_bytes + text.eval_bytes, exact=text.complete,
+        tokens=text.train_tokens, bytes_per_token=text.bytes_per_token, vocab_size=len(text.tokenizer),
+        time_budget_s=config.train.time_budget_s, machine=own.name,
+        matmul_gflops=own.rate(needed(first.config.train.precision)) / 1e9,
+        there=_described(there, config) if there else None, sizes=sizes,
+    )  # fmt: skip
+
+
+def outlook(config: Config, machine: Machine) -> PlannedSize:
+    """Tells what the run of a configuration would see, take and reach on a machine, by its shape and a look at the
+    text alone. Raises DataError, UsageError, OutOfMemory."""
+    return _Planner(glance(config.data, config.tokenizer), machine).size(config, timed=False)
+
+
+@dataclass
+class _Planner:
+    """A text that was looked at, and the machine that models are planned for."""
+
+    text: Glance
+    machine: Machine
+
+    @cached_property
+    def facts(self) -> Facts:
+        """The facts of the text, as far as a part of it tells them."""
+        text = self.text
+        return Facts(
+            vocab_size=len(text.tokenizer), vocabulary=text.vocabulary, epoch_tokens=text.train_tokens,
+            eval_tokens=text.eval_tokens, unigram_bits=unigram(self._shards(0).eval)["bits_per_byte"],
+        )  # fmt: skip
+
+    def size(self, config: Config, timed: bool = True) -> PlannedSize:
+        """Plans one size: by steps that are timed here on the part of the text, or by the shape alone."""
+        facts, machine = self.facts, self.machine
+        first = choose(config, facts, machine)
+        provisional, architecture = first.provisional, needed(first.architecture)
+        beginning, epoch = START_SECONDS + self.text.seconds, needed(facts.epoch_tokens)
+        measured = replace(
+            self._timed(provisional) if timed else self._expected(provisional, architecture),
+            rows=math.ceil((provisional.train.max_epochs or 0) * epoch / provisional.train.context),
+            left_seconds=(provisional.train.time_budget_s or 0.0) - beginning,
+        )
+        choices = choose(config, replace(facts, measured=measured), machine)
+        chosen, parameters = choices.chosen, parameter_count(architecture)
+        step, steps, context = step_tokens(chosen, epoch), chosen.train.max_steps, chosen.train.context
+        training = measured.with_steps_of(step).step_seconds * steps
+        evaluating = measured.eval_seconds * math.ceil(steps / chosen.train.eval_every)
+        memory = memory_of_step(
+            chosen, architecture, trainable=choices.trainable, facts=facts, machine=machine, context=context
+        )
+        tokens = steps * step
+        return PlannedSize(
+            parameters=parameters, width=architecture.hidden_size, layers=architecture.num_hidden_layers,
+            context=context, batch_tokens=step, steps=steps, tokens=tokens, tokens_per_parameter=tokens / parameters,
+            passes=tokens / epoch, memory_bytes=memory.of(chosen.train.micro_batch),
+            flops=flops_per_token(architecture, context) * tokens, seconds=beginning + training + evaluating,
+            bits_per_byte=needed(facts.unigram_bits) * share_of_unigrams(parameters, tokens, epoch),
+        )  # fmt: skip
+
+    def _timed(self, config: Chosen) -> Measured:
+        """The seconds of a step and of an evaluation, by some that are tried."""
+        problem = Pretraining(self._shards(4 * step_tokens(config, self.facts.epoch_tokens)))
+        measured = timings(assemble(config, problem, None))
+        longer = needed(self.facts.eval_tokens) / needed(problem.eval_tokens)
+        return replace(measured, eval_seconds=measured.eval_seconds * longer)
+
+    def _expected(self, config: Chosen, architecture: ModelConfig) -> Measured:
+        """The seconds of a step and of an evaluation, by the shape and the machine's rate."""
+        step, context = step_tokens(config, self.facts.epoch_tokens), config.train.context
+        token = flops_per_token(architecture, context) / flops_per_second(self.machine, config.train.precision)
+        evaluation = EVALUATION_COST * needed(self.facts.eval_tokens) * token
+        return Measured(step_seconds=step * token, step_tokens=step, eval_seconds=evaluation)
+
+    def _shards(self, least: int) -> Shards:
+        """The part of the text that was read, repeated to at least so many ids, as shards in memory."""
+        text = self.text
+        start = [] if text.tokenizer.start_id is None else [text.tokenizer.start_id]
+        ids = np.concatenate([np.append(np.array(start, np.uint32), document) for document in text.documents])
+        ids = np.resize(ids, max(len(ids), least, 2))
+        train = Stream(ids, np.array([0]), bytes=round(len(ids) * text.bytes_per_token), largest_id=int(ids.max()))
+        held_out = ids[-EVALUATED:]
+        evaluated = replace(train, tokens=held_out, bytes=round(len(held_out) * text.bytes_per_token))
+        files = {f"{split}.tokens": {"sha256": ""} for split in ("train", "eval")}
+        return Shards(Path(), text.tokenizer, train=train, eval=evaluated, manifest={"files": files})
+
+
+def _sized(config: Config, parameters: float) -> Config:
+    """The configuration with a model of about so many parameters."""
+    shape: dict[str, Any] = dict.fromkeys((f"model.{name}" for name in SHAPE), None)
+    in_two_digits = int(round(parameters, 2 - len(f"{parameters:.0f}")))
+    return configuration.with_values(config, {**shape, "model.parameters": in_two_digits})
+
+
+def _command(recipe: str, asked: Asked, parameters: int | None) -> str:
+    """The command that starts the run, of another size than what was asked where `parameters` names one."""
+    settings = dict(configuration.pairs_of(asked))
+    if parameters:
+        settings = {key: value for key, value in settings.items() if key not in {f"model.{name}" for name in SHAPE}}
+        settings["model.parameters"] = count(parameters)
+    written = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items())
+    return shlex.join(["gptworks", "run", recipe, *written])
+
+
+def _precision(machine: Machine, config: Config) -> Precision:
+    """The precision that a run computes in there."""
+    asked = config.train.precision
+    return usual_precision(machine.bf16, machine.fp16) if asked == "auto" else asked
+
+
+def _seconds(size: PlannedSize, machine: Machine, config: Config) -> float:
+    """The seconds that training takes there."""
+    return size.flops / flops_per_second(machine, _precision(machine, config))
+
+
+def _described(machine: Machine, config: Config) -> str:
+    """A machine in words, with the share of its rate that is counted with."""
+    precision = _precision(machine, config)
+    rate = machine.rate(precision) * machine.processes
+    name = machine.name if machine.processes == 1 else f"{machine.processes} times {machine.name}"
+    return f"{name}, at {flops_per_second(machine, precision) / rate:.0%} of {rate / 1e12:,.3g} TFLOP/s ({precision})"

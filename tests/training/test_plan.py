@@ -1,0 +1,92 @@
+"""A plan says what the run then does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from gptworks import cli, lifecycle
+from gptworks.core import config as configuration
+from gptworks.core.errors import DataError, UsageError
+from gptworks.planning.machine import here
+from gptworks.training.plan import outlook, plan
+
+SMALL = {
+    "tokenizer.vocab_size": 300, "model.parameters": 60_000, "train.context": 32, "train.threads": 1,
+    "train.max_epochs": 1, "train.time_budget_s": None, "train.precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(tiny.text(6 * 8000))
+    return str(path)
+
+
+def test_three_sizes_with_the_commands_that_start_them(text):
+    planned = plan("mine", {**SMALL, "data.train": text})
+    smaller, chosen, larger = planned.sizes
+    assert smaller.parameters < chosen.parameters < larger.parameters
+    for size in planned.sizes:
+        assert size.tokens == size.steps * size.batch_tokens
+        assert size.passes == pytest.approx(size.tokens / planned.tokens)
+        assert size.tokens_per_parameter == pytest.approx(size.tokens / size.parameters)
+        assert size.seconds > 0 and size.memory_bytes > 1e6 and 0 < size.bits_per_byte < 8
+    assert "model.parameters=60000" in chosen.command and f"data.train={text}" in chosen.command
+    assert larger.command.startswith("gptworks run mine ") and "model.parameters=60000" not in larger.command
+
+
+def test_the_run_has_the_steps_batch_and_shape_of_its_plan(text, tmp_path):
+    chosen = plan("mine", {**SMALL, "data.train": text}).sizes[1]
+    config = configuration.load("mine", {**SMALL, "data.train": text})
+    lifecycle.train(config, tmp_path / "run")
+    run = configuration.RunFile.read(tmp_path / "run" / "config.yaml").chosen
+    assert (run.model.hidden_size, run.model.num_hidden_layers) == (chosen.width, chosen.layers)
+    assert run.train.batch_tokens == chosen.batch_tokens
+    assert run.train.max_steps == pytest.approx(chosen.steps, rel=0.05)
+
+
+def test_a_time_is_planned_into_tokens_and_a_longer_one_into_more(text):
+    found = [
+        plan("mine", {**SMALL, "data.train": text, "train.max_epochs": None, "train.time_budget_s": seconds}).sizes[1]
+        for seconds in (20, 80)
+    ]
+    assert found[0].tokens < found[1].tokens
+    assert all(size.seconds <= budget for size, budget in zip(found, (20, 80), strict=True))
+
+
+def test_another_machine_is_described_with_the_share_of_its_rate(text, tmp_path):
+    fast = replace(tiny.MACHINE, name="a fast one", matmul={"fp32": 1e15, "bf16": 1e15}, processes=8, per_machine=8)
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(fast.as_dict()))
+    planned = lifecycle.plan("mine", {**SMALL, "data.train": text}, path)
+    assert "8 times a fast one" in planned.there and "%" in planned.there
+    for size in planned.sizes:
+        assert 0 < size.seconds_there < size.seconds
+
+
+def test_an_outlook_tries_no_step(text, monkeypatch):
+    monkeypatch.setattr("gptworks.training.plan.timings", None)
+    expected = outlook(configuration.load("mine", {**SMALL, "data.train": text}), here("fp32", 1))
+    assert expected.steps > 1 and expected.seconds > 0 and expected.command == ""
+
+
+def test_what_cannot_be_planned_is_refused(text, tmp_path):
+    with pytest.raises(UsageError, match=r"add data\.train=FILE"):
+        plan("mine", [])
+    with pytest.raises(DataError, match="no such file"):
+        plan("mine", ["data.train=nowhere.txt"])
+    with pytest.raises(UsageError, match="a model that is there has its size"):
+        plan("mine", [f"data.train={text}", f"model.path={tmp_path}"])
+
+
+def test_the_command_prints_a_row_for_each_size_and_json_has_the_same(text, capsys, monkeypatch):
+    settings = [f"{key}={'null' if value is None else value}" for key, value in SMALL.items()]
+    monkeypatch.setattr("sys.argv", ["gptworks", "plan", f"data.train={text}", *settings])
+    cli.main()
+    printed = capsys.readouterr().out
+    for word in ("smaller", "chosen", "larger", "a parameter", "bits/byte", "gptworks run mine"):
+        assert word in printed
+    assert max(map(len, printed.splitlines()[:8])) <= 100
