@@ -15,6 +15,7 @@ from gptworks.core import config as configuration
 from gptworks.core import runtime
 from gptworks.core.config import Config, RunFile
 from gptworks.core.errors import DataError, OutOfMemory, UsageError
+from gptworks.model.config import parameter_count
 from gptworks.planning.choices import Base, Facts, Measured
 from gptworks.planning.choose import choose, useful_rows
 from gptworks.planning.cost import step_memory
@@ -373,3 +374,66 @@ def test_a_budget_counts_the_evaluation_before_step_1(every):
     )
     step = 0.1 if every is None else 0.1 + 2.0 / every
     assert first - second == pytest.approx(2.0 / step, abs=1)
+
+
+# -- the size that suits a text and a time ------------------------------------------------------------------------
+
+TEXT = Facts(vocab_size=4096, vocabulary=4096, epoch_tokens=10**8, eval_tokens=10**5, unigram_bits=2.6)
+
+
+def open_sized(**train) -> Config:
+    return Config.model_validate({"train": {"threads": 1, **train}})
+
+
+def timed(seconds: float, step_tokens: int, left: float) -> Measured:
+    return Measured(rows=10**6, step_seconds=seconds, eval_seconds=1.0, left_seconds=left, step_tokens=step_tokens)
+
+
+def test_a_longer_time_and_a_faster_machine_make_a_larger_model():
+    slow, fast = tiny.MACHINE, replace(tiny.MACHINE, matmul={"fp32": 1e15})
+    sizes = [
+        parameter_count(choose(open_sized(time_budget_s=seconds), TEXT, machine).architecture)
+        for machine in (slow, fast)
+        for seconds in (60, 600, 6000)
+    ]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 6 and sizes[-1] > 50 * sizes[0]
+
+
+def test_without_a_time_the_size_follows_the_text_up_to_the_usual():
+    sizes = [
+        choose(open_sized(), replace(TEXT, epoch_tokens=tokens), tiny.MACHINE).config.model.parameters
+        for tokens in (10**5, 10**7, 10**10)
+    ]
+    assert sizes == [100_000, 2_000_000, 3_000_000]
+    limited = choose(open_sized(max_tokens=4_000_000), TEXT, tiny.MACHINE)
+    assert limited.config.model.parameters == 200_000
+
+
+def test_a_size_that_was_asked_for_stays_and_is_weighed():
+    config = Config.model_validate({"model": {"parameters": 10**7}, "train": {"threads": 1, "time_budget_s": 60}})
+    measured = timed(8.0, 1024, 50.0)
+    choices = choose(config, replace(TEXT, measured=measured), tiny.MACHINE)
+    assert choices.config.model.parameters == 10**7
+    said = next(each for each in choices.warnings if "will see" in each)
+    assert "parameters will see" in said and "model.parameters=" in said and "bits/byte" in said
+    small = Config.model_validate({"model": {"parameters": 300_000}, "train": {"threads": 1, "time_budget_s": 600}})
+    fits = choose(small, replace(TEXT, measured=timed(0.05, 4096, 580.0)), tiny.MACHINE)
+    assert not any("will see" in each for each in fits.warnings)
+
+
+def test_the_batch_follows_the_steps_that_were_timed_and_steps_take_their_share():
+    config = open_sized(time_budget_s=100)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"parameters": 300_000})})
+    slow = choose(config, replace(TEXT, measured=timed(1.0, 4096, 90.0)), tiny.MACHINE).config.train
+    fast = choose(config, replace(TEXT, measured=timed(0.01, 4096, 90.0)), tiny.MACHINE).config.train
+    assert slow.batch_tokens < fast.batch_tokens
+    seen = slow.max_steps * slow.batch_tokens
+    assert 0.7 * 90 * 4096 < seen < 90 * 4096  # as many tokens as in steps of the size that was timed
+
+
+def test_measurements_of_one_step_tell_of_another():
+    measured = timed(0.2, 4096, 50.0)
+    assert measured.with_steps_of(2048).step_seconds == pytest.approx(0.1)
+    assert measured.with_steps_of(4096) == measured
+    before = replace(measured, step_tokens=None)  # of an earlier version
+    assert before.with_steps_of(2048) == before

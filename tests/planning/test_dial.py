@@ -96,8 +96,25 @@ def test_a_deeper_dial_is_a_larger_model_and_a_lower_rate():
     assert sizes == sorted(sizes) and rates == sorted(rates, reverse=True) and len(set(rates)) == 3
 
 
+@pytest.mark.parametrize(("steps", "higher"), [(60, 2.0), (200, 1.4), (300, 1.0), (5000, 1.0)])
+def test_a_short_run_has_higher_rates(steps, higher):
+    config, reasons, architecture = whole(train__batch_tokens=1024, train__max_steps=steps, train__optimizer="muon")
+    assert config.train.lr == pytest.approx(0.02 * higher)
+    assert config.train.adam_lr == pytest.approx(0.008 * higher * (128 / architecture.hidden_size) ** 0.5, rel=1e-3)
+    assert ("fewer than" in reasons["train.lr"]) == ("fewer than" in reasons["train.adam_lr"]) == (higher > 1)
+
+
+def test_an_alphabet_has_half_the_rate_of_a_vocabulary_of_rare_rows():
+    rates = []
+    for vocab in (65, 4096):
+        config, _, architecture = whole(vocab, train__batch_tokens=1024, train__max_steps=1000, train__optimizer="muon")
+        rates.append(config.train.adam_lr * architecture.hidden_size**0.5)
+    assert rates[1] == pytest.approx(2 * rates[0], rel=1e-3)
+
+
 def test_batch_grows_with_the_run_and_hits_its_anchors():
     assert best_batch(2.6e5) == 1024 and best_batch(2.2e9) == 524_288
+    assert best_batch(1.3e6) == 2048 and best_batch(2.4e6) == 4096  # measured, docs/log.md
     sizes = [best_batch(10.0**e) for e in range(3, 12)]
     assert sizes == sorted(sizes)
 
