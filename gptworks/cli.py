@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
+from gptworks import printed
 from gptworks.core.errors import DataError, GptworksError, Preempted, StorageError, UsageError
-from gptworks.core.log import PRINTABLE, console, count, duration, plural, size, table, unfailing, unwritten
+from gptworks.core.log import PRINTABLE, console, plural, unfailing, unwritten
 from gptworks.core.registry import text_of, users_place, users_problems
-from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Planned, PlannedSize, Result
+from gptworks.core.results import Result
 
 app = typer.Typer(
     help="Train, evaluate, use and export GPT-style language models: from a text to a folder that other tools open.",
@@ -200,7 +201,9 @@ def _stage(
         if machine and not dry_run:
             raise UsageError("--machine says what another machine would do: it goes with --dry-run")
         if dry_run:
-            _put(_dry_run(*lifecycle.choices(config, machine), as_json) + "\n")
+            choices, expected = lifecycle.choices(config, machine)
+            asked = choices.config.model_dump(mode="json")
+            _put((_json(asked) if as_json else printed.dry_run(choices, expected)) + "\n")
             return
         stage = lifecycle.train if name == "train" else lifecycle.run
         result = stage(config, folder, named, fresh=fresh)
@@ -208,25 +211,6 @@ def _stage(
             _put(_json(result) + "\n")
 
     _do(work, debug)
-
-
-def _dry_run(choices: Any, expected: PlannedSize | None, as_json: bool) -> str:
-    """Says what the run would take and reach, and the configuration as far as it can be decided now."""
-    from gptworks.core import config as configuration
-
-    if as_json:
-        return _json(choices.config.model_dump(mode="json"))
-    reasons = choices.reasons | {key: f"open: {why}" for key, why in choices.open.items()}
-    lines = [*_outlook(expected), *choices.warnings] if expected else choices.warnings
-    return "\n".join([*(f"# {line}" for line in lines), configuration.recipe_lines(choices.config, reasons)])
-
-
-def _outlook(run: PlannedSize) -> list[str]:
-    return [
-        f"about {duration(run.seconds)} here, {size(run.memory_bytes)} of memory, {run.bits_per_byte:.2f} bits/byte",
-        f"about {plural(run.steps, 'step')}, {count(run.tokens)} tokens: {run.tokens_per_parameter:.2g} for each of "
-        f"{count(run.parameters)} parameters, {run.passes:.2g} passes over the text",
-    ]
 
 
 @app.command()
@@ -300,39 +284,7 @@ def evaluate(
             encoding=encoding, against=against[0] if against else None,
         )  # fmt: skip
 
-    _do(lambda: _print(work(), json, _evaluation), debug)
-
-
-def _evaluation(scores: Evaluated) -> str:
-    from gptworks.data.shards import lost_words
-
-    unigram, xz, against = scores.baselines["unigram"] or {}, scores.baselines["xz"], scores.against
-
-    def row(name: str, model: Evaluated | Compared) -> tuple[str, ...]:
-        return name, f"{model.loss:.4f}", f"{model.perplexity:.2f}", f"{model.bits_per_byte:.4f}"
-
-    rows = [
-        ("", "nats/token", "perplexity", "bits/byte"),
-        row(scores.model if against else "model", scores),
-        *([row(against.model, against)] if against else []),
-        ("unigrams", f"{unigram['loss']:.4f}", "", f"{unigram['bits_per_byte']:.4f}"),
-        ("xz -9e", "", "", f"{xz['bits_per_byte']:.4f}" if xz else "too long"),
-    ]
-    lines = table([list(each) for each in rows])
-    lines.append(f"{plural(scores.tokens, 'token')}, {plural(scores.bytes, 'byte')}, {scores.method}")
-    for each in (scores, against):
-        if each and each.lost_bytes:
-            lines.append((f"{each.model}: " if against else "") + lost_words(each.lost_bytes, each.bytes))
-    return "\n".join([*lines, _verdict(scores.model, against)] if against else lines)
-
-
-def _verdict(model: str, against: Compared) -> str:
-    """A line that says which model is better, by how much and how sure that is."""
-    said = f"{model} minus {against.model}: {against.difference_bits_per_byte:+.4f} bits/byte"
-    if against.interval:
-        said += ", 95 % interval {:+.4f} to {:+.4f}".format(*against.interval)
-    conclusion = f"{against.better} is better" if against.better else against.reason
-    return f"{said}, {plural(against.pairs, 'pair')}: {conclusion}"
+    _do(lambda: _print(work(), json, printed.evaluation), debug)
 
 
 @app.command()
@@ -440,15 +392,7 @@ def merge(
 
         return lifecycle.merge(folder, out, data=data, dtype=dtype, lossy=lossy)
 
-    _do(lambda: _print(work(), json, _merged), debug)
-
-
-def _merged(merged: Merged) -> str:
-    return (
-        f"{merged.model}\nmerged {merged.bits_per_byte:.5f} bits/byte, adapter beside its base "
-        f"{merged.adapter_bits_per_byte:.5f}, difference {merged.difference_bits_per_byte:+.2g} "
-        f"over {plural(merged.tokens, 'token')}"
-    )
+    _do(lambda: _print(work(), json, printed.merged), debug)
 
 
 @app.command()
@@ -475,13 +419,7 @@ def export(
 
         return lifecycle.export(folder, format, out, kind=type, data=data, tokens=tokens, dry_run=dry_run)
 
-    _do(lambda: _print(work(), json, _export), debug)
-
-
-def _export(result: Exported) -> str:
-    if result.parity is None:
-        return f"{result.out}: about {result.estimated_bytes:,} bytes; nothing was written"
-    return f"parity   {result.parity['line']}\n{result.out}: {result.bytes:,} bytes"
+    _do(lambda: _print(work(), json, printed.exported), debug)
 
 
 @app.command()
@@ -559,31 +497,7 @@ def compare(
 
         return side_by_side(runs)
 
-    _do(lambda: _print(work(), json, _compared), debug)
-
-
-def _compared(result: ComparedRuns) -> str:
-    """Two tables: what came out, and where the runs differ."""
-
-    from gptworks.core import config as configuration
-
-    def cell(value: Any, form: Callable[[Any], str] = str) -> str:
-        return "-" if value is None else form(value)
-
-    head = ["run", "recipe", "steps", "parameters", "tokens", "seconds", "nats/token", "bits/byte"]
-    rows = [
-        [
-            each.run, configuration.usual_folder(each.recipe).name if each.recipe else "-",
-            f"{each.steps}" if each.finished else f"{each.steps} of {each.planned_steps}",
-            cell(each.parameters, count), cell(each.tokens, count), cell(each.seconds, "{:.0f}".format),
-            cell(each.loss, "{:.4f}".format), cell(each.bits_per_byte, "{:.4f}".format),
-        ]
-        for each in result.runs
-    ]  # fmt: skip
-    keys = [[key, *(_shortened(json.dumps(each)) for each in values)] for key, values in result.differences.items()]
-    if not keys:
-        return "\n".join([*table([head, *rows]), "", "no setting differs"])
-    return "\n".join([*table([head, *rows]), "", *table([["differs in", *(each.run for each in result.runs)], *keys])])
+    _do(lambda: _print(work(), json, printed.compared), debug)
 
 
 @app.command()
@@ -614,38 +528,7 @@ def plan(
             recipe, asked = "mine", [recipe, *asked]
         return lifecycle.plan(recipe, asked, machine)
 
-    _do(lambda: _print(work(), json, _planned), debug)
-
-
-def _planned(plan: Planned) -> str:
-    """The text, a row for each size, and the command for each."""
-    about = "" if plan.exact else "about "
-    head = ["", "parameters", "tokens", "a parameter", "passes", "memory", "time here", "bits/byte"]
-    names = ("smaller", "chosen", "larger")
-    rows = [
-        [
-            name, count(each.parameters), count(each.tokens), f"{each.tokens_per_parameter:.2g}",
-            f"{each.passes:.2g}", size(each.memory_bytes), duration(each.seconds), f"{each.bits_per_byte:.2f}",
-            *([duration(each.seconds_there or 0.0)] if plan.there else []),
-        ]
-        for name, each in zip(names, plan.sizes, strict=True)
-    ]  # fmt: skip
-    lines = [
-        f"text     {about}{size(plan.bytes)}, {count(plan.tokens)} tokens of {plan.vocab_size:,} ids to train on",
-        f"machine  {plan.machine}: {plan.matmul_gflops:,.0f} GFLOP/s in a large product",
-    ]
-    if plan.there:
-        head.append("time there")
-        lines.append(f"there    {plan.there}, in training alone")
-    lines += ["", *table([head, *rows]), ""]
-    width = max(map(len, names))
-    lines += [f"{name:<{width}}  {each.command}" for name, each in zip(names, plan.sizes, strict=True)]
-    return "\n".join(lines)
-
-
-def _shortened(text: str, most: int = 32) -> str:
-    text = text.strip('"')
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    _do(lambda: _print(work(), json, printed.planned), debug)
 
 
 @app.command()

@@ -16,7 +16,10 @@ from gptworks.core import config
 
 ROOT = Path(gptworks.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ["core", "data", "model", "planning", "infer", "exporting", "training", "lifecycle", "api", "cli", "__main__"]
+LAYERS = [
+    "core", "data", "model", "planning", "infer", "exporting", "training", "lifecycle", "api", "printed", "cli",
+    "__main__",
+]  # fmt: skip
 ASIDE = {"reporting": {"core", "reporting"}}  # beside the layers, and what it may import of ours
 
 

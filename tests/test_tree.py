@@ -34,7 +34,7 @@ ELSEWHERE = {  # modules without a test file of their name, by the file that tes
     "system/test_problems.py": ["core/registry", "training/assemble", "training/outcome", "training/problem"],
     "system/test_processes.py": ["core/ranks"],
     "system/test_resume.py": ["training/metrics"],
-    "test_cli.py": ["core/errors", "infer/terminal", "lifecycle"],
+    "test_cli.py": ["core/errors", "infer/terminal", "lifecycle", "printed"],
     "test_surface.py": ["core/results"],
     "training/test_gradients.py": ["training/objectives"],
     "training/test_hooks.py": ["planning/budget"],
