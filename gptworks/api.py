@@ -49,7 +49,12 @@ R = TypeVar("R")
 def _public(work: Callable[P, R]) -> Callable[P, R]:
     """Has a function check the names and types of its arguments and then run as a guest in its process."""
     signature, name = inspect.signature(work), work.__qualname__.removesuffix(".__init__")
-    named = [key for key, each in signature.parameters.items() if key != "self" and each.kind != each.VAR_KEYWORD]
+    kinds = {key: each.kind for key, each in signature.parameters.items() if key != "self"}
+    named = [
+        key
+        for key, kind in kinds.items()
+        if kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    ]
     takes_any = any(each.kind == each.VAR_KEYWORD for each in signature.parameters.values())
 
     @wraps(work)
@@ -63,6 +68,9 @@ def _public(work: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise UsageError(f"{name}: {error}") from None
         wanted, values = get_type_hints(work), bound.arguments
+        for key, kind in kinds.items():
+            if kind == inspect.Parameter.VAR_POSITIONAL:
+                values[key] = tuple(_checked(key, each, wanted[key]) for each in values.get(key, ()))
         values |= {key: _checked(key, values[key], wanted[key]) for key in named if key in values}
         with runtime.guest(values.get("quiet", False)):
             return work(*bound.args, **bound.kwargs)
@@ -183,8 +191,8 @@ def plan(
 
 
 @_public
-def compare(*runs: str | PathLike[str]) -> ComparedRuns:
-    """`gptworks compare`: runs side by side, from their files alone."""
+def compare(*runs: str | PathLike[str], quiet: bool = False) -> ComparedRuns:
+    """`gptworks compare`: two runs or more side by side, from their files alone."""
     return side_by_side([Path(each) for each in runs])
 
 

@@ -203,7 +203,9 @@ def _stage(
         if dry_run:
             choices, expected = lifecycle.choices(config, machine)
             asked = choices.config.model_dump(mode="json")
-            _put((_json(asked) if as_json else printed.dry_run(choices, expected)) + "\n")
+            _put(
+                (_json(asked) if as_json else printed.dry_run(choices, expected, "there" if machine else "here")) + "\n"
+            )
             return
         stage = lifecycle.train if name == "train" else lifecycle.run
         result = stage(config, folder, named, fresh=fresh)

@@ -17,7 +17,7 @@ import torch
 
 from gptworks.core import config as configuration
 from gptworks.core import folder, runtime
-from gptworks.core.config import Config, Data, RunFile
+from gptworks.core.config import Config, Data, RunFile, Tokenizer
 from gptworks.core.errors import DataError, UsageError
 from gptworks.core.log import Progress, console, count, plural, size
 from gptworks.core.ranks import ranks
@@ -39,6 +39,7 @@ from gptworks.core.results import (
 )
 from gptworks.data import shards as shard_folder
 from gptworks.data.findings import Findings
+from gptworks.data.glance import glance
 from gptworks.data.shards import Stream
 from gptworks.data.sources import Source, sources_of
 from gptworks.exporting.exporter import export as write_export
@@ -108,8 +109,12 @@ def choices(config: Config, machine: Path | None = None) -> tuple[Choices, Plann
     decided = choose(config, Facts(vocab_size if known else None), where)
     if config.problem.kind != "pretraining" or "???" in config.data.places:
         return decided, None
-    own_code = any(source.function for source in sources_of(config.data.places, config.data))
-    return decided, None if config.model.path or own_code else outlook(config, where)
+    if any(source.function for source in sources_of(config.data.places, config.data)):
+        return decided, None  # a dry run runs no code of the user's
+    if config.model.path:
+        glance(config.data, Tokenizer(kind="bytes"))  # which finds what no run could read
+        return decided, None
+    return decided, outlook(config, where)
 
 
 def plan(recipe: str, asked: list[str] | dict[str, Any], machine: Path | None = None) -> Planned:
@@ -135,7 +140,7 @@ def _find_lr(config: Config, out: Path) -> Proposed:
     )
     also = f" train.adam_lr={test.adam_lr:g}" if test.adam_lr is not None else ""
     console.say(f"found    train.lr={test.lr:g}{also}: {test.reason}")
-    console.say(f"found    the curve is in {page}; nothing was trained")
+    console.say(f"found    the curve is in {page}; nothing was trained: give the rates to the command that trains")
     return Proposed(test.lr, test.adam_lr, test.reason, report=str(page))
 
 
@@ -544,7 +549,15 @@ def _generate(running: _Running) -> _Running:
     if prompts is None:  # then those that the run has
         prompts = RunFile.read(file).chosen.generate.prompts if file.is_file() else [""]
     with running.spent("sampling"):
-        samples = generate(running.out / "model", prompts, how, max_new_tokens=options.max_new_tokens)
+        model = load(running.out / "model")
+        # Of one seed, two prompts would go on alike as soon as the model forgets them.
+        samples = [
+            each
+            for number, prompt in enumerate(prompts)
+            for each in generate(
+                model, [prompt], replace(how, seed=(how.seed or 0) + number), max_new_tokens=options.max_new_tokens
+            )
+        ]
     running.add(generation=samples)
     for sample in samples:
         console.say(f"sample   {plural(sample.tokens, 'token')}, {sample.tokens_per_second:.0f} tokens/s")

@@ -8,20 +8,20 @@ from gptworks.core.log import count, duration, plural, size, table
 from gptworks.core.results import Compared, ComparedRuns, Evaluated, Exported, Merged, Planned, PlannedSize
 
 
-def dry_run(choices: Any, expected: PlannedSize | None) -> str:
+def dry_run(choices: Any, expected: PlannedSize | None, where: str = "here") -> str:
     """Says what the run would take and reach, and the configuration as far as it can be decided now."""
     from gptworks.core import config as configuration
 
     reasons = choices.reasons | {key: f"open: {why}" for key, why in choices.open.items()}
-    lines = [*_outlook(expected), *choices.warnings] if expected else choices.warnings
+    lines = [*_outlook(expected, where), *choices.warnings] if expected else choices.warnings
     return "\n".join([*(f"# {line}" for line in lines), configuration.recipe_lines(choices.config, reasons)])
 
 
-def _outlook(run: PlannedSize) -> list[str]:
+def _outlook(run: PlannedSize, where: str) -> list[str]:
     return [
-        f"about {duration(run.seconds)} here, {size(run.memory_bytes)} of memory, {run.bits_per_byte:.2f} bits/byte",
-        f"about {plural(run.steps, 'step')}, {count(run.tokens)} tokens: {run.tokens_per_parameter:.2g} for each of "
-        f"{count(run.parameters)} parameters, {run.passes:.2g} passes over the text",
+        f"about {duration(run.seconds)} {where}, {size(run.memory_bytes)} of memory, {run.bits_per_byte:.2f} bits/byte",
+        f"about {plural(run.steps, 'step')}, {count(run.tokens)} tokens: {_few(run.tokens_per_parameter)} for each of "
+        f"{count(run.parameters)} parameters, {_few(run.passes)} passes over the text",
     ]
 
 
@@ -75,14 +75,13 @@ def planned(plan: Planned) -> str:
     """Shows the text, a row for each size, and the command for each."""
     about = "" if plan.exact else "about "
     head = ["", "parameters", "tokens", "a parameter", "passes", "memory", "time here", "bits/byte"]
-    names = ("smaller", "chosen", "larger")
     rows = [
         [
-            name, count(each.parameters), count(each.tokens), f"{each.tokens_per_parameter:.2g}",
-            f"{each.passes:.2g}", size(each.memory_bytes), duration(each.seconds), f"{each.bits_per_byte:.2f}",
+            each.name, count(each.parameters), count(each.tokens), _few(each.tokens_per_parameter),
+            _few(each.passes), size(each.memory_bytes), duration(each.seconds), f"{each.bits_per_byte:.2f}",
             *([duration(each.seconds_there or 0.0)] if plan.there else []),
         ]
-        for name, each in zip(names, plan.sizes, strict=True)
+        for each in plan.sizes
     ]  # fmt: skip
     lines = [
         f"text     {about}{size(plan.bytes)}, {count(plan.tokens)} tokens of {plan.vocab_size:,} ids to train on",
@@ -91,10 +90,15 @@ def planned(plan: Planned) -> str:
     if plan.there:
         head.append("time there")
         lines.append(f"there    {plan.there}, in training alone")
-    lines += ["", *table([head, *rows]), ""]
-    width = max(map(len, names))
-    lines += [f"{name:<{width}}  {each.command}" for name, each in zip(names, plan.sizes, strict=True)]
-    return "\n".join(lines)
+    commands = [f"{each.name:<7}  {each.command}" for each in plan.sizes]
+    return "\n".join([*lines, "", *table([head, *rows]), *plan.left_out, "", *commands])
+
+
+def _few(number: float) -> str:
+    """A ratio in two digits: 78, 3.2, 0.04."""
+    if number < 0.01:
+        return "below 0.01"
+    return f"{number:.2g}" if number < 100 else f"{number:,.0f}"
 
 
 def compared(result: ComparedRuns) -> str:

@@ -242,6 +242,7 @@ class ComparedRuns(Result):
 class PlannedSize(Result):
     """A size of model for a text: what it would see, take and reach."""
 
+    name: str  # smaller | chosen | larger
     parameters: int
     width: int
     layers: int
@@ -272,7 +273,8 @@ class Planned(Result):
     time_budget_s: float | None
     machine: str
     matmul_gflops: float  # of a large product on it
-    sizes: list[PlannedSize]  # smaller, chosen, larger
+    sizes: list[PlannedSize]  # from smaller to larger
+    left_out: list[str]  # sizes that do not fit, and why
     there: str | None = None  # the machine that was described, and the rate that is counted with
 
 

@@ -27,7 +27,7 @@ USUAL: list[tuple[str, Callable[[str], bool], float]] = [
     ("shift_jis", _between("ぁゟ", "゠ヿ"), 0.3),
     ("euc_jp", _between("ぁゟ", "゠ヿ"), 0.3),
     ("euc_kr", _between("가힣"), 0.9),
-    ("gb18030", _in_rows("gb2312", (0xA1, 0xA3), (0xB0, 0xD7)), 0.7),  # punctuation, the 3,755 most usual characters
+    ("gb18030", _in_rows("gb2312", (0xA1, 0xA3), (0xB0, 0xD7)), 0.5),  # punctuation, the 3,755 most usual characters
     ("big5", _in_rows("big5", (0xA1, 0xC6)), 0.7),  # the same of Taiwan
     ("cp1251", _between("ая", "ёё"), 0.7),
     ("koi8-r", _between("ая", "ёё"), 0.7),
@@ -69,7 +69,9 @@ def _wide(raw: bytes) -> str | None:
 def _western(raw: bytes) -> str | None:
     """Letters with accents stand alone between letters without."""
     high = [place for place, byte in enumerate(raw) if byte > 0x7F]
+    if not high:
+        return None
     alone = sum(after - before > 1 for before, after in zip(high, [*high[1:], len(raw) + 1], strict=True))
-    if not high or alone < 0.7 * len(high) or len(high) > len(raw) / 3:
+    if alone < 0.7 * len(high) or len(high) > len(raw) / 3:
         return None
     return "cp1252" if _decoded(raw, "cp1252") else "latin-1"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,10 +15,11 @@ from gptworks.data.findings import Findings, Piece
 from gptworks.data.shards import make_tokenizer, with_vocabulary
 from gptworks.data.sources import Source, listed, sources_of
 from gptworks.data.split import held_out_share
-from gptworks.data.tokenizer import Tokenizer
+from gptworks.data.tokenizer import GOLDEN, Tokenizer
 
 SAMPLED = 2_000_000  # bytes of text that are read, from files spread over all of them
-FILES = 4  # of a source, that are looked into
+FILES = 4  # so many of a source fill the sample, where they are large enough
+MOST_FILES = 1000  # that are looked into
 BLOCKS = 4  # of a file, that are read at least: what they hold tells what the rest does
 
 
@@ -51,14 +53,18 @@ def glance(data: Data, asked: TokenizerConfig) -> Glance:
     """Reads a part of a text. Raises DataError and UsageError."""
     sources = sources_of(data.places, data)
     texts, size, complete = _sample(sources, data)
+    where = listed([source.place for source in sources])
     if not texts:
-        raise DataError(f"{listed([source.place for source in sources])}: no text")
+        raise DataError(f"{where}: no text")
     held_out = sources_of([data.eval], data, len(sources)) if data.eval else []
     if held_out:
         eval_bytes = _sample(held_out, data)[1]
     else:
         eval_bytes = round(size * held_out_share(data, size))
     eval_bytes = min(eval_bytes, data.eval_bytes or eval_bytes)
+    for name, left in (("eval", eval_bytes), ("train", size if held_out else size - eval_bytes)):
+        if left < 1:
+            raise DataError(f"{data.eval if held_out and name == 'eval' else where}: no text for the {name} split")
     read = sum(len(text.encode("utf-8", "replace")) for text in texts)
     began = time.perf_counter()
     tokenizer, vocabulary, seconds = Tokenizer.load(asked.path, asked.pattern) if asked.path else None, None, 0.0
@@ -92,21 +98,22 @@ class _Parts:
 
     def __init__(self, source: Source, most: int, data: Data) -> None:
         self.texts: list[str] = []
-        self.complete, self.size = True, 0
+        self.complete = True
         findings = Findings(source.place, newlines=data.newlines)
         if source.function:
             self.size, _ = self._read(source.pieces(findings), most, findings)
             return
-        step = max(len(source.files) / FILES, 1.0)
-        files = [source.files[int(number * step)] for number in range(min(len(source.files), FILES))]
-        size = on_disk = 0
-        for file in files:
+        size = read = on_disk = looked = 0
+        for file in _spread(source.files):
             pieces = (piece for piece in formats.read(file, data, findings) if findings.count(piece))
-            taken, share = self._read(pieces, most // len(files), findings)
-            size += taken if share is None else round(share * file.stat().st_size)
-            on_disk += file.stat().st_size
-        self.complete = self.complete and len(files) == len(source.files)
-        self.size = size if len(files) == len(source.files) else round(size / max(on_disk, 1) * source.size)
+            taken, share = self._read(pieces, max(most // FILES, 1), findings)
+            length, read, looked = file.stat().st_size, read + taken, looked + 1
+            size += taken if share is None else round(share * length)
+            on_disk += length
+            if read >= most or looked == MOST_FILES:
+                break
+        self.complete = self.complete and looked == len(source.files)
+        self.size = size if looked == len(source.files) else round(size / max(on_disk, 1) * source.size)
 
     def _read(self, pieces: Iterator[Piece], enough: int, findings: Findings) -> tuple[int, float | None]:
         """Keeps so many bytes of text; gives the bytes that were read, and where that was not all their share of the
@@ -123,3 +130,9 @@ class _Parts:
                 self.texts.append(piece.text[: enough - taken])
             taken += piece.size
         return taken, None
+
+
+def _spread(files: list[Path]) -> list[Path]:
+    """The files in an order of which each beginning is spread over all of them."""
+    order = sorted(range(len(files)), key=lambda number: number * GOLDEN % 2**64)
+    return [files[number] for number in order]

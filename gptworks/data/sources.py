@@ -7,7 +7,9 @@ import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -23,6 +25,7 @@ from gptworks.data.findings import DocumentSample, Findings, Piece
 
 BUILTIN = {"shakespeare": "shakespeare.txt", "hongloumeng": "hongloumeng.txt"}  # both in the public domain
 TABLE: dict[str, str] = {}  # name -> "module:attribute", a callable that yields documents (str)
+END = object()  # of documents
 REFUSED = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".py", ".so")
 
 
@@ -90,7 +93,16 @@ class Source:
         """Yields what the function yields; whatever that raises becomes a DataError."""
         number = 0
         try:
-            for document in self.function() if self.function else ():
+            with redirect_stdout(sys.stderr):  # standard output is for results
+                documents = self.function() if self.function else ()
+            if isinstance(documents, str):
+                raise DataError(f"{self.place}: gives one text; yield it, or give it in a list, as one document")
+            each = iter(documents)
+            while True:
+                with redirect_stdout(sys.stderr):
+                    document = next(each, END)
+                if document is END:
+                    return
                 number += 1
                 yield document
         except GptworksError:  # a signal to stop, for one

@@ -52,6 +52,7 @@ class Facts:
     vocabulary: int | None = None  # the size that was wanted of a tokenizer made for the text
     epoch_tokens: int | None = None  # of the training data
     unigram_bits: float | None = None  # a byte, that counting its tokens leaves of the text
+    bytes_per_token: float | None = None  # of the text
     endless: bool = False  # data that has no epochs
     eval_tokens: int | None = None  # of an evaluation
     prompts: list[str] | None = None  # beginnings of held-out lines, where no others were asked for

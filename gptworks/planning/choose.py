@@ -24,11 +24,17 @@ from gptworks.planning.dial import (
     derive_shape,
     derive_training,
 )
-from gptworks.planning.forecast import SMALLEST, best_parameters, share_of_unigrams
+from gptworks.planning.forecast import SMALLEST, best_parameters, likely_bits, share_of_counting
 from gptworks.planning.machine import Machine, usual_precision
 
-# Of the matmul rate, what a step reaches, for forecasts only: small models on a CPU keep its bf16 units waiting.
+# Of the matmul rate, what a step of a model of a million parameters reaches, for forecasts only: on a CPU bf16 units
+# wait for the rest, and larger products are faster.
 USUAL_UTILISATION: dict[Any, float] = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4, ("cpu", "bf16"): 0.18}
+WIDER_IS_FASTER, MOST_UTILISATION = 0.25, 0.6
+USUAL_TOKEN = 3.5  # bytes
+PARAMETER_BYTES = (
+    64  # of memory, for each parameter of a size that is chosen here: weights, gradients, update, activations
+)
 WORTH_SAYING = 0.05  # how much worse than the best size an asked one has to be
 BUDGET_TRAINED = 0.9  # of what is left of a time budget, the part that steps have; the rest is evaluations and saving
 # A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
@@ -73,9 +79,8 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     elif not sized and facts.epoch_tokens is None and not facts.endless:
         choices.leave("model.parameters", "follows from the text and the time")
     else:
-        if not sized:
-            _suit_the_text(choices, facts, machine)
-        choices.architecture = derive_shape(choices, facts.vocab_size)
+        wanted = None if sized else _suiting_size(choices, facts, machine)
+        choices.architecture = derive_shape(choices, facts.vocab_size, wanted)
     architecture = choices.architecture
     if architecture is None:
         return choices
@@ -88,46 +93,72 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     _share_out(choices, architecture, facts=facts, machine=machine)
     _limit(choices, facts, machine)
     if sized and facts.base is None and facts.measured and choices.config.train.time_budget_s:
-        _weigh_the_wish(choices, architecture, facts)
+        _weigh_the_wish(choices, architecture, facts=facts, machine=machine)
     set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
 
 
-def _suit_the_text(choices: Choices, facts: Facts, machine: Machine) -> None:
-    """The number of parameters that is likely to reach most on this text, in this time or with this many tokens."""
+def _suiting_size(choices: Choices, facts: Facts, machine: Machine) -> tuple[int, str]:
+    """The number of parameters that is likely to reach most on this text, in this time or with this many tokens, and
+    why; never more than the text has bytes, or than memory holds."""
     train, epoch = choices.config.train, math.inf if facts.endless else needed(facts.epoch_tokens)
-    if train.time_budget_s:
-        flops = BUDGET_TRAINED * train.time_budget_s * flops_per_second(machine, train.precision)
-        size, _ = best_parameters(flops, epoch, needed(facts.vocab_size))
-        why = f"likely to reach most in {duration(train.time_budget_s)} here"
+    token_bytes = facts.bytes_per_token or USUAL_TOKEN
+    limits = [train.max_tokens or math.inf, (train.max_epochs or math.inf) * epoch]
+    if train.max_steps and isinstance(train.batch_tokens, int):
+        limits.append(train.max_steps * train.batch_tokens)
+    most = min(free_memory(machine) / PARAMETER_BYTES, max(epoch * token_bytes, SMALLEST))
+    if budget := train.time_budget_s:
+
+        def seen(parameters: float) -> float:
+            flops = budget * BUDGET_TRAINED * flops_per_second(machine, train.precision, parameters)
+            return flops / (6 * parameters) * token_bytes
+
+        size, _ = best_parameters(seen, text=epoch * token_bytes, vocab_size=needed(facts.vocab_size), most=most)
+        size, why = min(size, *(limit / TOKENS_PER_PARAMETER for limit in limits)), f"in {duration(budget)} here"
+        why = f"likely to reach most {why}"
     else:
-        tokens = min(train.max_tokens or math.inf, (train.max_epochs or MAX_DEFAULT_EPOCHS) * epoch)
-        size = max(min(tokens / TOKENS_PER_PARAMETER, USUAL_PARAMETERS), SMALLEST)
-        why = f"{TOKENS_PER_PARAMETER} tokens for each, at most {count(USUAL_PARAMETERS)} where no time is given"
-    choices.set("model.parameters", int(round(size, 2 - len(f"{size:.0f}"))), why)
+        size = min(*limits, MAX_DEFAULT_EPOCHS * epoch) / TOKENS_PER_PARAMETER
+        size = min(size, USUAL_PARAMETERS, most)
+        why = f"{TOKENS_PER_PARAMETER} tokens for each; at most {count(USUAL_PARAMETERS)} where no time is given"
+    size = max(size, SMALLEST)
+    return int(round(size, 2 - len(f"{size:.0f}"))), why
 
 
-def _weigh_the_wish(choices: Choices, architecture: ModelConfig, facts: Facts) -> None:
+def _weigh_the_wish(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
     """Warns where the size that was asked for is far from the best that the time allows."""
-    train, epoch = choices.config.train, math.inf if facts.endless else needed(facts.epoch_tokens)
+    train, token_bytes = choices.config.train, facts.bytes_per_token
+    unigram = facts.unigram_bits
+    if unigram is None or token_bytes is None or facts.epoch_tokens is None:
+        return
     parameters = parameter_count(architecture)
     tokens = needed(train.max_steps) * step_tokens(choices.config, facts.epoch_tokens)
-    flops = tokens * flops_per_token(architecture, needed(train.context))
-    best, reached = best_parameters(flops, epoch, architecture.vocab_size)
-    expected = share_of_unigrams(parameters, tokens, epoch)
-    if facts.unigram_bits is None or expected < (1 + WORTH_SAYING) * reached:
+    here = flops_per_second(machine, train.precision, parameters)
+
+    def seen(other: float) -> float:
+        faster = flops_per_second(machine, train.precision, other) / here
+        return tokens * token_bytes * faster * parameters / other
+
+    text = facts.epoch_tokens * token_bytes
+    best, reached = best_parameters(seen, text, architecture.vocab_size, most=max(text, SMALLEST))
+    expected = share_of_counting(parameters, tokens * token_bytes, text)
+    if expected < (1 + WORTH_SAYING) * reached:
         return
+
+    def told(share: float) -> str:
+        return f"{likely_bits(share, unigram, vocab_size=architecture.vocab_size, bytes_per_token=token_bytes):.2f}"
+
     choices.warnings.append(
         f"{count(parameters)} parameters will see {count(tokens)} tokens in train.time_budget_s="
-        f"{train.time_budget_s:g}, {tokens / parameters:.2g} for each, and reach about "
-        f"{expected * facts.unigram_bits:.2f} bits/byte; model.parameters={count(best)} would reach about "
-        f"{reached * facts.unigram_bits:.2f}"
+        f"{train.time_budget_s:g}, {tokens / parameters:.2g} for each, and reach about {told(expected)} "
+        f"bits/byte; model.parameters={count(best)} would reach about {told(reached)}"
     )
 
 
-def flops_per_second(machine: Machine, precision: str) -> float:
-    """FLOPs a second that the steps of a run are likely to reach, on all its processes."""
+def flops_per_second(machine: Machine, precision: str, parameters: float) -> float:
+    """FLOPs a second that the steps of a model of so many parameters are likely to reach, on all processes."""
     share = USUAL_UTILISATION.get((machine.device, precision), USUAL_UTILISATION[machine.device])
+    if machine.device == "cpu":
+        share = min(share * (parameters / 1e6) ** WIDER_IS_FASTER, MOST_UTILISATION)
     return share * machine.rate(precision) * machine.processes
 
 
@@ -139,7 +170,8 @@ def _tokens_in_budget(choices: Choices, architecture: ModelConfig, facts: Facts,
     if measured and measured.step_tokens:
         return max(BUDGET_TRAINED * measured.left_seconds / measured.step_seconds * measured.step_tokens, 1.0)
     flops = flops_per_token(architecture, needed(train.context), choices.trainable)
-    return max(0.8 * train.time_budget_s * flops_per_second(machine, train.precision) / flops, 1.0)
+    rate = flops_per_second(machine, train.precision, parameter_count(architecture))
+    return max(0.8 * train.time_budget_s * rate / flops, 1.0)
 
 
 def _take_over(choices: Choices, facts: Facts) -> None:
@@ -429,8 +461,9 @@ def _steps_in_budget(choices: Choices, measured: Measured, before: bool) -> tupl
         fitting = steps_until(end, budget - left, pace=pace, evaluations=several)
     if fitting < 1:
         raise UsageError(
-            f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation "
-            f"and a step takes {duration(seconds)}; give more time or a smaller model"
+            f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation, a step takes "
+            f"{duration(seconds)} and an evaluation {duration(pace.evaluation)}; give more time, a smaller model or "
+            "a smaller data.eval_bytes"
         )
     if not can_hold(budget, pace):
         latest = end + (SLOWER - 1) * pace.finish + SLOWER * pace.step
@@ -460,7 +493,7 @@ def set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, mac
     total, context, processes = needed(train.max_steps), needed(train.context), machine.processes
     full = train.batch_tokens == "full"
     tokens = total * (1 if full else batch_rows(config) * context)
-    rate = flops_per_second(machine, train.precision)
+    rate = flops_per_second(machine, train.precision, parameter_count(architecture))
     expected = tokens * flops_per_token(architecture, context, choices.trainable) / rate  # seconds
     if not full:
         passes = total * math.ceil(batch_rows(config) / processes / needed(train.micro_batch))

@@ -25,15 +25,16 @@ MAX_DEFAULT_EPOCHS = 4  # repeating text up to so often is nearly as good as new
 EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 
 
-def derive_shape(choices: Choices, vocab_size: int) -> ModelConfig:
-    """Sets context, width, depth and heads where they are open; gives the architecture. Raises UsageError."""
+def derive_shape(choices: Choices, vocab_size: int, wanted: tuple[int, str] | None = None) -> ModelConfig:
+    """Sets context, width, depth and heads where they are open; gives the architecture. `wanted` are parameters, and
+    why so many, where nothing of the size was asked for. Raises UsageError."""
     model = choices.config.model
     width_given, heads_given = model.hidden_size, model.num_attention_heads
     if width_given and heads_given and not model.head_dim and width_given % heads_given:
         raise UsageError(f"model.hidden_size={width_given} is not divisible by model.num_attention_heads={heads_given}")
     context = choices.config.train.context or choices.set("train.context", 256, "our default")
     if model.hidden_size is None or model.num_hidden_layers is None:
-        _size(model, vocab_size, context=context, choices=choices)
+        _size(model, vocab_size, context=context, choices=choices, parameters=wanted)
     width = needed(choices.config.model.hidden_size)
     if model.num_attention_heads is None:
         heads, head_dim = _heads(model, width)
@@ -58,7 +59,7 @@ def derive_shape(choices: Choices, vocab_size: int) -> ModelConfig:
     return architecture
 
 
-def _size(model: Model, vocab_size: int, context: int, choices: Choices) -> None:
+def _size(model: Model, vocab_size: int, context: int, choices: Choices, parameters: tuple[int, str] | None) -> None:
     """Width and depth from the dial, or from whichever of the two is given."""
     if model.depth or (model.num_hidden_layers and not model.parameters):
         depth = model.depth or model.num_hidden_layers or 0
@@ -67,8 +68,9 @@ def _size(model: Model, vocab_size: int, context: int, choices: Choices) -> None
         if model.num_hidden_layers is None:
             choices.set("model.num_hidden_layers", depth, "model.depth")
         return
-    wanted = model.parameters or USUAL_PARAMETERS
-    why = f"nearest to {count(wanted)} parameters"
+    suits, because = parameters or (USUAL_PARAMETERS, "")
+    wanted = model.parameters or suits
+    why = f"nearest to {count(wanted)} parameters{because and ', ' + because}"
     best: tuple[float, int, int] | None = None
     widths = [model.hidden_size] if model.hidden_size else range(32, 32 * 1024 + 1, 32)
     for width in widths:

@@ -1,31 +1,45 @@
-"""What a fresh model is likely to reach on a text, by its size, the tokens it sees and how often it sees them again.
+"""What a fresh model is likely to reach on a text, by its size, the text it sees and how often it sees that again.
 
 The law is Hoffmann et al.'s (2022), a sum of what the model is too small for and what it has seen too little for, with
-repeated text worth less the more often it was there (Muennighoff et al. 2023). It is told as a share of what counting
-tokens reaches, which makes texts of different difficulty alike. Its numbers are fitted to runs of `benchmarks/sizes.py`
-on novels, Wikipedia and a Chinese novel (docs/benchmarks.md); beyond the sizes and times there it is a guess.
+repeated text worth less the more often it was there (Muennighoff et al. 2023). It is told in shares of what counting
+tokens reaches with a vocabulary of 4,096, which makes texts of different difficulty, and vocabularies, alike. Its
+numbers are fitted to 59 runs on four texts (docs/log.md): they are met within a few hundredths, the text's own share
+aside; beyond the sizes and times there it is a guess.
 """
 
 import math
+from collections.abc import Callable
 
-FLOOR = 0.32  # the share that no size and no text goes below
-SIZE, SIZE_POWER = 13.6, 0.336
-SEEN, SEEN_POWER = 17.7, 0.290
+FLOOR = 0.425  # the share that no size and no text goes below
+SIZE, SIZE_POWER = 10.0, 0.343
+SEEN, SEEN_POWER = 20.5, 0.303  # of bytes
 WORN = 15.0  # passes after which repeated text is worth little more
+VOCABULARY, VOCABULARY_POWER = 4096, 0.1  # how much less counting leaves of a text where tokens are longer
 STEP = 2**0.5  # between the sizes that are compared
 SMALLEST, LARGEST = 1e5, 1e12
 NARROWEST = 48  # parameters for each id of a vocabulary, of the smallest model that is proposed for it
 
 
-def share_of_unigrams(parameters: float, tokens: float, epoch_tokens: float) -> float:
-    """Bits per byte of a trained model over those of unigrams, the counting of tokens."""
-    again = max(tokens / epoch_tokens - 1, 0.0)
-    seen = min(tokens, epoch_tokens) * (1 + WORN * (1 - math.exp(-again / WORN)) if again else 1.0)
-    return FLOOR + SIZE / parameters**SIZE_POWER + SEEN / seen**SEEN_POWER
+def share_of_counting(parameters: float, seen: float, text: float) -> float:
+    """The bits per byte of a trained model over what counting leaves; `seen` and `text` are bytes, the latter of one
+    pass."""
+    again = max(seen / text - 1, 0.0)
+    worth = min(seen, text) * (1 + WORN * (1 - math.exp(-again / WORN)) if again else 1.0)
+    return FLOOR + SIZE / parameters**SIZE_POWER + SEEN / max(worth, 1.0) ** SEEN_POWER
 
 
-def best_parameters(flops: float, epoch_tokens: float, vocab_size: int = 0) -> tuple[float, float]:
-    """The parameters for which so many FLOPs of training reach most, and the share of unigrams that they reach."""
+def likely_bits(share: float, unigram_bits: float, vocab_size: int, bytes_per_token: float) -> float:
+    """Bits per byte from a share, and what counting leaves with a vocabulary; at most those of an untrained model, to
+    which all tokens are alike."""
+    counting = unigram_bits * (vocab_size / VOCABULARY) ** VOCABULARY_POWER
+    return min(share * counting, math.log2(max(vocab_size, 2)) / bytes_per_token)
+
+
+def best_parameters(
+    seen: Callable[[float], float], text: float, vocab_size: int, most: float = LARGEST
+) -> tuple[float, float]:
+    """The number of parameters, `most` at most, that is likely to reach most, and its share; `seen` gives the bytes
+    that a size would see, `text` are those of one pass."""
     smallest = max(SMALLEST, NARROWEST * vocab_size)
-    sizes = [smallest * STEP**n for n in range(math.ceil(math.log(LARGEST / smallest, STEP)))]
-    return min((share_of_unigrams(size, flops / (6 * size), epoch_tokens), size) for size in sizes)[::-1]
+    sizes = [smallest * STEP**n for n in range(max(math.ceil(math.log(most / smallest, STEP)), 1))]
+    return min((share_of_counting(size, seen(size), text), size) for size in sizes)[::-1]

@@ -92,16 +92,16 @@ def _are_rates(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(name in known and _is_number(rate, int | float) for name, rate in value.items())
+        and all(name in known and _is_number(rate, int | float) and rate >= 1e6 for name, rate in value.items())
     )
 
 
 # What a value of a machine has to be, in words and as a check: by its name, or else by its type.
 _WANTED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     "device": ("cpu, cuda or mps", lambda value: value in ("cpu", "cuda", "mps")),
-    "matmul": (f"FLOP/s by precision ({', '.join(get_args(Precision))}), each above 0", _are_rates),
+    "matmul": (f"FLOP/s by precision ({', '.join(get_args(Precision))}), each above 1e6", _are_rates),
     int: ("a whole number above 0, without a decimal point", lambda value: _is_number(value, int)),
-    str: ("a text", lambda value: isinstance(value, str)),
+    str: ("a text on one line", lambda value: isinstance(value, str) and value.isprintable()),
     bool: ("true or false", lambda value: isinstance(value, bool)),
 }
 

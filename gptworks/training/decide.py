@@ -39,6 +39,7 @@ def facts_of(config: Config, problem: Problem, base: Loaded | None) -> Facts:
         endless=problem.epoch_tokens is None,
         eval_tokens=problem.eval_tokens,
         unigram_bits=problem.unigram_bits,
+        bytes_per_token=problem.bytes_per_token,
         prompts=problem.prompts(_most_tokens(config, base) // 2) if config.generate.prompts is None else None,
         base=None if base is None else Base(base.name, base.model.config, base.adapter, sha256=base.own_sha256),
         unit=problem.unit,

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptworks.core import config as configuration
 from gptworks.core.config import Chosen, Config
-from gptworks.core.errors import UsageError
+from gptworks.core.errors import OutOfMemory, UsageError
 from gptworks.core.log import count
 from gptworks.core.results import Planned, PlannedSize
 from gptworks.data.glance import Glance, glance
@@ -25,15 +25,17 @@ from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.planning.choices import Facts, Measured, needed
 from gptworks.planning.choose import EVALUATION_COST, choose, flops_per_second, memory_of_step, step_tokens
 from gptworks.planning.cost import flops_per_token
-from gptworks.planning.forecast import share_of_unigrams
+from gptworks.planning.forecast import likely_bits, share_of_counting
 from gptworks.planning.machine import Machine, Precision, here, usual_precision
 from gptworks.training.assemble import assemble
 from gptworks.training.pretraining import Pretraining
 from gptworks.training.timing import timings
 
 Asked = list[str] | dict[str, Any]  # settings, as texts or by key
+DISTINCT = 1.2  # how many times, at least, for a row of its own
 APART = 3  # how many times larger or smaller the sizes beside the chosen one are
 EVALUATED = 50_000  # tokens of the text that an evaluation is timed on
+PROCESS_BYTES = {"cpu": 400_000_000}  # that Python and torch take beside a step
 START_SECONDS = 3.0  # of a process, until it reads its text
 SHAPE = ("parameters", "depth", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "head_dim", "intermediate_size")  # fmt: skip
@@ -43,16 +45,27 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
     """Plans the run of a recipe with what is asked beside it, and one of a smaller and of a larger model; with the time
     on another machine, where one is described. Raises DataError, UsageError, OutOfMemory."""
     config = configuration.load(recipe, asked)
-    if config.model.path or config.problem.kind != "pretraining":
-        raise UsageError("a plan is for a new model that is trained on a text; a model that is there has its size")
+    if config.problem.kind != "pretraining":
+        raise UsageError(f"a plan is for a model that is trained on a text, and not for problem={config.problem.kind}")
+    if config.model.path:
+        raise UsageError("a plan is for a new model; one that is there has its size")
     Pretraining.check(config)
     own = here(config.train.precision, config.train.threads)
     planner = _Planner(glance(config.data, config.tokenizer), own)
     first = choose(config, planner.facts, own)
-    middle, sizes = parameter_count(needed(first.architecture)), []
-    for share in (1 / APART, 1, APART):
-        size = planner.size(config if share == 1 else _sized(config, middle * share))
-        command = _command(recipe, asked, None if share == 1 else size.parameters)
+    middle, sizes, left_out = parameter_count(needed(first.architecture)), list[PlannedSize](), list[str]()
+    for name, share in (("smaller", 1 / APART), ("chosen", 1.0), ("larger", APART)):
+        sized = config if name == "chosen" else _sized(config, middle * share)
+        try:
+            if name != "chosen" and planner.apart(sized, middle) < DISTINCT:
+                continue  # no other shape is nearer to that
+            size = planner.size(sized, name)
+        except (OutOfMemory, UsageError) as error:
+            if name == "chosen":
+                raise
+            left_out.append(f"{name} {error}")
+            continue
+        command = _command(recipe, asked, None if name == "chosen" else size.parameters)
         sizes.append(replace(size, command=command, seconds_there=_seconds(size, there, config) if there else None))
     text = planner.text
     return Planned(
@@ -60,7 +73,8 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
         tokens=text.train_tokens, bytes_per_token=text.bytes_per_token, vocab_size=len(text.tokenizer),
         time_budget_s=config.train.time_budget_s, machine=own.name,
         matmul_gflops=own.rate(needed(first.config.train.precision)) / 1e9,
-        there=_described(there, config) if there else None, sizes=sizes,
+        there=_described(there, config, middle) if there else None, sizes=sizes,
+        left_out=left_out,
     )  # fmt: skip
 
 
@@ -84,9 +98,10 @@ class _Planner:
         return Facts(
             vocab_size=len(text.tokenizer), vocabulary=text.vocabulary, epoch_tokens=text.train_tokens,
             eval_tokens=text.eval_tokens, unigram_bits=unigram(self._shards(0).eval)["bits_per_byte"],
+            bytes_per_token=text.bytes_per_token,
         )  # fmt: skip
 
-    def size(self, config: Config, timed: bool = True) -> PlannedSize:
+    def size(self, config: Config, name: str = "chosen", timed: bool = True) -> PlannedSize:
         """Plans one size: by steps that are timed here on the part of the text, or by the shape alone."""
         facts, machine = self.facts, self.machine
         first = choose(config, facts, machine)
@@ -107,26 +122,44 @@ class _Planner:
         )
         tokens = steps * step
         return PlannedSize(
-            parameters=parameters, width=architecture.hidden_size, layers=architecture.num_hidden_layers,
+            name=name, parameters=parameters, width=architecture.hidden_size, layers=architecture.num_hidden_layers,
             context=context, batch_tokens=step, steps=steps, tokens=tokens, tokens_per_parameter=tokens / parameters,
-            passes=tokens / epoch, memory_bytes=memory.of(chosen.train.micro_batch),
+            passes=tokens / epoch,
+            memory_bytes=PROCESS_BYTES.get(machine.device, 0) + memory.of(chosen.train.micro_batch),
             flops=flops_per_token(architecture, context) * tokens, seconds=beginning + training + evaluating,
-            bits_per_byte=needed(facts.unigram_bits) * share_of_unigrams(parameters, tokens, epoch),
+            bits_per_byte=self._reached(parameters, tokens),
         )  # fmt: skip
+
+    def apart(self, config: Config, parameters: int) -> float:
+        """The factor between a size and another."""
+        other = parameter_count(needed(choose(config, self.facts, self.machine).architecture))
+        return max(other, parameters) / min(other, parameters)
+
+    def _reached(self, parameters: int, tokens: int) -> float:
+        """The bits per byte that are likely."""
+        facts, text = self.facts, self.text
+        share = share_of_counting(parameters, tokens * text.bytes_per_token, text.train_bytes)
+        return likely_bits(
+            share, needed(facts.unigram_bits), vocab_size=needed(facts.vocab_size), bytes_per_token=text.bytes_per_token
+        )
 
     def _timed(self, config: Chosen) -> Measured:
         """The seconds of a step and of an evaluation, by some that are tried."""
         problem = Pretraining(self._shards(4 * step_tokens(config, self.facts.epoch_tokens)))
-        measured = timings(assemble(config, problem, None))
+        unweighted = configuration.with_values(config, {"data.train": config.data.places})
+        measured = timings(assemble(unweighted, problem, None))
         longer = needed(self.facts.eval_tokens) / needed(problem.eval_tokens)
         return replace(measured, eval_seconds=measured.eval_seconds * longer)
 
     def _expected(self, config: Chosen, architecture: ModelConfig) -> Measured:
         """The seconds of a step and of an evaluation, by the shape and the machine's rate."""
         step, context = step_tokens(config, self.facts.epoch_tokens), config.train.context
-        token = flops_per_token(architecture, context) / flops_per_second(self.machine, config.train.precision)
+        token = flops_per_token(architecture, context) / self._rate(config, architecture)
         evaluation = EVALUATION_COST * needed(self.facts.eval_tokens) * token
         return Measured(step_seconds=step * token, step_tokens=step, eval_seconds=evaluation)
+
+    def _rate(self, config: Chosen, architecture: ModelConfig) -> float:
+        return flops_per_second(self.machine, config.train.precision, parameter_count(architecture))
 
     def _shards(self, least: int) -> Shards:
         """The part of the text that was read, repeated to at least so many ids, as shards in memory."""
@@ -166,12 +199,13 @@ def _precision(machine: Machine, config: Config) -> Precision:
 
 def _seconds(size: PlannedSize, machine: Machine, config: Config) -> float:
     """The seconds that training takes there."""
-    return size.flops / flops_per_second(machine, _precision(machine, config))
+    return size.flops / flops_per_second(machine, _precision(machine, config), size.parameters)
 
 
-def _described(machine: Machine, config: Config) -> str:
-    """A machine in words, with the share of its rate that is counted with."""
+def _described(machine: Machine, config: Config, parameters: int) -> str:
+    """A machine in words, with the share of its rate that is counted with for a model of so many parameters."""
     precision = _precision(machine, config)
     rate = machine.rate(precision) * machine.processes
     name = machine.name if machine.processes == 1 else f"{machine.processes} times {machine.name}"
-    return f"{name}, at {flops_per_second(machine, precision) / rate:.0%} of {rate / 1e12:,.3g} TFLOP/s ({precision})"
+    share = flops_per_second(machine, precision, parameters) / rate
+    return f"{name}, at {share:.0%} of {rate / 1e12:,.3g} TFLOP/s ({precision})"

@@ -95,14 +95,14 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     newest = newest_good(out / "checkpoints") if different or not finished else None
     if file is not None and newest:
         _check_unedited(file, newest)
-    if finished or newest:
+    if file is not None:
         _warn_of_edited(known, out)
     if finished and not different:
         ranks.tell("plan", json.dumps({"finished": True}))
         return _as_it_was(out)
     check_login(known.train.wandb)
     base = _base(known, out)
-    place = Place(out / "data", base, begun=bool(listing(out / "checkpoints")))
+    place = Place(out / "data", base, begun=file is not None)
     kind = _problem(known)
     verifying = kind.prepare(known, place)
     problem = opened(kind, known, place)
@@ -270,6 +270,8 @@ def _continued(config: Config, out: Path) -> tuple[RunFile | None, list[tuple[st
         file.write()
     if different:
         each = "; ".join(f"{key}={old}, now {key}={new}" for key, old, new in different)
+        if different[0][0] == "train.time_budget_s":
+            each += f" (it became train.max_steps={file.chosen.train.max_steps}, which may be raised)"
         raise RunMismatch(
             f"{out} was started with {each}; use the old value{'s' * (len(different) > 1)}, another --out, or --fresh "
             "to set the old run aside"
@@ -381,6 +383,8 @@ def _change(run: Run, file: RunFile, asked: Config, different: list[tuple[str, A
         file.write()
         return
     console.say(f"changed  from step {change.step}: {change.why}")
+    if change.length and file.chosen.train.time_budget_s:
+        console.say("changed  the time budget was for the first steps: from now on the number of steps counts")
     run.state.stopped = None
     file.append(change)
     run.config = file.at(change.step)

@@ -14,6 +14,7 @@ RUSSIAN = "Все счастливые семьи похожи друг на д�
 FRENCH = "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux se fermaient.\n"
 JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。カタカナもある。\n"
 KOREAN = "동해 물과 백두산이 마르고 닳도록 하느님이 보우하사 우리나라 만세.\n"
+TRADITIONAL = "秦川雄帝宅，函谷壯皇居。綺殿千尋起，離宮百雉餘。連甍遙接漢，飛觀迥凌虛。雲日隱層闕，風煙出綺疏。\n"
 TAIWANESE = "床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。這個國家的學生說話時總是很認真。\n"
 
 
@@ -35,6 +36,15 @@ def test_the_encoding_of_a_text_is_told(encoding: str) -> None:
     raw = TEXTS[encoding]().encode(encoding)
     assert likely(raw) == encoding
     assert likely(raw[: len(raw) // 2 * 2 - 4]) == encoding  # where a character may be cut at the end
+
+
+def test_traditional_characters_in_the_encoding_of_the_mainland_are_told() -> None:
+    assert likely((TRADITIONAL * 50).encode("gb18030")) == "gb18030"
+    assert likely((TRADITIONAL * 50).encode("big5")) == "big5"
+
+
+def test_plain_ascii_has_no_other_encoding() -> None:
+    assert likely(b"") is None and likely(b"the sea") is None
 
 
 @pytest.mark.parametrize("seed", range(5))

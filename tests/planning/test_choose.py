@@ -193,7 +193,7 @@ def test_evaluations_that_nobody_asked_for_take_a_twelfth_of_a_run_at_most():
 
 def test_a_budget_that_is_used_up_is_refused():
     late = replace(FACTS, measured=Measured(None, step_seconds=1.0, eval_seconds=0.1, left_seconds=1.5))
-    with pytest.raises(UsageError, match="give more time or a smaller model"):
+    with pytest.raises(UsageError, match="give more time, a smaller model"):
         choose(asked(max_steps=None, time_budget_s=10), late, tiny.MACHINE)
 
 
@@ -378,7 +378,23 @@ def test_a_budget_counts_the_evaluation_before_step_1(every):
 
 # -- the size that suits a text and a time ------------------------------------------------------------------------
 
-TEXT = Facts(vocab_size=4096, vocabulary=4096, epoch_tokens=10**8, eval_tokens=10**5, unigram_bits=2.6)
+TEXT = Facts(
+    vocab_size=4096, vocabulary=4096, epoch_tokens=10**8, eval_tokens=10**5, unigram_bits=2.6, bytes_per_token=3.7
+)
+
+
+@pytest.mark.parametrize("tokens", [3, 300, 10_000])
+@pytest.mark.parametrize("seconds", [60, 1e9])
+def test_a_short_text_gets_a_small_model_however_long_the_time(tokens, seconds):
+    config = Config.model_validate({"train": {"threads": 1, "time_budget_s": seconds}})
+    choices = choose(config, replace(TEXT, vocab_size=300, epoch_tokens=tokens), tiny.MACHINE)
+    assert parameter_count(choices.architecture) < 150_000
+
+
+def test_a_size_that_is_chosen_fits_into_memory():
+    config = Config.model_validate({"train": {"threads": 1, "time_budget_s": 1e7}})
+    small = replace(tiny.MACHINE, memory=10**9)
+    assert parameter_count(choose(config, replace(TEXT, epoch_tokens=10**10), small).architecture) < 10**9 / 50
 
 
 def open_sized(**train) -> Config:
@@ -401,12 +417,14 @@ def test_a_longer_time_and_a_faster_machine_make_a_larger_model():
 
 def test_without_a_time_the_size_follows_the_text_up_to_the_usual():
     sizes = [
-        choose(open_sized(), replace(TEXT, epoch_tokens=tokens), tiny.MACHINE).config.model.parameters
+        parameter_count(choose(open_sized(), replace(TEXT, epoch_tokens=tokens), tiny.MACHINE).architecture)
         for tokens in (10**5, 10**7, 10**10)
     ]
-    assert sizes == [100_000, 2_000_000, 3_000_000]
-    limited = choose(open_sized(max_tokens=4_000_000), TEXT, tiny.MACHINE)
-    assert limited.config.model.parameters == 200_000
+    assert sizes == pytest.approx([150_000, 2_000_000, 3_000_000], rel=0.25)  # the first as narrow as its ids allow
+    limited = choose(open_sized(max_tokens=12_000_000), TEXT, tiny.MACHINE)
+    assert parameter_count(limited.architecture) == pytest.approx(600_000, rel=0.25)
+    assert "20 tokens for each" in limited.reasons["model.hidden_size"]
+    assert limited.config.model.parameters is None  # which nobody asked for
 
 
 def test_a_size_that_was_asked_for_stays_and_is_weighed():

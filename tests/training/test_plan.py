@@ -78,7 +78,7 @@ def test_what_cannot_be_planned_is_refused(text, tmp_path):
         plan("mine", [])
     with pytest.raises(DataError, match="no such file"):
         plan("mine", ["data.train=nowhere.txt"])
-    with pytest.raises(UsageError, match="a model that is there has its size"):
+    with pytest.raises(UsageError, match="one that is there has its size"):
         plan("mine", [f"data.train={text}", f"model.path={tmp_path}"])
 
 

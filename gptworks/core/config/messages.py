@@ -115,6 +115,8 @@ def _message(key: str, errors: list[Any], known: Mapping[str, FieldInfo], sectio
         return f"{key}: {name}={shown(first['input'])}: has to be {_a(takes_of(entry.model_fields[name]))}"
     if len(errors) == 1 and first["type"] in ("less_than", "less_than_equal") and first["ctx"].get("le", 0) > TOO_MUCH:
         return f"{said}: has to be at most {first['ctx']['le']:,}"
+    if len(errors) == 1 and first["type"] == "less_than" and first["ctx"]["lt"] > TOO_MUCH:
+        return f"{said}: has to be below {first['ctx']['lt']:g}"
     return f"{said}: has to be {_a(takes_of(field))}"
 
 

@@ -100,7 +100,7 @@ def overridden(tree: dict[str, Any], pairs: Pairs, where: str, origins: dict[str
 def pairs_of(overrides: list[str] | dict[str, Any] | None) -> Pairs:
     """Overrides as dotted keys with their values."""
     pairs = list(overrides.items()) if isinstance(overrides, dict) else [_split(text) for text in overrides or []]
-    return [(SHORT.get(key, key), value) for key, value in pairs]
+    return [(key if isinstance(value, dict) else SHORT.get(key, key), value) for key, value in pairs]
 
 
 def _make_room(tree: dict[str, Any]) -> None:

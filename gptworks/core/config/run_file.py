@@ -88,7 +88,9 @@ def continued(run: Path, overrides: list[str] | dict[str, Any] | None = None) ->
     Raises UsageError, DataError."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise DataError(f"{run}: no run to continue: it has no config.yaml")
+        raise DataError(
+            f"{run}: no run to continue, as it has no config.yaml; the command that began it begins it again"
+        )
     file = RunFile.read(path)
     tree = file.asked.model_dump(mode="json", exclude_unset=True)
     return overridden(tree, pairs_of(overrides), f"{path}: asked"), file.recipe
