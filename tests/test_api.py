@@ -19,6 +19,7 @@ import torch
 
 import gptworks
 from gptworks import api, cli
+from gptworks.core import config as configuration
 from gptworks.core import folder, results, runtime
 from gptworks.core.errors import DataError, UsageError
 
@@ -385,3 +386,25 @@ def test_settings_of_the_host_change_nothing_and_stay(finished_run: Path, tmp_pa
     assert figures == (model.generate("the", 6, temperature=0).ids, model.loss("the old king").loss)
     one, two = (path / "model" / "model.safetensors" for path in (finished_run, tmp_path / "run"))
     assert folder.sha256(one) == folder.sha256(two)
+
+
+def test_runs_are_compared_and_continued_from_python(tiny_run: Path, finished_run: Path) -> None:
+    both = gptworks.compare(finished_run, str(finished_run), quiet=True)
+    assert len(both.runs) == 2 and both["differences"] == {}
+    with pytest.raises(UsageError, match="compare takes two runs or more"):
+        gptworks.compare(finished_run)
+    with pytest.raises(UsageError, match=r"runs=\['a', 'b'\]: must be a text or a path"):
+        gptworks.compare(["a", "b"])  # type: ignore[arg-type]
+
+
+def test_a_section_may_be_a_mapping_whatever_its_short_form_is(finished_run: Path) -> None:
+    config = configuration.load("laptop", {"model": {"parameters": 100_000}, "problem": {"kind": "pretraining"}})
+    assert config.model.parameters == 100_000 and config.model.family == "qwen3"
+    assert configuration.load("lora", {"adapter": {"rank": 4}}).adapter.rank == 4
+    assert configuration.load("laptop", {"model": str(finished_run)}).model.path == str(finished_run)
+
+
+@pytest.mark.parametrize("name", ["train", "run", "plan"])
+def test_a_misspelt_option_beside_settings_is_named(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown argument 'quite': did you mean 'quiet'"):
+        getattr(gptworks, name)("laptop", quite=True)

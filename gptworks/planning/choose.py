@@ -32,9 +32,9 @@ from gptworks.planning.machine import Machine, usual_precision
 USUAL_UTILISATION: dict[Any, float] = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4, ("cpu", "bf16"): 0.18}
 WIDER_IS_FASTER, MOST_UTILISATION = 0.25, 0.6
 USUAL_TOKEN = 3.5  # bytes
-PARAMETER_BYTES = (
-    64  # of memory, for each parameter of a size that is chosen here: weights, gradients, update, activations
-)
+PARAMETER_BYTES = 64  # of memory, for each parameter of a size that is chosen here
+# FLOPs up to which a run is better off with rows of so many tokens (docs/log.md).
+SHORT_RUN, SHORT_ROWS = 2e14, 128
 WORTH_SAYING = 0.05  # how much worse than the best size an asked one has to be
 BUDGET_TRAINED = 0.9  # of what is left of a time budget, the part that steps have; the rest is evaluations and saving
 # A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
@@ -71,6 +71,10 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     if asked.tokenizer.vocab_size is None and facts.vocabulary is not None:
         choices.set("tokenizer.vocab_size", facts.vocabulary, "suits a text of this size")
     _set_up_process(choices, machine)
+    if asked.train.context is None and facts.base is None and asked.train.time_budget_s:
+        flops = asked.train.time_budget_s * flops_per_second(machine, choices.config.train.precision, USUAL_PARAMETERS)
+        if flops < SHORT_RUN and asked.problem.kind == "pretraining":
+            choices.set("train.context", SHORT_ROWS, "a short run sees more text in shorter rows")
     sized = any(getattr(asked.model, name) for name in ("parameters", "depth", "hidden_size", "num_hidden_layers"))
     if facts.base is not None:
         _take_over(choices, facts)

@@ -88,3 +88,21 @@ def test_the_vocabulary_grows_with_the_text_and_stays_where_it_is_asked_for(tmp_
     data = Data(train=str(tmp_path / "a.txt"))
     assert glance(data, TokenizerConfig()).vocabulary == usual_vocabulary((tmp_path / "a.txt").stat().st_size)
     assert glance(data, TokenizerConfig(kind="char")).vocabulary is None
+
+
+def test_many_small_files_fill_the_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLED", 100_000)
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text(tiny.text(10 if number % 3 else 3000, number))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    seen = glance(Data(train=str(tmp_path)), BPE)
+    assert seen.sample_bytes > 90_000 and not seen.complete
+    assert seen.train_bytes + seen.eval_bytes == pytest.approx(size, rel=0.1)
+    assert seen.seconds < 30
+
+
+@pytest.mark.parametrize("text", ["a", "  "])
+def test_too_little_text_for_both_splits_is_refused(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(DataError, match="no text for the eval split"):
+        glance(Data(train=str(tmp_path / "a.txt")), BPE)

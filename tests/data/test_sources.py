@@ -482,3 +482,17 @@ def test_draw_is_even_and_the_same_for_copies() -> None:
     assert draws == [sources.draw(f"document {i}") / 2**64 for i in range(4000)]
     assert min(draws) >= 0 and max(draws) < 1
     assert 0.08 < sum(value < 0.1 for value in draws) / 4000 < 0.12
+
+
+def test_what_a_function_prints_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loud.py").write_text("print('begun')\ndef documents():\n    print('noise')\n    yield 'the sea'\n")
+    pieces = list(sources.Source(f"{tmp_path / 'loud.py'}:documents", Data()).pieces(Findings()))
+    printed = capsys.readouterr()
+    assert [piece.text for piece in pieces] == ["the sea"]
+    assert "noise" in printed.err and "noise" not in printed.out
+
+
+def test_a_function_that_gives_one_text_is_not_cut_into_letters(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("def documents():\n    return 'the sea'\n")
+    with pytest.raises(DataError, match="gives one text; yield it"):
+        list(sources.Source(f"{tmp_path / 'one.py'}:documents", Data()).pieces(Findings()))

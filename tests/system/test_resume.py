@@ -16,7 +16,7 @@ from gptworks.core import folder, runtime
 from gptworks.core.errors import DataError, Preempted, RunMismatch, StorageError
 from gptworks.core.log import console
 from gptworks.model import build
-from gptworks.training import hooks
+from gptworks.training import hooks, session
 from gptworks.training.hooks import Checkpointer
 from gptworks.training.metrics import Metrics
 from gptworks.training.state import listing
@@ -344,6 +344,21 @@ def test_an_edited_text_is_warned_of_however_the_run_goes_on(
         console.quiet = before
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {mine} is not what {tmp_path}/run was begun with") and "--fresh" in said
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_text_too(
+    tiny_config, tiny_text, tmp_path, monkeypatch, capsys
+):
+    """A fault that was seen: it took the longer text, under the vocabulary, batch and length of the shorter."""
+    mine, config = text_changed(tiny_config, tmp_path, tiny_text)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(session, "_train", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        lifecycle.train(config, tmp_path / "run")
+    ids = (tmp_path / "run" / "data" / "train.tokens").read_bytes()
+    mine.write_text(mine.read_text() * 2)
+    assert lifecycle.train(config, tmp_path / "run")["steps"] == STEPS
+    assert (tmp_path / "run" / "data" / "train.tokens").read_bytes() == ids
+    assert "is not what" in capsys.readouterr().err
 
 
 def test_a_text_that_is_the_same_or_gone_is_not_warned_of(tiny_config, tiny_text, tmp_path, capsys):

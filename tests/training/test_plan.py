@@ -1,6 +1,7 @@
 """A plan says what the run then does."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from gptworks import cli, lifecycle
 from gptworks.core import config as configuration
 from gptworks.core.errors import DataError, UsageError
 from gptworks.planning.machine import here
-from gptworks.training.plan import outlook, plan
+from gptworks.training.plan import PROCESS_BYTES, outlook, plan
 
 SMALL = {
     "tokenizer.vocab_size": 300, "model.parameters": 60_000, "train.context": 32, "train.threads": 1,
@@ -90,3 +91,33 @@ def test_the_command_prints_a_row_for_each_size_and_json_has_the_same(text, caps
     for word in ("smaller", "chosen", "larger", "a parameter", "bits/byte", "gptworks run mine"):
         assert word in printed
     assert max(map(len, printed.splitlines()[:8])) <= 100
+
+
+def test_a_mixture_is_planned_as_its_text(text, tmp_path):
+    row = tiny.text(60).replace("\n", " ").replace(",", "")
+    (tmp_path / "rows.csv").write_text("text\n" + f"{row}\n" * 40)
+    mixed = [{"path": text, "weight": 0.7}, {"path": str(tmp_path / "rows.csv"), "weight": 0.3}]
+    assert plan("mine", {**SMALL, "data.train": mixed}).sizes[0].tokens > 0
+
+
+def test_a_size_that_does_not_fit_is_named_and_the_others_are_planned(text, monkeypatch):
+    real, settings = here("fp32", 1), {**SMALL, "data.train": text, "model.parameters": 100_000}
+    _, fits, too_large = (size.memory_bytes - PROCESS_BYTES["cpu"] for size in plan("mine", settings).sizes)
+    small = replace(real, memory=int((fits + too_large) / 2 / 0.9))
+    monkeypatch.setattr("gptworks.training.plan.here", lambda *asked: small)
+    planned = plan("mine", {**settings, "train.micro_batch": 8})
+    assert [size.name for size in planned.sizes][:2] == ["smaller", "chosen"]
+    assert any(line.startswith("larger ") for line in planned.left_out)
+
+
+def test_a_size_is_not_planned_twice(text):
+    settings = {**SMALL, "data.train": text, "tokenizer.vocab_size": 2000}
+    settings.pop("model.parameters")
+    sizes = [size.parameters for size in plan("mine", settings).sizes]
+    assert sizes == sorted(set(sizes))
+
+
+def test_no_forecast_is_above_an_untrained_model(text):
+    planned = plan("mine", {**SMALL, "data.train": text, "train.max_epochs": None, "train.max_steps": 1})
+    for size in planned.sizes:
+        assert size.bits_per_byte <= math.log2(planned.vocab_size) / planned.bytes_per_token + 1e-9
