@@ -35,6 +35,7 @@ USUAL_TOKEN = 3.5  # bytes
 PARAMETER_BYTES = 64  # of memory, for each parameter of a size that is chosen here
 # FLOPs up to which a run is better off with rows of so many tokens (docs/log.md).
 SHORT_RUN, SHORT_ROWS = 2e14, 128
+MOST_PASSES = 8  # over a text; more make a model worse (docs/log.md)
 WORTH_SAYING = 0.05  # how much worse than the best size an asked one has to be
 BUDGET_TRAINED = 0.9  # of what is left of a time budget, the part that steps have; the rest is evaluations and saving
 # A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
@@ -98,6 +99,8 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     _limit(choices, facts, machine)
     if sized and facts.base is None and facts.measured and choices.config.train.time_budget_s:
         _weigh_the_wish(choices, architecture, facts=facts, machine=machine)
+    if facts.base is None and facts.measured and choices.config.train.time_budget_s:
+        _warn_of_many_passes(choices, facts)
     set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
 
@@ -115,7 +118,8 @@ def _suiting_size(choices: Choices, facts: Facts, machine: Machine) -> tuple[int
 
         def seen(parameters: float) -> float:
             flops = budget * BUDGET_TRAINED * flops_per_second(machine, train.precision, parameters)
-            return flops / (6 * parameters) * token_bytes
+            passes = train.max_epochs or (math.inf if train.max_tokens or train.max_steps else MOST_PASSES)
+            return min(flops / (6 * parameters), passes * epoch) * token_bytes
 
         size, _ = best_parameters(seen, text=epoch * token_bytes, vocab_size=needed(facts.vocab_size), most=most)
         size, why = min(size, *(limit / TOKENS_PER_PARAMETER for limit in limits)), f"in {duration(budget)} here"
@@ -156,6 +160,18 @@ def _weigh_the_wish(choices: Choices, architecture: ModelConfig, facts: Facts, m
         f"{train.time_budget_s:g}, {tokens / parameters:.2g} for each, and reach about {told(expected)} "
         f"bits/byte; model.parameters={count(best)} would reach about {told(reached)}"
     )
+
+
+def _warn_of_many_passes(choices: Choices, facts: Facts) -> None:
+    train, epoch = choices.config.train, facts.epoch_tokens
+    if train.max_epochs or train.batch_tokens == "full" or not epoch or choices.config.problem.kind != "pretraining":
+        return
+    passes = needed(train.max_steps) * step_tokens(choices.config, epoch) / epoch
+    if passes > 1.5 * MOST_PASSES:
+        choices.warnings.append(
+            f"train.time_budget_s={train.time_budget_s:g} is time for {passes:.0f} passes over the text; more than "
+            f"about {MOST_PASSES} make a model worse: train.max_epochs={MOST_PASSES}, a larger model or more text"
+        )
 
 
 def flops_per_second(machine: Machine, precision: str, parameters: float) -> float:

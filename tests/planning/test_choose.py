@@ -455,3 +455,20 @@ def test_measurements_of_one_step_tell_of_another():
     assert measured.with_steps_of(4096) == measured
     before = replace(measured, step_tokens=None)  # of an earlier version
     assert before.with_steps_of(2048) == before
+
+
+@pytest.mark.parametrize(("epoch", "warned"), [(10**5, True), (10**7, False)])
+def test_a_time_for_many_passes_over_a_short_text_is_warned_of(epoch, warned):
+    config = open_sized(time_budget_s=100)
+    facts = replace(TEXT, epoch_tokens=epoch, measured=timed(0.05, 4096, 90.0))
+    assert any("passes over the text" in each for each in choose(config, facts, tiny.MACHINE).warnings) == warned
+    asked = config.model_copy(update={"train": config.train.model_copy(update={"max_epochs": 90.0})})
+    assert not any("passes over the text" in each for each in choose(asked, facts, tiny.MACHINE).warnings)
+
+
+def test_a_short_text_is_not_read_often_by_a_small_model_but_less_often_by_a_larger():
+    sizes = [
+        parameter_count(choose(open_sized(time_budget_s=300), replace(TEXT, epoch_tokens=t), tiny.MACHINE).architecture)
+        for t in (10**9, 5 * 10**5)
+    ]
+    assert sizes[1] > sizes[0]
