@@ -110,7 +110,7 @@ def _suiting_size(choices: Choices, facts: Facts, machine: Machine) -> tuple[int
     why; never more than the text has bytes, or than memory holds."""
     train, epoch = choices.config.train, math.inf if facts.endless else needed(facts.epoch_tokens)
     token_bytes = facts.bytes_per_token or USUAL_TOKEN
-    limits = [train.max_tokens or math.inf, (train.max_epochs or math.inf) * epoch]
+    limits = [train.max_tokens or math.inf]
     if train.max_steps and isinstance(train.batch_tokens, int):
         limits.append(train.max_steps * train.batch_tokens)
     most = min(free_memory(machine) / PARAMETER_BYTES, max(epoch * token_bytes, SMALLEST))
@@ -122,10 +122,10 @@ def _suiting_size(choices: Choices, facts: Facts, machine: Machine) -> tuple[int
             return min(flops / (6 * parameters), passes * epoch) * token_bytes
 
         size, _ = best_parameters(seen, text=epoch * token_bytes, vocab_size=needed(facts.vocab_size), most=most)
-        size, why = min(size, *(limit / TOKENS_PER_PARAMETER for limit in limits)), f"in {duration(budget)} here"
+        size, why = min(size, min(limits) / TOKENS_PER_PARAMETER), f"in {duration(budget)} here"
         why = f"likely to reach most {why}"
     else:
-        size = min(*limits, MAX_DEFAULT_EPOCHS * epoch) / TOKENS_PER_PARAMETER
+        size = min(*limits, (train.max_epochs or MAX_DEFAULT_EPOCHS) * epoch) / TOKENS_PER_PARAMETER
         size = min(size, USUAL_PARAMETERS, most)
         why = f"{TOKENS_PER_PARAMETER} tokens for each; at most {count(USUAL_PARAMETERS)} where no time is given"
     size = max(size, SMALLEST)
