@@ -167,7 +167,7 @@ def _warn_of_many_passes(choices: Choices, facts: Facts) -> None:
     if train.max_epochs or train.batch_tokens == "full" or not epoch or choices.config.problem.kind != "pretraining":
         return
     passes = needed(train.max_steps) * step_tokens(choices.config, epoch) / epoch
-    if passes > 1.5 * MOST_PASSES:
+    if passes > 1.25 * MOST_PASSES:
         choices.warnings.append(
             f"train.time_budget_s={train.time_budget_s:g} is time for {passes:.0f} passes over the text; more than "
             f"about {MOST_PASSES} make a model worse: train.max_epochs={MOST_PASSES}, a larger model or more text"
