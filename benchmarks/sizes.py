@@ -1,7 +1,8 @@
 """Sizes of model at equal time, on several texts: bits per byte of the held-out text, and the size that is chosen.
 
 Each run has as many tokens as its time holds on this machine when nothing else runs, which is measured first; what runs
-beside the rest moves no result. With --json a command that was stopped goes on where it was.
+beside the rest moves no result. Beside what a size reached stands what `gptworks plan` would have expected of so many
+tokens. With --json a command that was stopped goes on where it was, and `benchmarks/forecast.py` fits the law to it.
 
 python benchmarks/sizes.py --text novels=books/ --text wiki=wiki.txt,held_out.txt --seconds 60 --sizes 300k 1M 3M chosen
 """
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common import gptworks, parser, spread, table, write
+
+from gptworks.planning.forecast import likely_bits, share_of_counting
 
 STARTING, TRAINED = 4.0, 0.93  # seconds before the first step; of the rest, what evaluations and saving leave
 STEPS = 14  # to time, of which the first three are not counted
@@ -37,22 +40,31 @@ def settings(text: str, size: str) -> list[str]:
     return [*data, *([f"data.eval={held_out}"] if held_out else []), *model, *options.set]
 
 
-def size_of(text: str, size: str) -> str:
-    """The size in parameters, of `chosen` as a plan for this time says."""
-    if size != "chosen":
-        return size
-    planned = gptworks("plan", *settings(text, size), f"train.time_budget_s={options.seconds}")["result"]
-    return str(planned["sizes"][1]["parameters"])
+def planned(text: str) -> dict[str, Any]:
+    """What a plan for this time takes."""
+    wanted = [*settings(text, "chosen"), f"train.time_budget_s={options.seconds}"]
+    sizes = gptworks("plan", *wanted)["result"]["sizes"]
+    return next(size for size in sizes if size["name"] == "chosen")
 
 
-def rate_of(text: str, size: str) -> float:
+def rate_of(text: str, size: str, rows: str) -> float:
     """Tokens a second when nothing else runs."""
     with tempfile.TemporaryDirectory() as folder:
         few = [f"train.max_steps={STEPS}", "train.batch_tokens=4096", "train.log_every=1", "train.eval_every=1000000"]
-        gptworks("train", "mine", *settings(text, size), *few, "train.time_budget_s=null", "--out", f"{folder}/run")
+        gptworks(
+            "train", "mine", *settings(text, size), rows, *few, "train.time_budget_s=null", "--out", f"{folder}/run"
+        )
         lines = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
     found = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]
     return statistics.median(found[3:])
+
+
+def expected_of(run: dict[str, Any]) -> float:
+    """The bits per byte that the forecast expects of a size and so many tokens."""
+    facts = run["facts"]
+    text, seen = (facts["bytes_per_token"] * tokens for tokens in (facts["epoch_tokens"], run["tokens"]))
+    kind = {"vocab_size": facts["vocab_size"], "bytes_per_token": facts["bytes_per_token"]}
+    return likely_bits(share_of_counting(run["parameters"], seen, text), facts["unigram_bits"], **kind)
 
 
 with tempfile.TemporaryDirectory() as shards:
@@ -60,8 +72,9 @@ with tempfile.TemporaryDirectory() as shards:
     for text, size in cells:
         key = f"{text} {size} {options.seconds:g}"
         if key not in kept["rates"]:
-            parameters = size_of(text, size)
-            kept["rates"][key] = {"parameters": parameters, "rate": rate_of(text, parameters)}
+            plan = planned(text)
+            parameters, rows = str(plan["parameters"]) if size == "chosen" else size, f"train.context={plan['context']}"
+            kept["rates"][key] = {"parameters": parameters, "rows": rows, "rate": rate_of(text, parameters, rows)}
             print(key, kept["rates"][key], flush=True)
     write(options.json, kept)
     for seed in options.seeds:
@@ -73,10 +86,11 @@ with tempfile.TemporaryDirectory() as shards:
             limit = int(known["rate"] * TRAINED * (options.seconds - STARTING))
             length = [f"train.max_tokens={limit}", "train.time_budget_s=null", "train.eval_every=1000000"]
             with tempfile.TemporaryDirectory() as folder:
-                done = gptworks("train", "mine", *settings(text, known["parameters"]), *length, f"train.seed={seed}",
-                                "--out", f"{folder}/run")["result"]  # fmt: skip
+                sized = [*settings(text, known["parameters"]), known["rows"], f"train.seed={seed}"]
+                done = gptworks("train", "mine", *sized, *length, "--out", f"{folder}/run")["result"]
+                facts = json.loads(Path(f"{folder}/run/choices.json").read_text())["facts"]
             figures = {name: done[name] for name in ("parameters", "steps", "tokens")}
-            kept["runs"][f"{key} {seed}"] = {**done["eval"], **figures}
+            kept["runs"][f"{key} {seed}"] = {**done["eval"], **figures, "facts": facts}
             print(key, seed, kept["runs"][f"{key} {seed}"], flush=True)
             write(options.json, kept)
 
@@ -85,8 +99,11 @@ for text in options.text:
     for size in options.sizes:
         runs = [kept["runs"][f"{text} {size} {options.seconds:g} {seed}"] for seed in options.seeds]
         found[size] = (runs[0], [run["bits_per_byte"] for run in runs])
-    rows = [(f"{size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens", spread(values, 3))
-            for size, (first, values) in found.items()]  # fmt: skip
+    rows = [
+        (f"{size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens",
+         f"{spread(values, 3)}, expected {expected_of(first):.3f}")
+        for size, (first, values) in found.items()
+    ]  # fmt: skip
     table(f"{text.partition('=')[0]}, {options.seconds:g} s, {len(options.seeds)} seeds: bits per byte", rows)
     if "chosen" in found:
         middle = {size: statistics.median(values) for size, (_, values) in found.items()}

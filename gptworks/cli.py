@@ -105,7 +105,7 @@ def _do(work: Callable[[], Any], debug: bool) -> Any:
     except GptworksError as error:
         _fail(str(error), error.code, debug)
     except KeyboardInterrupt:
-        _fail("stopped by Ctrl-C; run the same command to continue", 75, debug)
+        _fail("stopped by Ctrl-C; run the same command again", 75, debug)
     except BaseException as error:
         if (explained := _explained(error)) is None:
             raise

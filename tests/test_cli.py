@@ -704,7 +704,12 @@ def test_ctrl_c_ends_a_small_command_too(cli: Callable[..., Outcome], monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runtime, "device", interrupted)
-    refused(cli("env"), 75, "Ctrl-C")
+    refused(cli("env"), 75, "Ctrl-C; run the same command again")
+
+
+@pytest.mark.parametrize("arguments", [["run", ""], ["plan", ""], ["train", "", "data.train=shakespeare"]])
+def test_an_empty_name_is_no_recipe(cli: Callable[..., Outcome], arguments: list[str]) -> None:
+    refused(cli(*arguments), 64, "recipe")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])

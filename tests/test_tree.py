@@ -27,7 +27,7 @@ ELSEWHERE = {  # modules without a test file of their name, by the file that tes
     "model/test_parity.py": ["model/mlp", "model/transformer"],
     "model/test_refusals.py": ["model/config"],
     "model/test_transforms.py": ["model/linear"],
-    "planning/test_choose.py": ["planning/choices", "planning/machine"],
+    "planning/test_choose.py": ["planning/choices", "planning/machine", "planning/size"],
     "reporting/test_page.py": ["reporting/chart", "reporting/markup", "reporting/reading"],
     "system/test_campaigns.py": ["core/failpoint"],
     "system/test_change.py": ["training/change"],

@@ -423,7 +423,7 @@ class Interrupts:
             return
 
         def handle(number: int, frame: Any) -> None:
-            raise Preempted("stopped by SIGTERM; run the same command to continue")
+            raise Preempted("stopped by SIGTERM; run the same command again")
 
         before = signal.signal(signal.SIGTERM, handle)
         try:
@@ -434,7 +434,7 @@ class Interrupts:
     def check(self) -> None:
         """Leaves a phase that has nothing to save; the same command starts the phase again."""
         if self.requested:
-            raise Preempted(f"stopped by {self.requested}; run the same command to continue")
+            raise Preempted(f"stopped by {self.requested}; run the same command again")
 
     def apart(self, work: Callable[[], T]) -> T:
         """Does work of a library that hears no signals, in a thread of its own, and leaves it there when one comes."""

@@ -143,6 +143,9 @@ def _found(place: str) -> list[Path]:
         if not files:
             raise DataError(f"{place}: no file matches")
     else:
+        folder.check_regular(path)
+        if path.is_symlink():
+            raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there")
         raise DataError(f"{place}: no such file, folder or built-in text ({nearest(place, list(BUILTIN))})")
     for file in files:
         if file.suffix.lower() in REFUSED or text.kind(file) in REFUSED:

@@ -8,36 +8,24 @@ planned anew from the run's own pace (`training/hooks.py`).
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from gptworks.core.config import Adapter, Config
 from gptworks.core.errors import OutOfMemory, UsageError
-from gptworks.core.log import count, duration, plural
+from gptworks.core.log import duration, plural
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until, with_evaluations
 from gptworks.planning.choices import Choices, Facts, Measured, needed
 from gptworks.planning.cost import Memory, Trainable, flops_per_token, step_memory
 from gptworks.planning.dial import (
-    MAX_DEFAULT_EPOCHS,
-    TOKENS_PER_PARAMETER,
     USUAL_PARAMETERS,
     derive_shape,
     derive_training,
 )
-from gptworks.planning.forecast import SMALLEST, best_parameters, likely_bits, share_of_counting
 from gptworks.planning.machine import Machine, usual_precision
+from gptworks.planning.size import BUDGET_TRAINED, limit_passes, say_time_left, suiting_size, weigh_the_wish
 
-# Of the matmul rate, what a step of a model of a million parameters reaches, for forecasts only: on a CPU bf16 units
-# wait for the rest, and larger products are faster.
-USUAL_UTILISATION: dict[Any, float] = {"cpu": 0.4, "cuda": 0.4, "mps": 0.4, ("cpu", "bf16"): 0.18}
-WIDER_IS_FASTER, MOST_UTILISATION = 0.25, 0.6
-USUAL_TOKEN = 3.5  # bytes
-PARAMETER_BYTES = 64  # of memory, for each parameter of a size that is chosen here
 # FLOPs up to which a run is better off with rows of so many tokens (docs/log.md).
 SHORT_RUN, SHORT_ROWS = 2e14, 128
-MOST_PASSES = 8  # over a text; more make a model worse (docs/log.md)
-WORTH_SAYING = 0.05  # how much worse than the best size an asked one has to be
-BUDGET_TRAINED = 0.9  # of what is left of a time budget, the part that steps have; the rest is evaluations and saving
 # A cold compilation, of one block and the loss, and what of a step's time it saves: on a CPU beside the hand-written
 # kernels (docs/log.md), on an H100 for GPT-2 124M (docs/benchmarks.md).
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 15.0}
@@ -72,8 +60,9 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     if asked.tokenizer.vocab_size is None and facts.vocabulary is not None:
         choices.set("tokenizer.vocab_size", facts.vocabulary, "suits a text of this size")
     _set_up_process(choices, machine)
+    limit_passes(choices, facts)
     if asked.train.context is None and facts.base is None and asked.train.time_budget_s:
-        flops = asked.train.time_budget_s * flops_per_second(machine, choices.config.train.precision, USUAL_PARAMETERS)
+        flops = asked.train.time_budget_s * machine.flops_per_second(choices.config.train.precision, USUAL_PARAMETERS)
         if flops < SHORT_RUN and asked.problem.kind == "pretraining":
             choices.set("train.context", SHORT_ROWS, "a short run sees more text in shorter rows")
     sized = any(getattr(asked.model, name) for name in ("parameters", "depth", "hidden_size", "num_hidden_layers"))
@@ -84,7 +73,7 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     elif not sized and facts.epoch_tokens is None and not facts.endless:
         choices.leave("model.parameters", "follows from the text and the time")
     else:
-        wanted = None if sized else _suiting_size(choices, facts, machine)
+        wanted = None if sized else suiting_size(choices, facts, machine)
         choices.architecture = derive_shape(choices, facts.vocab_size, wanted)
     architecture = choices.architecture
     if architecture is None:
@@ -97,89 +86,13 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
     choices.trainable = trainable_part(choices.config, architecture, facts.bytes_per_weight)
     _share_out(choices, architecture, facts=facts, machine=machine)
     _limit(choices, facts, machine)
-    if sized and facts.base is None and facts.measured and choices.config.train.time_budget_s:
-        _weigh_the_wish(choices, architecture, facts=facts, machine=machine)
     if facts.base is None and facts.measured and choices.config.train.time_budget_s:
-        _warn_of_many_passes(choices, facts)
+        if sized:
+            tokens = needed(choices.config.train.max_steps) * step_tokens(choices.config, facts.epoch_tokens)
+            weigh_the_wish(choices, architecture, facts=facts, machine=machine, tokens=tokens)
+        say_time_left(choices, fitting / epoch_tokens)
     set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
-
-
-def _suiting_size(choices: Choices, facts: Facts, machine: Machine) -> tuple[int, str]:
-    """The number of parameters that is likely to reach most on this text, in this time or with this many tokens, and
-    why; never more than the text has bytes, or than memory holds."""
-    train, epoch = choices.config.train, math.inf if facts.endless else needed(facts.epoch_tokens)
-    token_bytes = facts.bytes_per_token or USUAL_TOKEN
-    limits = [train.max_tokens or math.inf]
-    if train.max_steps and isinstance(train.batch_tokens, int):
-        limits.append(train.max_steps * train.batch_tokens)
-    most = min(free_memory(machine) / PARAMETER_BYTES, max(epoch * token_bytes, SMALLEST))
-    if budget := train.time_budget_s:
-
-        def seen(parameters: float) -> float:
-            flops = budget * BUDGET_TRAINED * flops_per_second(machine, train.precision, parameters)
-            passes = train.max_epochs or (math.inf if train.max_tokens or train.max_steps else MOST_PASSES)
-            return min(flops / (6 * parameters), passes * epoch) * token_bytes
-
-        size, _ = best_parameters(seen, text=epoch * token_bytes, vocab_size=needed(facts.vocab_size), most=most)
-        size, why = min(size, min(limits) / TOKENS_PER_PARAMETER), f"in {duration(budget)} here"
-        why = f"likely to reach most {why}"
-    else:
-        size = min(*limits, (train.max_epochs or MAX_DEFAULT_EPOCHS) * epoch) / TOKENS_PER_PARAMETER
-        size = min(size, USUAL_PARAMETERS, most)
-        why = f"{TOKENS_PER_PARAMETER} tokens for each; at most {count(USUAL_PARAMETERS)} where no time is given"
-    size = max(size, SMALLEST)
-    return int(round(size, 2 - len(f"{size:.0f}"))), why
-
-
-def _weigh_the_wish(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> None:
-    """Warns where the size that was asked for is far from the best that the time allows."""
-    train, token_bytes = choices.config.train, facts.bytes_per_token
-    unigram = facts.unigram_bits
-    if unigram is None or token_bytes is None or facts.epoch_tokens is None:
-        return
-    parameters = parameter_count(architecture)
-    tokens = needed(train.max_steps) * step_tokens(choices.config, facts.epoch_tokens)
-    here = flops_per_second(machine, train.precision, parameters)
-
-    def seen(other: float) -> float:
-        faster = flops_per_second(machine, train.precision, other) / here
-        return tokens * token_bytes * faster * parameters / other
-
-    text = facts.epoch_tokens * token_bytes
-    best, reached = best_parameters(seen, text, architecture.vocab_size, most=max(text, SMALLEST))
-    expected = share_of_counting(parameters, tokens * token_bytes, text)
-    if expected < (1 + WORTH_SAYING) * reached:
-        return
-
-    def told(share: float) -> str:
-        return f"{likely_bits(share, unigram, vocab_size=architecture.vocab_size, bytes_per_token=token_bytes):.2f}"
-
-    choices.warnings.append(
-        f"{count(parameters)} parameters will see {count(tokens)} tokens in train.time_budget_s="
-        f"{train.time_budget_s:g}, {tokens / parameters:.2g} for each, and reach about {told(expected)} "
-        f"bits/byte; model.parameters={count(best)} would reach about {told(reached)}"
-    )
-
-
-def _warn_of_many_passes(choices: Choices, facts: Facts) -> None:
-    train, epoch = choices.config.train, facts.epoch_tokens
-    if train.max_epochs or train.batch_tokens == "full" or not epoch or choices.config.problem.kind != "pretraining":
-        return
-    passes = needed(train.max_steps) * step_tokens(choices.config, epoch) / epoch
-    if passes > 1.25 * MOST_PASSES:
-        choices.warnings.append(
-            f"train.time_budget_s={train.time_budget_s:g} is time for {passes:.0f} passes over the text; more than "
-            f"about {MOST_PASSES} make a model worse: train.max_epochs={MOST_PASSES}, a larger model or more text"
-        )
-
-
-def flops_per_second(machine: Machine, precision: str, parameters: float) -> float:
-    """FLOPs a second that the steps of a model of so many parameters are likely to reach, on all processes."""
-    share = USUAL_UTILISATION.get((machine.device, precision), USUAL_UTILISATION[machine.device])
-    if machine.device == "cpu":
-        share = min(share * (parameters / 1e6) ** WIDER_IS_FASTER, MOST_UTILISATION)
-    return share * machine.rate(precision) * machine.processes
 
 
 def _tokens_in_budget(choices: Choices, architecture: ModelConfig, facts: Facts, machine: Machine) -> float:
@@ -190,7 +103,7 @@ def _tokens_in_budget(choices: Choices, architecture: ModelConfig, facts: Facts,
     if measured and measured.step_tokens:
         return max(BUDGET_TRAINED * measured.left_seconds / measured.step_seconds * measured.step_tokens, 1.0)
     flops = flops_per_token(architecture, needed(train.context), choices.trainable)
-    rate = flops_per_second(machine, train.precision, parameter_count(architecture))
+    rate = machine.flops_per_second(train.precision, parameter_count(architecture))
     return max(0.8 * train.time_budget_s * rate / flops, 1.0)
 
 
@@ -288,11 +201,6 @@ def memory_of_step(
     return replace(memory, fixed=fixed)
 
 
-def free_memory(machine: Machine) -> int:
-    """Bytes that a process of the run may plan with."""
-    return int(machine.memory * 0.9) // (machine.per_machine if machine.device == "cpu" else 1)
-
-
 def _wanted_rows(config: Config, machine: Machine) -> int:
     """Rows of a step that each process computes; endlessly many where a step is the whole corpus."""
     return 10**9 if config.train.batch_tokens == "full" else -(-batch_rows(config) // machine.processes)
@@ -308,7 +216,7 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
                 choices.leave(key, choices.open["train.batch_tokens"])
         return
     context, unit, processes = needed(train.context), facts.unit, machine.processes
-    wanted, free = _wanted_rows(config, machine), free_memory(machine)
+    wanted, free = _wanted_rows(config, machine), machine.free_memory
     trained = choices.trainable.trained if choices.trainable else parameter_count(architecture)
 
     def memory(context: int) -> Memory:
@@ -513,7 +421,7 @@ def set_intervals(choices: Choices, architecture: ModelConfig, facts: Facts, mac
     total, context, processes = needed(train.max_steps), needed(train.context), machine.processes
     full = train.batch_tokens == "full"
     tokens = total * (1 if full else batch_rows(config) * context)
-    rate = flops_per_second(machine, train.precision, parameter_count(architecture))
+    rate = machine.flops_per_second(train.precision, parameter_count(architecture))
     expected = tokens * flops_per_token(architecture, context, choices.trainable) / rate  # seconds
     if not full:
         passes = total * math.ceil(batch_rows(config) / processes / needed(train.micro_batch))

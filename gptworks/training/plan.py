@@ -23,7 +23,7 @@ from gptworks.data.shards import Shards, Stream
 from gptworks.infer.scoring import unigram
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.planning.choices import Facts, Measured, needed
-from gptworks.planning.choose import EVALUATION_COST, choose, flops_per_second, memory_of_step, step_tokens
+from gptworks.planning.choose import EVALUATION_COST, choose, memory_of_step, step_tokens
 from gptworks.planning.cost import flops_per_token
 from gptworks.planning.forecast import likely_bits, share_of_counting
 from gptworks.planning.machine import Machine, Precision, here, usual_precision
@@ -159,7 +159,7 @@ class _Planner:
         return Measured(step_seconds=step * token, step_tokens=step, eval_seconds=evaluation)
 
     def _rate(self, config: Chosen, architecture: ModelConfig) -> float:
-        return flops_per_second(self.machine, config.train.precision, parameter_count(architecture))
+        return self.machine.flops_per_second(config.train.precision, parameter_count(architecture))
 
     def _shards(self, least: int) -> Shards:
         """The part of the text that was read, repeated to at least so many ids, as shards in memory."""
@@ -199,7 +199,7 @@ def _precision(machine: Machine, config: Config) -> Precision:
 
 def _seconds(size: PlannedSize, machine: Machine, config: Config) -> float:
     """The seconds that training takes there."""
-    return size.flops / flops_per_second(machine, _precision(machine, config), size.parameters)
+    return size.flops / machine.flops_per_second(_precision(machine, config), size.parameters)
 
 
 def _described(machine: Machine, config: Config, parameters: int) -> str:
@@ -207,5 +207,5 @@ def _described(machine: Machine, config: Config, parameters: int) -> str:
     precision = _precision(machine, config)
     rate = machine.rate(precision) * machine.processes
     name = machine.name if machine.processes == 1 else f"{machine.processes} times {machine.name}"
-    share = flops_per_second(machine, precision, parameters) / rate
+    share = machine.flops_per_second(precision, parameters) / rate
     return f"{name}, at {share:.0%} of {rate / 1e12:,.3g} TFLOP/s ({precision})"

@@ -19,6 +19,7 @@ from gptworks.training.state import State
 STEPS = 120
 SPAN = (1e-3, 1e2)  # of the rate that the dial or the recipe has
 BESIDE = 4  # losses on either side that a smoothed one is the mean of; one-sided, it would lag behind the rate
+EXACT = 3.0  # the factor to which a scan tells a rate: one that is nearer stays (docs/log.md)
 FLAT = 0.25  # of the steepest fall: where the loss falls less, a higher rate gains little and risks much
 
 
@@ -72,21 +73,18 @@ def range_test(ready: Run) -> RangeTest:
     smoothed = [_mean(losses[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(losses))]
     if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
         raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
-    bend = _bend(smoothed)
-    lr = _rounded(rates[bend or -1])
+    bend, lr, adam_lr = _bend(smoothed), train.lr, train.adam_lr
     reason = (
         f"the loss falls steeply until {rates[bend]:.2g} and little beyond"
         if bend
-        else (f"the loss is still falling at {rates[-1]:.2g}, the end of the range: a higher rate may do better")
+        else f"the loss is still falling at {rates[-1]:.2g}, the end of the range: a higher rate may do better"
     )
-    return RangeTest(
-        rates,
-        losses,
-        smoothed=smoothed,
-        lr=lr,
-        adam_lr=None if train.adam_lr is None else _rounded(train.adam_lr * lr / train.lr),
-        reason=reason,
-    )
+    if bend and 1 / EXACT < rates[bend] / lr < EXACT:
+        reason += f"; a scan is exact to a factor of {EXACT:g}, so that {lr:g} may stay"
+    else:
+        lr = _rounded(rates[bend or -1])
+        adam_lr = adam_lr and _rounded(adam_lr * lr / train.lr)
+    return RangeTest(rates, losses, smoothed=smoothed, lr=lr, adam_lr=adam_lr, reason=reason)
 
 
 def _mean(values: list[float]) -> float:

@@ -95,6 +95,14 @@ def test_links_are_followed_alike_in_folder_and_glob_and_each_file_is_read_once(
         assert sorted(documents(tmp_path / place)) == ["a", "b", "z"]
 
 
+def test_a_pipe_and_a_link_to_nowhere_are_named_as_what_they_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to("gone.txt")
+    for name, said in (("pipe.txt", "not a regular file"), ("link.txt", "a link to gone.txt, which is not there")):
+        with pytest.raises(DataError, match=f"{name}: {said}"):
+            documents(tmp_path / name)
+
+
 def test_a_plain_glob_gives_what_pythons_gives(tmp_path: Path) -> None:
     for name in ("a1.txt", "a2.txt", "b1.txt", "x/a3.txt", "x/y/a4.txt", "x/y/a4.md", "x.d/a5.txt"):
         write(tmp_path / name, name)

@@ -321,6 +321,12 @@ def test_a_machine_that_is_no_file_is_refused_at_once(tmp_path):
         Machine.read(tmp_path / "pipe")
 
 
+def test_a_machine_file_without_a_mapping_says_so(tmp_path):
+    (tmp_path / "m.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"m\.json: no machine is described there"):
+        Machine.read(tmp_path / "m.json")
+
+
 def test_a_machine_file_that_never_ends_is_refused(tmp_path):
     (tmp_path / "m.json").write_text("[" * 100_000)
     with pytest.raises(UsageError, match=r"m\.json: cannot read the machine"):
@@ -457,13 +463,30 @@ def test_measurements_of_one_step_tell_of_another():
     assert before.with_steps_of(2048) == before
 
 
-@pytest.mark.parametrize(("epoch", "warned"), [(10**5, True), (10**7, False)])
-def test_a_time_for_many_passes_over_a_short_text_is_warned_of(epoch, warned):
-    config = open_sized(time_budget_s=100)
+@pytest.mark.parametrize(("epoch", "said"), [(10**5, True), (10**7, False)])
+def test_a_text_is_read_eight_times_at_most_and_time_that_is_left_is_told(epoch, said):
     facts = replace(TEXT, epoch_tokens=epoch, measured=timed(0.05, 4096, 90.0))
-    assert any("passes over the text" in each for each in choose(config, facts, tiny.MACHINE).warnings) == warned
-    asked = config.model_copy(update={"train": config.train.model_copy(update={"max_epochs": 90.0})})
-    assert not any("passes over the text" in each for each in choose(asked, facts, tiny.MACHINE).warnings)
+    facts = replace(facts, measured=replace(facts.measured, rows=8 * epoch // 128))
+    choices = choose(open_sized(time_budget_s=100), facts, tiny.MACHINE)
+    train = choices.config.train
+    assert train.max_epochs == 8 and train.max_steps * train.batch_tokens <= 8 * epoch + train.batch_tokens
+    assert any("passes over the text" in each for each in choices.warnings) == said
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 90.0}, {"max_steps": 10**6}, {"max_tokens": 10**9}])
+def test_who_gives_a_limit_beside_the_time_gets_no_other(limit):
+    facts = replace(TEXT, epoch_tokens=10**5, measured=timed(0.05, 4096, 90.0))
+    choices = choose(open_sized(time_budget_s=100, **limit), facts, tiny.MACHINE)
+    assert choices.config.train.max_epochs == limit.get("max_epochs")
+    assert not any("passes over the text" in each for each in choices.warnings)
+
+
+def test_no_passes_are_limited_of_data_without_end_of_models_that_are_there_and_of_earlier_runs():
+    there = Base("a model", choose(asked(), FACTS, tiny.MACHINE).architecture)
+    endless = replace(TEXT, endless=True, epoch_tokens=None, measured=timed(0.05, 4096, 90.0))
+    earlier = replace(TEXT, measured=replace(timed(0.05, 4096, 90.0), rows=None))
+    for facts in (endless, earlier, replace(TEXT, base=there, measured=timed(0.05, 4096, 90.0))):
+        assert choose(open_sized(time_budget_s=100), facts, tiny.MACHINE).config.train.max_epochs is None
 
 
 def test_a_short_text_is_not_read_often_by_a_small_model_but_less_often_by_a_larger():

@@ -72,7 +72,7 @@ def load(recipe: str | None, overrides: list[str] | dict[str, Any] | None = None
     stays). Sections of the recipe that its problem does not use are dropped; overriding a key of theirs is an error.
     """
     origins: dict[str, str] = {}
-    tree = _tree(recipe, origins) if recipe else {}
+    tree = {} if recipe is None else _tree(recipe, origins)
     return overridden(tree, pairs_of(overrides), where=recipe or "configuration", origins=origins)
 
 
