@@ -317,7 +317,7 @@ differs("stopped", lambda: train("b"))
 def interrupted(*arguments, **options):
     raise KeyboardInterrupt
 from gptworks.training import session
-session._train = interrupted
+session.train = interrupted
 differs("interrupted", lambda: train("c"))
 """)
     assert called == {"stopped": ("Preempted", []), "interrupted": ("KeyboardInterrupt", [])}

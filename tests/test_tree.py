@@ -33,7 +33,7 @@ ELSEWHERE = {  # modules without a test file of their name, by the file that tes
     "system/test_change.py": ["training/change"],
     "system/test_problems.py": ["core/registry", "training/assemble", "training/outcome", "training/problem"],
     "system/test_processes.py": ["core/ranks"],
-    "system/test_resume.py": ["training/metrics"],
+    "system/test_resume.py": ["training/identity", "training/metrics", "training/train"],
     "test_cli.py": ["core/errors", "infer/terminal", "lifecycle", "printed"],
     "test_surface.py": ["core/results"],
     "training/test_gradients.py": ["training/objectives"],

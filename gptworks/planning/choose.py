@@ -90,7 +90,7 @@ def choose(asked: Config, facts: Facts, machine: Machine) -> Choices:
         if sized:
             tokens = needed(choices.config.train.max_steps) * step_tokens(choices.config, facts.epoch_tokens)
             weigh_the_wish(choices, architecture, facts=facts, machine=machine, tokens=tokens)
-        say_time_left(choices, fitting / epoch_tokens)
+        say_time_left(choices, passes=fitting / needed(epoch_tokens))
     set_intervals(choices, architecture, facts=facts, machine=machine)
     return choices
 

@@ -17,11 +17,12 @@ BUDGET_TRAINED = 0.9  # of what is left of a time budget, the part that steps ha
 
 
 def limit_passes(choices: Choices, facts: Facts) -> None:
-    """Sets how often a text is read at most, where nothing but time would end the training of a fresh model."""
+    """Sets how often a text is read at most, where nothing but time would end the training of a fresh model without
+    dropout."""
     train = choices.config.train
     limited = train.max_epochs or train.max_tokens or train.max_steps or train.batch_tokens == "full"
     earlier = facts.measured and facts.measured.rows is None  # a run that was measured without a limit
-    other = facts.base or facts.endless or choices.config.problem.kind != "pretraining"
+    other = facts.base or facts.endless or choices.config.model.dropout or choices.config.problem.kind != "pretraining"
     if train.time_budget_s and not (limited or earlier or other):
         choices.set("train.max_epochs", float(MOST_PASSES), "read more often, a text makes a model worse")
 

@@ -1,6 +1,6 @@
 """What happens beside the steps: a time budget, evaluation, logging, samples, checkpoints. Each is a hook of the loop.
 
-The loop calls them in the order in which `session` lists them, which is part of what they do: a budget or an evaluation
+The loop calls them in the order in which `train` lists them, which is part of what they do: a budget or an evaluation
 may end the run, and what is logged, sampled and saved after it knows that.
 """
 

@@ -7,20 +7,18 @@ On several processes the main one prepares and writes (`run_main`); the others w
 import contextlib
 import json
 import os
-import sys
-from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 from gptworks.core import config as configuration
-from gptworks.core import folder, runtime
+from gptworks.core import folder
 from gptworks.core import ranks as processes
 from gptworks.core.config import Change, Chosen, Config, RunFile
-from gptworks.core.errors import DataError, GptworksError, PeerLost, RunMismatch, StorageError, UsageError
+from gptworks.core.errors import DataError, GptworksError, PeerLost, RunMismatch, UsageError
 from gptworks.core.failpoint import failpoint
-from gptworks.core.log import console, count, plural
+from gptworks.core.log import console, plural
 from gptworks.core.ranks import ranks
-from gptworks.core.registry import file_of, resolve
+from gptworks.core.registry import resolve
 from gptworks.core.results import Trained, Verified
 from gptworks.data.tokenizer import USUAL_VOCABULARY
 from gptworks.model import build, hub
@@ -33,15 +31,15 @@ from gptworks.training import loop
 from gptworks.training.assemble import Run, assemble
 from gptworks.training.change import asked_change
 from gptworks.training.decide import Decided, decide, provisional, reopened
-from gptworks.training.hooks import Checkpointer, Evaluations, Logger, Sampler, TimeBudget
-from gptworks.training.metrics import Account, Metrics, check_login, check_wandb, logged_lines, write_passage
+from gptworks.training.hooks import Evaluations
+from gptworks.training.identity import check_agreement, check_unedited
+from gptworks.training.metrics import check_login, check_wandb, logged_lines
 from gptworks.training.optim import OPTIMIZERS
-from gptworks.training.outcome import finish, parameters, result_of, step_flops
-from gptworks.training.problem import Place, Problem, Work, opened
+from gptworks.training.problem import Place, Problem, opened
 from gptworks.training.range_test import RangeTest, range_test
 from gptworks.training.schedule import SCHEDULES, RunSchedule
-from gptworks.training.state import State, listing, newest_good, restore, using
-from gptworks.training.timing import evaluation_seconds
+from gptworks.training.state import State, listing, newest_good, restore
+from gptworks.training.train import train
 
 
 def check(config: Config) -> None:
@@ -94,7 +92,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     known: Config = config if file is None else file.chosen
     newest = newest_good(out / "checkpoints") if different or not finished else None
     if file is not None and newest:
-        _check_unedited(file, newest)
+        check_unedited(file, newest)
     if file is not None:
         _warn_of_edited(known, out)
     if finished and not different:
@@ -128,7 +126,7 @@ def run_main(config: Config, out: Path, recipe: str) -> Trained | None:
     }
     ranks.tell("plan", json.dumps(plan))
     ranks.start(run.layout.device, run.config.train.timeout_s)
-    return _train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
+    return train(run, file, out=out, recipe=recipe, decided=decided, verifying=verifying)
 
 
 def _as_it_was(out: Path) -> Trained:
@@ -168,7 +166,7 @@ def run_worker(config: Config, out: Path) -> None:
         folder.verify(Path(plan["restore"]))
         _restore(run, Path(plan["restore"]), file)
     ranks.start(run.layout.device, chosen.train.timeout_s)
-    _train(run, file, out=out, recipe="", verifying=verifying)
+    train(run, file, out=out, recipe="", verifying=verifying)
 
 
 def call_off() -> None:
@@ -296,78 +294,12 @@ def _warn_of_edited(config: Config, out: Path) -> None:
         )
 
 
-# Places of what is known by its content: it may lie elsewhere now.
-BY_CONTENT = ("model.path", "tokenizer.path", "data.shards")
-
-
-def _written(file: RunFile) -> dict[str, Any]:
-    """The part of a run's file that its training follows from, for its checkpoints."""
-    kind = type(file.asked)
-    names = configuration.keys_of_kind("fixed", kind) + configuration.keys_of_kind("flexible", kind)
-    tree = file.chosen.model_dump(mode="json")
-    values = {name: reduce(dict.__getitem__, name.split("."), tree) for name in names if name not in BY_CONTENT}
-    return {"values": values, "changes": [change.model_dump(mode="json") for change in file.changes]}
-
-
-def _check_unedited(file: RunFile, checkpoint: Path) -> None:
-    """Raises RunMismatch where config.yaml has other values than when a checkpoint was written."""
-    facts = folder.read_json(checkpoint / "state.json")
-    if not isinstance(facts, dict) or "config" not in facts:
-        return  # of an earlier version
-    now = _written(file)
-    try:
-        values, changes = dict(facts["config"]["values"]), list(facts["config"]["changes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{checkpoint}: not a checkpoint of this version: config: {error}") from None
-    kept = {key: value for key, value in now["values"].items() if key in values}
-    other = [f"{key}={value}, was {values[key]}" for key, value in kept.items() if value != values[key]]
-    later = now["changes"][len(changes) :]  # made since, from where the run stood
-    if now["changes"][: len(changes)] != changes or any(change["step"] < facts["step"] for change in later):
-        other.append("changes")
-    if other:
-        raise RunMismatch(
-            f"{file.path} was edited since {checkpoint.name} was trained with it: {'; '.join(other)}; put it back, or "
-            "use --fresh; flexible keys are changed by the command"
-        )
-
-
 def _restore(run: Run, checkpoint: Path, file: RunFile) -> None:
     facts = restore(run.state, checkpoint)
-    _check_agreement(run, facts)
+    check_agreement(run, facts)
     if any(change.step >= run.state.step for change in file.changes):
         run.state.stopped = None  # the run was told to go on
     console.say(f"run      continues from step {run.state.step}, {checkpoint}")
-
-
-def _check_agreement(run: Run, facts: dict[str, Any]) -> None:
-    """Raises RunMismatch unless data and frozen models are those that a checkpoint's run began with."""
-    if run.problem.identity != facts.get("data"):
-        raise RunMismatch("the training text is not the one this run began with; --fresh starts over")
-    saved = facts.get("parents")
-    before = saved if isinstance(saved, dict) else {"base": facts["base"]} if "base" in facts else {}
-    now = _frozen_parents(run)
-    for role in sorted(before.keys() | now.keys()):
-        if before.get(role) != now.get(role):
-            paths = [parent.path for parent in run.problem.parents if parent.role == role]
-            name = hub.name_of(run.base.home) if role == "base" and run.base else "".join(paths) or role
-            raise RunMismatch(f"{name} has other weights than when this run began; put the old ones back")
-    kind = run.config.problem.kind
-    if facts.get("problem", _own_file(kind)) != _own_file(kind):  # a checkpoint of before has none
-        raise RunMismatch(f"{kind}: the file has changed since this run began; put the old one back, or use --fresh")
-
-
-def _own_file(kind: str) -> str | None:
-    """SHA-256 of the file that a problem of the user's own is in."""
-    file = file_of(kind)
-    return folder.sha256(file) if file else None
-
-
-def _frozen_parents(run: Run) -> dict[str, str]:
-    """SHA-256 by role of the models that are in no checkpoint."""
-    parents = {parent.role: parent.sha256 for parent in run.problem.parents}
-    if run.base and run.config.adapter.kind:
-        parents["base"] = run.base.weights_sha256
-    return parents
 
 
 # -- changed on the way ------------------------------------------------------------------------------------------
@@ -405,123 +337,6 @@ def set_aside(out: Path) -> None:
         console.say(f"run      the old one is now {out.with_name(f'{out.name}.{number}')}")
 
 
-# -- trained -----------------------------------------------------------------------------------------------------
-
-
-def _train(
-    run: Run, file: RunFile, out: Path, recipe: str, *,
-    decided: Decided | None = None, verifying: folder.Verifying | None = None,
-) -> Trained | None:  # fmt: skip
-    """Trains to the end, and on the main process writes the model. `decided` is there where the run begins now."""
-    config, train, state, problem = run.config, run.config.train, run.state, run.problem
-    account, trained_before = Account(out, recipe), state.seconds
-    if train.patience is None:
-        state.best = {}  # of when there was one
-    work = run.start()
-    schedule = RunSchedule(file.chosen.train, file.changes)
-    facts = {
-        "data": problem.identity, "threads": train.threads, "versions": runtime.versions(),
-        "parents": _frozen_parents(run), "problem": _own_file(config.problem.kind),
-    }  # fmt: skip
-
-    def facts_now() -> dict[str, Any]:
-        return {**facts, "config": _written(file)}
-
-    rate = ranks.total(runtime.matmul_rate(run.layout.device, run.layout.dtype))[0]
-    _say_what_is_trained(run, work, rate)
-    metrics = _metrics(run, out) if ranks.main else None
-    clock = runtime.fine_clock()
-    budget = TimeBudget(
-        train, schedule, measured=decided.measured if decided else None, most=decided.most_steps if decided else None,
-        may_leave_out=file.asked.train.eval_every is None, from_step=state.step,
-        record=file.append if ranks.main else file.changes.append, clock=clock,
-        evaluation_now=partial(evaluation_seconds, work.evaluate, state.model),
-    )  # fmt: skip
-    evaluations = Evaluations(
-        work.evaluate,
-        problem,
-        train=train,
-        schedule=schedule,
-        metrics=metrics,
-        clock=clock,
-        told=budget.time_evaluation,
-    )
-    checkpointer = Checkpointer(
-        out / "checkpoints", train.checkpoint_every, schedule=schedule, facts=facts_now, verifying=verifying,
-        asked=file.asked.train.checkpoint_every is not None,
-    )  # fmt: skip
-    if decided:
-        evaluations.seconds = decided.measured.eval_seconds
-    hooks: list[loop.Hook] = [
-        budget,
-        account.timed("evaluating", evaluations),
-    ]  # the order is part of what they do: see hooks.py
-    if metrics:
-        hooks.append(
-            Logger(metrics, train.log_every, schedule, batches=work.batches,
-                   bytes_per_token=problem.bytes_per_token, lost_per_token=problem.lost_per_token,
-                   flops=step_flops(run), rate=rate, to_come=evaluations.seconds_to_come)
-        )  # fmt: skip
-        if "generate" in problem.sections:
-            sampler = Sampler(
-                metrics, problem.tokenizer, run.stop_ids, options=config.generate, train=train, schedule=schedule
-            )
-            hooks.append(account.timed("sampling", sampler))
-        account.add("preparing", runtime.process_seconds())
-        account.write()
-    hooks.append(account.timed("saving", checkpointer))
-    console.live(f"step {state.step}/{schedule.length}")
-    try:
-        if run.base and not state.step:
-            state.model.dtype = run.layout.dtype  # as the loop has it
-            with account.spent("evaluating"):
-                evaluations.before_training(state)
-        loop.run(state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule, hooks=hooks)
-        with account.spent("saving"):
-            checkpointer.finish()
-        console.clear()
-        with account.spent("evaluating"):
-            final = evaluations.final(state)
-        ranks.end()
-        with using(state.model, state.best or state.average):
-            if not metrics:
-                return None
-            result = result_of(run, work, changes=file.changes, final=final, train_loss=metrics.last_loss, rate=rate)
-            with account.spent("evaluating"):
-                write_passage(out, state.step, work.evaluate.passage(state.model))
-            with account.spent("saving"):
-                return finish(run, out, recipe, result=result, final=final)
-    finally:
-        if checkpointer.saving:
-            checkpointer.saving.join()  # what was begun is ended, whatever stopped the run
-        if metrics:
-            metrics.close()
-            account.add("training", state.seconds - trained_before)
-            stopped = sys.exc_info()[0] is not None  # and what stopped the run is what is to be said
-            with contextlib.suppress(StorageError) if stopped else contextlib.nullcontext():
-                account.write()
-
-
-def _say_what_is_trained(run: Run, work: Work, rate: float) -> None:
-    """Two kinds of lines before step one: the model and where it is trained, and the data."""
-    config, trainable, layout = run.state.model.config, run.trainable, run.layout
-    trained = f", {count(trainable.trained)} of them trained" if trainable else ""
-    where = f"{ranks.world} x {layout.device.type}" if ranks.world > 1 else layout.device.type
-    console.say(
-        f"model    {config.family}, {count(parameters(run))} parameters{trained}, width {config.hidden_size}, "
-        f"{plural(config.num_hidden_layers, 'layer')}; {where} {str(layout.dtype).removeprefix('torch.')}, "
-        f"{rate / 1e9:.0f} GFLOP/s in a matmul"
-    )
-    for line in work.lines:
-        console.say(f"data     {line}")
-
-
-def _metrics(run: Run, out: Path) -> Metrics:
-    metrics = Metrics(out, run.state.step, tensorboard=run.config.train.tensorboard, wandb=run.config.train.wandb)
-    metrics.hyperparameters((out / "config.yaml").read_text(encoding="utf-8"), run.config)
-    return metrics
-
-
 # -- beside a training -------------------------------------------------------------------------------------------
 
 
@@ -555,7 +370,7 @@ def replay(out: Path) -> Verified:
     older, newer = checkpoints[-2:]
     folder.verify(older)
     folder.verify(newer)
-    _check_unedited(file, newer)
+    check_unedited(file, newer)
     config = file.at(int(older.name.removeprefix("step-")))
     base, kind = _base(config, out), _problem(config)
     place = Place(out / "data", base, begun=True)
@@ -563,12 +378,12 @@ def replay(out: Path) -> Verified:
         verifying.finish()
     problem = opened(kind, config, place)
     run = reopened(config, problem, base)
-    _check_agreement(run, restore(run.state, older))
+    check_agreement(run, restore(run.state, older))
     target = assemble(config, problem, base).state
     restore(target, newer)
-    train, schedule, first = config.train, RunSchedule(file.chosen.train, file.changes), run.state.step
+    options, schedule, first = config.train, RunSchedule(file.chosen.train, file.changes), run.state.step
     work = run.start()
-    evaluations = Evaluations(work.evaluate, problem, train=train, schedule=schedule)
+    evaluations = Evaluations(work.evaluate, problem, train=options, schedule=schedule)
 
     def evaluate(state: State, m: loop.StepMetrics) -> None:
         evaluations(state, m)  # and go on: what ends a run may have been asked for later
@@ -577,10 +392,10 @@ def replay(out: Path) -> Verified:
     run.state.stopped = None
     console.live(f"replaying  step {first}/{target.step}")
     loop.run(
-        run.state, work.batches, work.objective, train=train, layout=run.layout, schedule=schedule,
+        run.state, work.batches, work.objective, train=options, layout=run.layout, schedule=schedule,
         hooks=[evaluate], until=target.step,
     )  # fmt: skip
-    if train.patience is None or not target.best:  # dropped, or asked for, since
+    if options.patience is None or not target.best:  # dropped, or asked for, since
         run.state.best, target.best = {}, {}
     difference = run.state.difference(target)
     console.clear()

@@ -277,7 +277,9 @@ class Train(Section):
     seed: Natural = fixed(1, "initial weights, data order and dropout follow from it")
     max_steps: Count | None = flexible(None, "stop after so many optimizer steps")
     max_tokens: Count | None = flexible(None, "stop after about so many tokens that are trained on")
-    max_epochs: Positive | None = flexible(None, "stop after so many passes over the training text")
+    max_epochs: Positive | None = flexible(
+        None, "stop after so many passes over the training text; 8 where time alone is given"
+    )
     target_loss: Positive | None = flexible(None, "stop once the evaluation loss (nats a token) is at or below this")
     time_budget_s: Positive | None = fixed(None, "seconds from process start to the model folder; becomes a step count")
     patience: Count | None = flexible(
