@@ -95,26 +95,28 @@ def train(config: Config, out: Path, recipe: str = "", fresh: bool = False) -> T
 
 
 def choices(config: Config, machine: Path | None = None) -> tuple[Choices, PlannedSize | None]:
-    """The decisions of `train`, as far as they can be told before any text is read, and what a look at the text tells
-    of the run; for the machine that a file describes, else for this one. Raises DataError, UsageError, OutOfMemory."""
+    """The decisions of `train`, as far as a look at the text tells them, and what it tells of the run, where a text is
+    named; for the machine that a file describes, else for this one. Raises DataError, UsageError, OutOfMemory."""
     session.check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
         raise UsageError(f"model.path={config.model.path}: no such folder{hub.advice(config.model.path)}")
+    where = Machine.read(folder.path(machine)) if machine else here(config.train.precision, config.train.threads)
+    named = config.problem.kind == "pretraining" and "???" not in config.data.places
+    if named and not any(source.function for source in sources_of(config.data.places, config.data)):  # no code is run
+        if not config.model.path:
+            return outlook(config, where)
+        glance(config.data, Tokenizer(kind="bytes"))  # which finds what no run could read
+    return choose(config, Facts(_vocabulary_of(config)), where), None
+
+
+def _vocabulary_of(config: Config) -> int | None:
+    """The ids of a fresh model, as far as they are known before a text is read; None where they are not."""
     model, tokenizer = config.model, config.tokenizer
     sized = model.depth or (model.hidden_size and model.num_hidden_layers)
-    unread = tokenizer.path or tokenizer.kind == "char"  # so it is not known how many ids it has
-    vocab_size = 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
-    known = model.path is None and config.problem.kind == "pretraining" and (sized or not unread)
-    where = Machine.read(folder.path(machine)) if machine else here(config.train.precision, config.train.threads)
-    decided = choose(config, Facts(vocab_size if known else None), where)
-    if config.problem.kind != "pretraining" or "???" in config.data.places:
-        return decided, None
-    if any(source.function for source in sources_of(config.data.places, config.data)):
-        return decided, None  # a dry run runs no code of the user's
-    if config.model.path:
-        glance(config.data, Tokenizer(kind="bytes"))  # which finds what no run could read
-        return decided, None
-    return decided, outlook(config, where)
+    unread = tokenizer.path or tokenizer.kind == "char"
+    if model.path or config.problem.kind != "pretraining" or (unread and not sized):
+        return None
+    return 259 if tokenizer.kind == "bytes" else tokenizer.vocab_size
 
 
 def plan(recipe: str, asked: list[str] | dict[str, Any], machine: Path | None = None) -> Planned:

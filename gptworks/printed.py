@@ -22,6 +22,7 @@ def _outlook(run: PlannedSize, where: str) -> list[str]:
         f"about {duration(run.seconds)} {where}, {size(run.memory_bytes)} of memory, {run.bits_per_byte:.2f} bits/byte",
         f"about {plural(run.steps, 'step')}, {count(run.tokens)} tokens: {_few(run.tokens_per_parameter)} for each of "
         f"{count(run.parameters)} parameters, {_few(run.passes)} passes over the text",
+        "a look at the text and the machine's speed say so; the run reads and measures, and may decide otherwise",
     ]
 
 

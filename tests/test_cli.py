@@ -288,11 +288,18 @@ def test_dry_run_writes_nothing_and_prints_the_configuration(
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize("kind", ["bytes", "char"])
+def test_a_dry_run_decides_what_a_look_at_the_text_tells(cli: Callable[..., Outcome], kind: str) -> None:
+    outcome = cli("train", "laptop", f"tokenizer.kind={kind}", "--dry-run", "--json")
+    decided = json.loads(outcome.out)
+    assert outcome.code == 0 and decided["model"]["hidden_size"] and decided["train"]["max_steps"]
+
+
 @pytest.mark.parametrize(("kind", "known"), [("bytes", True), ("char", False)])
-def test_a_dry_run_leaves_a_shape_open_that_follows_from_the_text(
+def test_a_dry_run_without_a_text_leaves_a_shape_open_that_follows_from_it(
     cli: Callable[..., Outcome], kind: str, known: bool
 ) -> None:
-    outcome = cli("train", "laptop", f"tokenizer.kind={kind}", "--dry-run", "--json")
+    outcome = cli("train", "mine", "model.parameters=1M", f"tokenizer.kind={kind}", "--dry-run", "--json")
     assert outcome.code == 0 and (json.loads(outcome.out)["model"]["hidden_size"] is not None) == known
 
 

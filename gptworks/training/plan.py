@@ -22,7 +22,7 @@ from gptworks.data.glance import Glance, glance
 from gptworks.data.shards import Shards, Stream
 from gptworks.infer.scoring import unigram
 from gptworks.model.config import ModelConfig, parameter_count
-from gptworks.planning.choices import Facts, Measured, needed
+from gptworks.planning.choices import Choices, Facts, Measured, needed
 from gptworks.planning.choose import EVALUATION_COST, choose, memory_of_step, step_tokens
 from gptworks.planning.cost import flops_per_token
 from gptworks.planning.forecast import likely_bits, share_of_counting
@@ -59,7 +59,7 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
         try:
             if name != "chosen" and planner.apart(sized, middle) < DISTINCT:
                 continue  # no other shape is nearer to that
-            size = planner.size(sized, name)
+            _, size = planner.size(sized, name)
         except (OutOfMemory, UsageError) as error:
             if name == "chosen":
                 raise
@@ -78,9 +78,9 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
     )  # fmt: skip
 
 
-def outlook(config: Config, machine: Machine) -> PlannedSize:
-    """Tells what the run of a configuration would see, take and reach on a machine, by its shape and a look at the
-    text alone. Raises DataError, UsageError, OutOfMemory."""
+def outlook(config: Config, machine: Machine) -> tuple[Choices, PlannedSize]:
+    """Tells what the run of a configuration would decide on a machine, and what it would see, take and reach, by its
+    shape and a look at the text alone. Raises DataError, UsageError, OutOfMemory."""
     return _Planner(glance(config.data, config.tokenizer), machine).size(config, timed=False)
 
 
@@ -101,7 +101,7 @@ class _Planner:
             bytes_per_token=text.bytes_per_token,
         )  # fmt: skip
 
-    def size(self, config: Config, name: str = "chosen", timed: bool = True) -> PlannedSize:
+    def size(self, config: Config, name: str = "chosen", timed: bool = True) -> tuple[Choices, PlannedSize]:
         """Plans one size: by steps that are timed here on the part of the text, or by the shape alone."""
         facts, machine = self.facts, self.machine
         first = choose(config, facts, machine)
@@ -121,7 +121,7 @@ class _Planner:
             chosen, architecture, trainable=choices.trainable, facts=facts, machine=machine, context=context
         )
         tokens = steps * step
-        return PlannedSize(
+        return choices, PlannedSize(
             name=name, parameters=parameters, width=architecture.hidden_size, layers=architecture.num_hidden_layers,
             context=context, batch_tokens=step, steps=steps, tokens=tokens, tokens_per_parameter=tokens / parameters,
             passes=tokens / epoch,

@@ -80,7 +80,7 @@ def train(
 
 @dataclass
 class _Beside:
-    """Holds what happens beside the steps, in the order in which the loop calls it, and two of these that outlast it."""
+    """Holds what happens beside the steps, in the order in which the loop calls it, and two that outlast it."""
 
     evaluations: Evaluations
     checkpointer: Checkpointer

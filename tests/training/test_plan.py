@@ -70,8 +70,9 @@ def test_another_machine_is_described_with_the_share_of_its_rate(text, tmp_path)
 
 def test_an_outlook_tries_no_step(text, monkeypatch):
     monkeypatch.setattr("gptworks.training.plan.timings", None)
-    expected = outlook(configuration.load("mine", {**SMALL, "data.train": text}), here("fp32", 1))
+    choices, expected = outlook(configuration.load("mine", {**SMALL, "data.train": text}), here("fp32", 1))
     assert expected.steps > 1 and expected.seconds > 0 and expected.command == ""
+    assert not choices.open and choices.config.train.max_steps == expected.steps and choices.config.train.lr > 0
 
 
 def test_what_cannot_be_planned_is_refused(text, tmp_path):
