@@ -242,6 +242,8 @@ class ComparedRuns(Result):
 class PlannedSize(Result):
     """A size of model for a text: what it would see, take and reach."""
 
+    shown = ("name", "parameters", "tokens", "passes", "memory_bytes", "seconds", "bits_per_byte")
+
     name: str  # smaller | chosen | larger
     parameters: int
     width: int

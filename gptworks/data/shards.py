@@ -314,6 +314,8 @@ def _difference(manifest: dict[str, Any], settings: dict[str, Any], sources: lis
         return ""
     old = {"newlines": "keep"} | old  # as it was before there was a choice
     if changed := [key for key in settings if old.get(key) != settings[key]]:
+        if changed == ["tokenizer"] and manifest["sources"] != _stamps(sources):
+            return "the text changed, and with it the tokenizer"  # whose size may follow from it
         names = [key if key in ("tokenizer", "version") else f"data.{key}" for key in changed]
         return f"{', '.join(names)} changed"
     if manifest["sources"] != _stamps(sources) and manifest["source_sha256"] != _hashes(sources):

@@ -137,7 +137,7 @@ def _as_it_was(out: Path) -> Trained:
     console.say(f"trained  {result.steps} steps: eval {', '.join(figures[:2])} -> {out / 'model'}")
     console.say(
         f"run      {out} is finished; `gptworks continue {out} train.max_steps={2 * result.steps}` makes it longer, "
-        "--fresh starts it over"
+        "and the command that began it starts over with --fresh"
     )
     return result
 

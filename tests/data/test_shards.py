@@ -329,6 +329,16 @@ def test_bad_rows_are_skipped_counted_and_kept_in_the_manifest(
         build(tmp_path / "e", path)
 
 
+def test_a_text_that_grew_is_said_to_have_changed_not_its_tokenizer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [story(i) for i in range(30)])
+    build(tmp_path / "d", path, {"vocab_size": None})
+    jsonl(path, [story(i) for i in range(3000)])  # a text of this size has more ids
+    build(tmp_path / "d", path, {"vocab_size": None})
+    assert "rewritten: the text changed, and with it the tokenizer" in capsys.readouterr().err
+
+
 def test_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [story(i) for i in range(30)])
     (tmp_path / "b.txt").write_text("Zyzzyva zyzzyva " * 500)

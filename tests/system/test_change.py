@@ -206,7 +206,7 @@ def test_a_finished_run_gives_its_result_again_and_says_how_it_goes_on(train, tm
     assert train() == first
     said = capsys.readouterr().err
     assert f"trained  12 steps: eval loss {first['eval']['loss']:.4g}" in said and f"{tmp_path}/run/model" in said
-    assert "train.max_steps=24` makes it longer, --fresh starts it over" in said
+    assert "train.max_steps=24` makes it longer, and the command that began it starts over with --fresh" in said
     assert train(**{"train.max_steps": 24})["steps"] == 24
 
 
