@@ -352,7 +352,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_text_too(
     """A fault that was seen: it took the longer text, under the vocabulary, batch and length of the shorter."""
     mine, config = text_changed(tiny_config, tmp_path, tiny_text)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(session, "_train", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(session, "train", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         lifecycle.train(config, tmp_path / "run")
     ids = (tmp_path / "run" / "data" / "train.tokens").read_bytes()
     mine.write_text(mine.read_text() * 2)
