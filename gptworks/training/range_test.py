@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gptworks.core.config import with_values
 from gptworks.core.errors import DataError, NotFinite
 from gptworks.core.log import console
-from gptworks.core.runtime import interrupts
+from gptworks.core.runtime import interrupts, seed_everything
 from gptworks.training.assemble import Run
 from gptworks.training.loop import StepMetrics, run
 from gptworks.training.optim import make_optimizers
+from gptworks.training.problem import Work
 from gptworks.training.schedule import RunSchedule
 from gptworks.training.state import State
 
@@ -53,6 +56,7 @@ def range_test(ready: Run) -> RangeTest:
     state = State(copy.deepcopy(ready.state.model), [])
     state.optimizers = make_optimizers(state.model, trial)
     work = ready.start(state)
+    before = _losses_before(ready, work, state) if ready.base and work.batches.ahead else []
     rates: list[float] = []
     losses: list[float] = []
 
@@ -70,7 +74,10 @@ def range_test(ready: Run) -> RangeTest:
             hooks=[watch],
         )  # fmt: skip
     console.clear()
-    smoothed = [_mean(losses[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(losses))]
+    gained = [loss - was for loss, was in zip(losses, before, strict=False)] or losses
+    smoothed = [_mean(gained[max(i - BESIDE, 0) : i + BESIDE + 1]) for i in range(len(gained))]
+    if before:
+        smoothed = [value + _mean(before) for value in smoothed]
     if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
         raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
     bend, lr, adam_lr = _bend(smoothed), train.lr, train.adam_lr
@@ -85,6 +92,24 @@ def range_test(ready: Run) -> RangeTest:
         lr = _rounded(rates[bend or -1])
         adam_lr = adam_lr and _rounded(adam_lr * lr / train.lr)
     return RangeTest(rates, losses, smoothed=smoothed, lr=lr, adam_lr=adam_lr, reason=reason)
+
+
+@torch.no_grad()
+def _losses_before(ready: Run, work: Work, state: State) -> list[float]:
+    """What the batches of the scan cost the model as it is. A trained one gains less in the scan than batches differ
+    by, so that only what it gains on each of them tells a rate from another."""
+    model, cursor, losses = state.model.to(ready.layout.device).train(), state.cursor, list[float]()
+    model.dtype = ready.layout.dtype
+    for step in range(STEPS):
+        interrupts.check()
+        console.live(f"range test  the model as it is, on batch {step + 1}/{STEPS}")
+        batch, cursor = work.batches.take(cursor)
+        total = 0.0
+        for part in batch.rows(ready.layout.micro_batch):
+            seed_everything(ready.config.train.seed, step, part.first)  # as the loop does, for dropout
+            total += float(work.objective.loss(model, part.to(ready.layout.device)).sum)
+        losses.append(total / work.objective.weight(batch))
+    return losses
 
 
 def _mean(values: list[float]) -> float:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from gptworks import lifecycle
-from gptworks.core import folder
+from gptworks.core import config, folder
 from gptworks.core.errors import RunMismatch, UsageError
-from gptworks.training import loop, metrics, state
+from gptworks.training import loop, metrics, range_test, state
 from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.pretraining import HeldOut
 from gptworks.training.problem import Evaluation
@@ -280,6 +280,24 @@ def test_the_range_test_proposes_a_rate_and_trains_nothing(tiny_config, tmp_path
     assert "<svg" in page and f"train.lr={found['lr']:g}" in page
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "config.yaml").exists()
     assert lifecycle.train(tiny_config(**{"train.lr": found["lr"]}), tmp_path / "run")["steps"] == 12
+
+
+def test_the_range_test_of_a_trained_model_counts_what_it_gains_on_each_batch(finished_run, tmp_path, monkeypatch):
+    """At first the rates are so low that a loss is that of the model as it is, whatever the batch."""
+    before, whole = list[float](), range_test._losses_before
+    monkeypatch.setattr(range_test, "_losses_before", lambda *given: before.extend(whole(*given)) or before)
+    settings = {
+        "data.train": "shakespeare", "model.path": str(finished_run / "model"), "train.context": 32,
+        "train.batch_tokens": 256, "train.max_steps": 4, "train.threads": 1, "train.find_lr": True,
+        "train.lr": 1e-3, "train.adam_lr": 1e-3,
+    }  # fmt: skip
+    lifecycle.train(config.load(None, settings), tmp_path / "run")
+    kept = folder.read_json(tmp_path / "run" / "find_lr.json")
+    assert kept["losses"][0] == pytest.approx(before[0], rel=1e-5)
+    apart = [abs(loss - was) for loss, was in zip(kept["losses"][:15], before, strict=False)]
+    assert max(apart) < 0.2 * (max(before[:15]) - min(before[:15]))
+    first = [abs(value - kept["smoothed"][0]) for value in kept["smoothed"][:15]]
+    assert max(first) <= max(apart) + 1e-6
 
 
 FALL = [8.3] * 40 + [8.3 - 0.1 * i for i in range(20)]  # flat, then steep
