@@ -1,5 +1,6 @@
 """The results of a training: the model folder with its lineage, and result.json."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from gptworks.model import build, card, hub
 from gptworks.model.config import parameter_count
 from gptworks.planning.cost import flops_per_token
 from gptworks.training.assemble import Run
+from gptworks.training.metrics import logged_lines
 from gptworks.training.problem import Evaluation, Work
+
+BEGINNING = 10  # lines of metrics.jsonl, among which an evaluation before step 1 is
 
 
 def step_flops(run: Run) -> float:
@@ -73,7 +77,22 @@ def finish(run: Run, out: Path, recipe: str, *, result: Trained, final: Evaluati
     folder.write_json(out / "result.json", result.as_dict())
     figures = ", ".join(final.shown[:2])
     console.say(f"trained  {plural(state.step, 'step')} in {duration(state.seconds)}: eval {figures} -> {model}")
+    if run.base:
+        _warn_of_harm(run, out, final)
     return result
+
+
+def _warn_of_harm(run: Run, out: Path, final: Evaluation) -> None:
+    """Says so where a model is worse after its training than the one that it began with."""
+    watched, better = run.problem.watched, min if run.problem.lower_is_better else max
+    rows = (json.loads(line) for line in logged_lines(out / "metrics.jsonl")[:BEGINNING] if line)
+    before = next((row[f"eval/{watched}"] for row in rows if row["step"] == 0 and f"eval/{watched}" in row), None)
+    now = final.figures[watched]
+    if before is not None and now != better(before, now):
+        console.warn(
+            f"the model is worse than the one it began with, {watched} {now:.4g} after {before:.4g}: a lower train.lr "
+            "(train.find_lr=true proposes one), fewer steps or more varied data keep more of what it knew"
+        )
 
 
 def parameters(run: Run) -> int:

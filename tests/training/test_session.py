@@ -86,7 +86,7 @@ def rows_of(run):
 
 @pytest.mark.parametrize("patience", [None, 1])
 def test_a_run_that_starts_from_a_model_is_measured_before_its_first_step(
-    patience, finished_run, tiny_text, tmp_path, monkeypatch
+    patience, finished_run, tiny_text, tmp_path, monkeypatch, capsys
 ):
     """The figure is that of the model itself. At a rate that ruins it no later one is better, and yet the first of the
     run's own is the best that it has."""
@@ -107,6 +107,7 @@ def test_a_run_that_starts_from_a_model_is_measured_before_its_first_step(
     assert evaluations[0] < evaluations[2] and len(evaluations) == 3
     assert result.eval["loss"] == (evaluations[4] if patience is None else min(evaluations[2], evaluations[4]))
     assert result.steps == 4  # patience counts from the first of its own
+    assert "the model is worse than the one it began with, loss" in capsys.readouterr().err
 
 
 def full():
