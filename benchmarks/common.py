@@ -41,9 +41,10 @@ def child(command: list[str], env: dict[str, str] | None = None) -> dict[str, An
     return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * scale, "stdout": text}
 
 
-def gptworks(*arguments: str) -> dict[str, Any]:
-    """A gptworks command as a process of its own, its JSON result under `result`."""
-    done = child([sys.executable, "-m", "gptworks", *arguments, "--json", "--quiet"])
+def gptworks(*arguments: str, tree: Path | None = None) -> dict[str, Any]:
+    """A gptworks command as a process of its own, its JSON result under `result`; of the version in `tree`."""
+    env = {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"} if tree else None
+    done = child([sys.executable, "-m", "gptworks", *arguments, "--json", "--quiet"], env)
     return {**done, "result": json.loads(done["stdout"])}
 
 
