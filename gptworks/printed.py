@@ -120,7 +120,10 @@ def compared(result: ComparedRuns) -> str:
         ]
         for each in result.runs
     ]  # fmt: skip
-    keys = [[key, *(_shortened(json.dumps(each)) for each in values)] for key, values in result.differences.items()]
+    keys = [
+        [key, *(_shortened(json.dumps(each, ensure_ascii=False)) for each in values)]
+        for key, values in result.differences.items()
+    ]
     if not keys:
         return "\n".join([*table([head, *rows]), "", "no setting differs"])
     return "\n".join([*table([head, *rows]), "", *table([["differs in", *(each.run for each in result.runs)], *keys])])

@@ -74,6 +74,7 @@ def refused(outcome: Outcome, code: int, *words: str) -> None:
         (["train", "laptop", "train.lr=fast"], ["train.lr='fast'"]),
         (["train", "laptop", "train.lr=nan"], ["train.lr"]),
         (["train", "laptop", "model.hidden_size=-3"], ["model.hidden_size"]),
+        (["train", "laptop", "train.threads=5000", "--dry-run"], ["train.threads", "at most 1,024"]),
         (["train", "laptop", "nonsense"], ["key=value"]),
         (["train"], ["recipe"]),
         (["trian", "laptop"], ["trian"]),

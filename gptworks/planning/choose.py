@@ -388,10 +388,11 @@ def _steps_in_budget(choices: Choices, measured: Measured, before: bool) -> tupl
         several = before + evaluations(budget, pace.evaluation) - 1
         fitting = steps_until(end, budget - left, pace=pace, evaluations=several)
     if fitting < 1:
+        kept = "what is prepared is kept, so that the same command may do; else " if left < budget / 2 else ""
         raise UsageError(
             f"train.time_budget_s={budget:g}: {budget - left:.0f} s went into preparation, a step takes "
-            f"{duration(seconds)} and an evaluation {duration(pace.evaluation)}; give more time, a smaller model or "
-            "a smaller data.eval_bytes"
+            f"{1000 * seconds:,.0f} ms and an evaluation {duration(pace.evaluation)}; {kept}give more time, a smaller "
+            "model or a smaller data.eval_bytes"
         )
     if not can_hold(budget, pace):
         latest = end + (SLOWER - 1) * pace.finish + SLOWER * pace.step

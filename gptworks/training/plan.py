@@ -187,7 +187,10 @@ def _command(recipe: str, asked: Asked, parameters: int | None) -> str:
     if parameters:
         settings = {key: value for key, value in settings.items() if key not in {f"model.{name}" for name in SHAPE}}
         settings["model.parameters"] = count(parameters)
-    written = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items())
+    written = (
+        f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in settings.items()
+    )
     return shlex.join(["gptworks", "run", recipe, *written])
 
 

@@ -193,7 +193,9 @@ def test_evaluations_that_nobody_asked_for_take_a_twelfth_of_a_run_at_most():
 
 def test_a_budget_that_is_used_up_is_refused():
     late = replace(FACTS, measured=Measured(None, step_seconds=1.0, eval_seconds=0.1, left_seconds=1.5))
-    with pytest.raises(UsageError, match="give more time, a smaller model"):
+    with pytest.raises(
+        UsageError, match="went into preparation, a step takes 1,000 ms .* the same command may do; else give more time"
+    ):
         choose(asked(max_steps=None, time_budget_s=10), late, tiny.MACHINE)
 
 

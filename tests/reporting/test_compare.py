@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gptworks import printed
 from gptworks.core.errors import DataError, UsageError
 from gptworks.reporting.compare import compare
 
@@ -17,7 +18,7 @@ def other(tiny_run: Path) -> Path:
     path = tiny_run / "config.yaml"
     tree = yaml.safe_load(path.read_text())
     tree["train"]["lr"] = 0.123
-    tree["generate"]["prompts"] = ["x"]
+    tree["generate"]["prompts"] = ["宝玉"]
     path.write_text(yaml.safe_dump(tree))
     return tiny_run
 
@@ -30,7 +31,8 @@ def test_results_and_what_differs_are_those_of_the_files(finished_run: Path, oth
     assert (first.loss, first.bits_per_byte) == (result["eval"]["loss"], result["eval"]["bits_per_byte"])
     assert first.parameters == result["parameters"] and first.recipe == "tiny"
     assert set(both.differences) == {"train.lr", "generate.prompts"}
-    assert both.differences["train.lr"][1] == 0.123 and both.differences["generate.prompts"][1] == ["x"]
+    assert both.differences["train.lr"][1] == 0.123 and both.differences["generate.prompts"][1] == ["宝玉"]
+    assert '["宝玉"]' in printed.compared(both)
     assert [each.run for each in both.runs] == ["tiny", "run"]
 
 

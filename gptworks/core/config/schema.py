@@ -53,6 +53,7 @@ def _whole(value: Any) -> Any:
 
 # An upper bound far above any real use, so that an absurd value is refused here and not by an overflow elsewhere.
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**15)]
+Threads = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=1024)]  # thousands use up a system's processes
 Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1e30)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1e30)]
@@ -323,8 +324,8 @@ class Train(Section):
     )
     compile: Literal["auto"] | bool = fixed("auto", "torch.compile; auto: where it saves more than it costs")
     deterministic: Literal["auto"] | bool = fixed("auto", "repeatable to the bit, where kernels are; auto: on a CPU")
-    threads: Count | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
-    workers: Count | None = fixed(None, "of these, how many compute micro-batches of their own, side by side")
+    threads: Threads | None = fixed(None, "CPU threads; part of a bitwise promise, so a run keeps its number")
+    workers: Threads | None = fixed(None, "of these, how many compute micro-batches of their own, side by side")
     reduce: Literal["sum", "canonical"] = fixed(
         "sum", "how gradients are added up; canonical: the same bits on 1, 2, 4, ... processes"
     )
@@ -409,8 +410,8 @@ class ChosenTrain(Train):
     precision: Literal["fp32", "bf16", "fp16", "fp8"]
     compile: bool
     deterministic: bool
-    threads: Count
-    workers: Count
+    threads: Threads
+    workers: Threads
     checkpoint_every: Count
     eval_every: Count
     log_every: Count
