@@ -37,8 +37,8 @@ class Result(Mapping[str, Any]):
         return len(self.as_dict())
 
     def __repr__(self) -> str:
-        values = self.as_dict()
-        told = [f"{name}={_brief(values[name])}" for name in self.shown or values if name in values]
+        there = self.as_dict()
+        told = [f"{name}={_brief(getattr(self, name, there[name]))}" for name in self.shown or there if name in there]
         return f"{type(self).__name__}({', '.join(told)})"
 
 
@@ -46,6 +46,10 @@ def _brief(value: Any) -> str:
     """A value in a few characters, a number in six digits."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_brief(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list) and any(isinstance(each, Result) for each in value):
+        return "[" + ", ".join(map(repr, value)) + "]"
+    if isinstance(value, Result):
+        return repr(value)
     return f"{value:.6g}" if isinstance(value, float) else _SHORT.repr(value)
 
 

@@ -183,7 +183,10 @@ def _sized(config: Config, parameters: float) -> Config:
 
 def _command(recipe: str, asked: Asked, parameters: int | None) -> str:
     """The command that starts the run, of another size than what was asked where `parameters` names one."""
-    settings = dict(configuration.pairs_of(asked))
+    settings = dict[str, Any]()
+    for key, value in configuration.pairs_of(asked):  # a section as a mapping is its keys
+        whole = isinstance(value, dict) and "." not in key
+        settings |= {f"{key}.{name}": each for name, each in value.items()} if whole else {key: value}
     if parameters:
         settings = {key: value for key, value in settings.items() if key not in {f"model.{name}" for name in SHAPE}}
         settings["model.parameters"] = count(parameters)

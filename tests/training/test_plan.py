@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,17 @@ def test_another_machine_is_described_with_the_share_of_its_rate(text, tmp_path)
     assert "8 times a fast one" in planned.there and "%" in planned.there
     for size in planned.sizes:
         assert 0 < size.seconds_there < size.seconds
+
+
+def test_a_command_names_its_keys_however_they_were_given(text):
+    sections = {name.partition(".")[0]: {} for name in SMALL} | {"data": {"train": text}}
+    for name, value in SMALL.items():
+        sections[name.partition(".")[0]][name.partition(".")[2]] = value
+    planned = plan("mine", sections)
+    for size, same in zip(planned.sizes, plan("mine", {"data.train": text, **SMALL}).sizes, strict=True):
+        assert sorted(shlex.split(size.command)) == sorted(shlex.split(same.command))
+    told = repr(planned)
+    assert told.count("PlannedSize(") == len(planned.sizes) and "command" not in told
 
 
 def test_an_outlook_tries_no_step(text, monkeypatch):
