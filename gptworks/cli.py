@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,11 +119,14 @@ def _explained(error: BaseException) -> tuple[str, int] | None:
         isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", text_of(error))  # torch's words
     ):
         return "out of memory; use a smaller model, context or micro-batch", 77
+    if isinstance(error, RuntimeError | BlockingIOError) and re.search("new thread|fork|unavailable", text_of(error)):
+        return f"the system starts no more threads or processes ({text_of(error)}); end others, or raise the limit", 77
     said = f"{type(error).__name__}: {text_of(error)}"
     if place := users_place(error):  # a mistake in a file that was named by file.py:Name
         return f"{place}: {said} (--debug shows more)", 64
     if isinstance(error, OSError):
-        return f"{error.filename or 'input/output'}: {error.strerror or error}", 74
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "input/output"
+        return f"{name}: {error.strerror or error}", 74
     if not isinstance(error, Exception):
         return None
     if files := users_problems():
@@ -615,9 +619,19 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # a name or a text may have what its encoding has not
 
 
+def _aside(failed: threading.ExceptHookArgs) -> None:
+    """Says in a line what ended a thread of a library; what depends on it fails by itself."""
+    if isinstance(failed.exc_value, OSError):
+        explained = _explained(failed.exc_value)
+        console.warn(f"{failed.thread.name if failed.thread else 'a thread'}: {explained[0] if explained else ''}")
+    else:
+        threading.__excepthook__(failed)
+
+
 def main() -> None:
     """The console script. A wrong option is exit code 64, as every usage error."""
     _open_streams()
+    threading.excepthook = _aside
     try:
         code = app(standalone_mode=False, prog_name="gptworks")
     except Exception as error:  # typer's own: unknown command or option, missing argument

@@ -100,6 +100,8 @@ def choices(config: Config, machine: Path | None = None) -> tuple[Choices, Plann
     session.check_values(config)
     if config.model.path not in (None, "???") and not hub.could_be(config.model.path):
         raise UsageError(f"model.path={config.model.path}: no such folder{hub.advice(config.model.path)}")
+    if config.model.path and Path(config.model.path).is_dir():
+        build.check_folder(Path(config.model.path))
     where = Machine.read(folder.path(machine)) if machine else here(config.train.precision, config.train.threads)
     named = config.problem.kind == "pretraining" and "???" not in config.data.places
     if named and not any(source.function for source in sources_of(config.data.places, config.data)):  # no code is run

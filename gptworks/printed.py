@@ -92,7 +92,9 @@ def planned(plan: Planned) -> str:
         head.append("time there")
         lines.append(f"there    {plan.there}, in training alone")
     commands = [f"{each.name:<7}  {each.command}" for each in plan.sizes]
-    return "\n".join([*lines, "", *table([head, *rows]), *plan.left_out, "", *commands])
+    return "\n".join(
+        [*lines, "", *table([head, *rows]), *plan.left_out, *(f"note     {note}" for note in plan.notes), "", *commands]
+    )
 
 
 def _few(number: float) -> str:

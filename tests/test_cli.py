@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from gptworks import cli as cli_module
 from gptworks.core import folder, runtime
 from gptworks.core.log import console
 
@@ -75,6 +77,7 @@ def refused(outcome: Outcome, code: int, *words: str) -> None:
         (["train", "laptop", "train.lr=nan"], ["train.lr"]),
         (["train", "laptop", "model.hidden_size=-3"], ["model.hidden_size"]),
         (["train", "laptop", "train.threads=5000", "--dry-run"], ["train.threads", "at most 1,024"]),
+        (["train", "laptop", "model.hidden_size=97"], ["model.hidden_size=97", "multiple of 32"]),
         (["train", "laptop", "nonsense"], ["key=value"]),
         (["train"], ["recipe"]),
         (["trian", "laptop"], ["trian"]),
@@ -713,6 +716,35 @@ def test_ctrl_c_ends_a_small_command_too(cli: Callable[..., Outcome], monkeypatc
 
     monkeypatch.setattr(runtime, "device", interrupted)
     refused(cli("env"), 75, "Ctrl-C; run the same command again")
+
+
+def test_a_recipe_that_says_nothing_or_extends_nothing_is_named(cli: Callable[..., Outcome]) -> None:
+    Path("empty.yaml").write_text("# to come\n")
+    Path("lost.yaml").write_text("extends: nothere\n")
+    Path("wide.yaml").write_bytes("data: {train: x}".encode("utf-16"))
+    refused(cli("train", "empty.yaml"), 64, "empty.yaml: nothing stands in it")
+    refused(cli("train", "lost.yaml"), 64, "lost.yaml: extends: unknown recipe 'nothere'")
+    refused(cli("train", "wide.yaml"), 64, "wide.yaml: not UTF-8", "save it as UTF-8")
+
+
+def test_a_file_in_the_place_of_a_run_and_a_folder_without_a_model_are_named(cli: Callable[..., Outcome]) -> None:
+    Path("run").write_text("notes")
+    refused(cli("train", "laptop", "--out", "run"), 74, "run: is a file, and a run is a folder")
+    Path("empty").mkdir()
+    for command in (["--dry-run"], []):
+        refused(cli("train", "laptop", "model=empty", *command), 65, "empty: no model is in this folder")
+
+
+def test_what_a_library_s_thread_fails_at_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    gone = FileNotFoundError(2, "No such file or directory", b"run/tensorboard/events")
+    cli_module._aside(threading.ExceptHookArgs((type(gone), gone, None, threading.current_thread())))
+    said = capsys.readouterr().err
+    assert said.endswith("run/tensorboard/events: No such file or directory\n") and "Traceback" not in said
+
+
+def test_a_system_without_threads_left_is_no_bug_of_ours() -> None:
+    explained = cli_module._explained(RuntimeError("can't start new thread"))
+    assert explained is not None and explained[1] == 77 and "no more threads" in explained[0]
 
 
 @pytest.mark.parametrize("arguments", [["run", ""], ["plan", ""], ["train", "", "data.train=shakespeare"]])

@@ -280,6 +280,7 @@ class Planned(Result):
     machine: str
     matmul_gflops: float  # of a large product on it
     sizes: list[PlannedSize]  # from smaller to larger
+    notes: list[str]  # on what the figures are worth
     left_out: list[str]  # sizes that do not fit, and why
     there: str | None = None  # the machine that was described, and the rate that is counted with
 

@@ -473,6 +473,8 @@ def hold(folder: Path, reading: bool = False) -> Iterator[None]:
     """
     lock, advice = folder / ".lock", "verify a copy of it" if reading else "choose another --out"
     try:
+        if folder.exists() and not folder.is_dir():
+            raise StorageError(f"{folder}: is a file, and a run is a folder: {advice}")
         folder.mkdir(parents=True, exist_ok=True)
         own = not lock.exists() or os.access(lock, os.W_OK)  # or it is another person's, and may be locked all the same
         handle = open(lock, "a+" if own and not (reading and lock.exists()) else "r")  # noqa: SIM115

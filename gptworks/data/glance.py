@@ -64,7 +64,8 @@ def glance(data: Data, asked: TokenizerConfig) -> Glance:
     eval_bytes = min(eval_bytes, data.eval_bytes or eval_bytes)
     for name, left in (("eval", eval_bytes), ("train", size if held_out else size - eval_bytes)):
         if left < 1:
-            raise DataError(f"{data.eval if held_out and name == 'eval' else where}: no text for the {name} split")
+            short = data.eval if held_out and name == "eval" else where
+            raise DataError(f"{short}: no text for the {name} split; give more, or data.eval=FILE")
     read = sum(len(text.encode("utf-8", "replace")) for text in texts)
     began = time.perf_counter()
     tokenizer, vocabulary, seconds = Tokenizer.load(asked.path, asked.pattern) if asked.path else None, None, 0.0

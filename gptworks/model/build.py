@@ -134,14 +134,9 @@ def load(
     beside it. Never runs code from the folder. Raises DataError; for the hub also what `hub.local` does.
     """
     path = hub.local(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such model folder{hub.advice(path)}")
+    check_folder(path)
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         return _load_adapted(path, dropout)
-    if (path / "config.yaml").is_file() and not (path / "config.json").exists():
-        if not (path / "model").is_dir():
-            raise DataError(f"{path} is a run that is not finished: it has no model yet; train it to its end")
-        raise DataError(f"{path} is a run; its model is {path / 'model'}")
     if (path / ADAPTER).is_file():
         console.warn(f"{path}: the adapter beside the model is not applied; it wants a folder of its own")
     raw = _object(path / "config.json", needed=True)
@@ -182,6 +177,19 @@ def load(
     return Loaded(
         path, model.requires_grad_(True).eval(), tokenizer=tokenizer, stop_ids=ends, lineage=lineage, hashes=files
     )
+
+
+def check_folder(path: Path) -> None:
+    """Raises DataError for what is no model's folder."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such model folder{hub.advice(path)}")
+    if (path / "config.json").exists() or (path / ADAPTER).is_file():
+        return
+    if (path / "config.yaml").is_file():
+        if not (path / "model").is_dir():
+            raise DataError(f"{path} is a run that is not finished: it has no model yet; train it to its end")
+        raise DataError(f"{path} is a run; its model is {path / 'model'}")
+    raise DataError(f"{path}: no model is in this folder (it has no config.json)")
 
 
 def load_base(path: str | Path, dropout: float | None, form: str | None) -> Loaded:

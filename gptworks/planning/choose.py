@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from gptworks.core.config import Adapter, Config
 from gptworks.core.errors import OutOfMemory, UsageError
-from gptworks.core.log import duration, plural
+from gptworks.core.log import duration, plural, size
 from gptworks.model.config import ModelConfig, parameter_count
 from gptworks.planning.budget import SLOWER, Pace, can_hold, planned_end, steps_until, with_evaluations
 from gptworks.planning.choices import Choices, Facts, Measured, needed
@@ -33,6 +33,7 @@ COMPILE_GAIN = {"cpu": 0.08, "cuda": 0.35}
 # A pass through a block, both ways, with its share of the update, where a GPU waits for its host to start the kernels.
 BLOCK_SECONDS = {"cuda": 4.3e-3}
 CHECKPOINT_SECONDS = 15  # between two checkpoints, or a short run would mostly write them
+MANY_THREADS = 4  # times those of a machine
 WORKER_TOKENS = 256  # of a step, for a thread of its own; fewer, and its products are too small
 # Of a forward pass: for each thread of a CPU; for a GPU. More gain nothing and take memory (docs/log.md).
 PASS_TOKENS = {"cpu": 1024, "cuda": 2**16}
@@ -151,6 +152,10 @@ def _set_up_process(choices: Choices, machine: Machine) -> None:
     if train.threads is None:
         shared = f", shared by {machine.per_machine} processes" if machine.per_machine > 1 else ""
         choices.set("train.threads", machine.threads, f"this machine's cores{shared}; part of a bitwise resume")
+    elif train.threads > MANY_THREADS * machine.threads:
+        choices.warnings.append(
+            f"train.threads={train.threads}: this machine computes with {machine.threads}; more make it slower"
+        )
     precision: str = train.precision
     if precision == "auto":
         units = "multiplies bf16 in hardware" if machine.bf16 else "has no bf16 units"
@@ -195,13 +200,13 @@ def memory_of_step(
     fixed = memory.fixed + facts.beside_bytes
     if train.reduce == "canonical":  # a gradient for each level of the tree, and what is exchanged
         trained = trainable.trained if trainable else parameter_count(architecture)
-        rows = _wanted_rows(config, machine)
+        rows = wanted_rows(config, machine)
         levels = math.ceil(math.log2(max(rows, 2))) + 3 * (machine.processes > 1)
         fixed += 4 * trained * levels
     return replace(memory, fixed=fixed)
 
 
-def _wanted_rows(config: Config, machine: Machine) -> int:
+def wanted_rows(config: Config, machine: Machine) -> int:
     """Rows of a step that each process computes; endlessly many where a step is the whole corpus."""
     return 10**9 if config.train.batch_tokens == "full" else -(-batch_rows(config) // machine.processes)
 
@@ -216,7 +221,7 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
                 choices.leave(key, choices.open["train.batch_tokens"])
         return
     context, unit, processes = needed(train.context), facts.unit, machine.processes
-    wanted, free = _wanted_rows(config, machine), machine.free_memory
+    wanted, free = wanted_rows(config, machine), machine.free_memory
     trained = choices.trainable.trained if choices.trainable else parameter_count(architecture)
 
     def memory(context: int) -> Memory:
@@ -228,8 +233,13 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
         return memory(context).rows(free - 4 * trained * (workers - 1)) // workers // unit * unit
 
     def need(context: int, rows: int) -> float:
-        return memory(context).of(rows) / 1e9
+        return memory(context).of(rows)
 
+    if isinstance(train.batch_tokens, int) and batch_rows(config) < processes:
+        choices.warnings.append(
+            f"train.batch_tokens={train.batch_tokens} are {plural(batch_rows(config), 'row')} for {processes} "
+            "processes: some will have none; take more tokens a step or fewer processes"
+        )
     workers, why = _workers(config, architecture, machine=machine, rows=wanted)
     if train.workers is None:
         if rows_of_each(workers) < unit:
@@ -237,11 +247,11 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
         choices.set("train.workers", workers, why)
     fits = rows_of_each(workers)
     if fits < unit:
-        shorter = (c for c in (2**e for e in range(20, 3, -1)) if c < context and need(c, unit) <= free / 1e9)
+        shorter = (c for c in (2**e for e in range(20, 3, -1)) if c < context and need(c, unit) <= free)
         short = next(shorter, None)
         advice = f"train.context={short} fits" if short else "choose a smaller model (model.parameters)"
         rows = "one row needs" if unit == 1 else f"{unit} rows need"
-        raise OutOfMemory(f"{rows} about {need(context, unit):.1f} GB and {free / 1e9:.1f} GB are free; {advice}")
+        raise OutOfMemory(f"{rows} about {size(need(context, unit))} and {size(free)} are free; {advice}")
     if train.micro_batch is not None:
         if train.micro_batch % unit:
             raise UsageError(f"train.micro_batch={train.micro_batch}: {unit} rows belong together; take a multiple")
@@ -252,8 +262,8 @@ def _share_out(choices: Choices, architecture: ModelConfig, facts: Facts, machin
             )
         if min(train.micro_batch, wanted) > fits:
             raise OutOfMemory(
-                f"train.micro_batch={train.micro_batch} needs about {need(context, train.micro_batch):.1f} GB "
-                f"and {free / 1e9:.1f} GB are free; train.micro_batch={fits} fits"
+                f"train.micro_batch={train.micro_batch} needs about {size(need(context, train.micro_batch))} "
+                f"and {size(free)} are free; train.micro_batch={fits} fits"
             )
         return
     micro = max(

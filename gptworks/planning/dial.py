@@ -55,7 +55,7 @@ def derive_shape(choices: Choices, vocab_size: int, wanted: tuple[int, str] | No
     if model.bias is None:
         choices.set("model.bias", architecture.mlp_bias, f"{architecture.family}'s default")
     if model.dropout is None:
-        choices.set("model.dropout", 0.0, "little to gain below several passes over the text")
+        choices.set("model.dropout", 0.0, "none where nobody asks for it")
     return architecture
 
 
@@ -104,6 +104,16 @@ def _heads(model: Model, width: int) -> tuple[int, int]:
     head_dim = model.head_dim or next((c for c in (64, 32) if width % c == 0 and width >= 4 * c), None)
     if head_dim is None:
         head_dim = next(c for c in range(min(64, width), 0, -1) if width % c == 0)
+        if (
+            head_dim % 2
+            and model.positions in (None, "rotary")
+            and model.family != "gpt2"
+            and not model.num_attention_heads
+        ):
+            raise UsageError(
+                f"model.hidden_size={width} divides into no heads of an even width, which rotary positions need: take "
+                "a multiple of 32, or set model.head_dim"
+            )
     heads, groups = max(width // head_dim, 1), model.num_key_value_heads or 1
     return max(heads // groups, 1) * groups, head_dim
 
@@ -140,7 +150,8 @@ def derive_training(
         choices.leave("train.batch_tokens", unread)
     elif batch is None:
         batch = max(context, int(min(best_batch(needed(horizon)), needed(epoch_tokens) / 20)) // context * context)
-        reason = f"grows with the {count(needed(horizon))} tokens the run is likely to see"
+        seen = "that suit the model" if train.max_steps else "the run is likely to see"
+        reason = f"grows with the {count(needed(horizon))} tokens {seen}"
         choices.set("train.batch_tokens", batch, reason)
     falling = f"falls with the square root of the width, {width}"
     steps = None

@@ -7,10 +7,10 @@ from gptworks.core import config as configuration
 from gptworks.core import runtime
 from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import DataError, UsageError
-from gptworks.core.log import console, plural
+from gptworks.core.log import console, plural, size
 from gptworks.model.build import Loaded
 from gptworks.planning.choices import Base, Choices, Facts, Measured
-from gptworks.planning.choose import choose, memory_of_step, most_steps, step_tokens
+from gptworks.planning.choose import choose, memory_of_step, most_steps, step_tokens, wanted_rows
 from gptworks.planning.machine import Machine, here
 from gptworks.training.assemble import Run, architecture_of, assemble, bytes_per_weight, layout_of
 from gptworks.training.optim import make_optimizers
@@ -96,9 +96,10 @@ def reopened(config: Chosen, problem: Problem, base: Loaded | None) -> Run:
     memory = memory_of_step(
         config, architecture, trainable=run.trainable, facts=facts, machine=machine, context=config.train.context
     )
-    need, free = memory.of(config.train.micro_batch), machine.free_memory
+    rows = min(config.train.micro_batch, wanted_rows(config, machine))
+    need, free = memory.of(rows), machine.free_memory
     if need > free:
-        console.warn(f"a step needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+        console.warn(f"a step needs about {size(need)} and {size(free)} are free")
     return run
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from gptworks.core import config as configuration
 from gptworks.core.config import Chosen, Config
 from gptworks.core.errors import OutOfMemory, UsageError
-from gptworks.core.log import count
+from gptworks.core.log import count, size
 from gptworks.core.results import Planned, PlannedSize
 from gptworks.data.glance import Glance, glance
 from gptworks.data.shards import Shards, Stream
@@ -32,6 +32,8 @@ from gptworks.training.pretraining import Pretraining
 from gptworks.training.timing import timings
 
 Asked = list[str] | dict[str, Any]  # settings, as texts or by key
+SHORT_TEXT = 100_000  # bytes; all that was measured is longer
+WORTH_NOTING = 0.02  # of bits per byte
 DISTINCT = 1.2  # how many times, at least, for a row of its own
 APART = 3  # how many times larger or smaller the sizes beside the chosen one are
 EVALUATED = 50_000  # tokens of the text that an evaluation is timed on
@@ -49,6 +51,8 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
         raise UsageError(f"a plan is for a model that is trained on a text, and not for problem={config.problem.kind}")
     if config.model.path:
         raise UsageError("a plan is for a new model; one that is there has its size")
+    if config.train.find_lr:
+        raise UsageError("a plan is for a training: leave train.find_lr out")
     Pretraining.check(config)
     own = here(config.train.precision, config.train.threads)
     planner = _Planner(glance(config.data, config.tokenizer), own)
@@ -59,14 +63,15 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
         try:
             if name != "chosen" and planner.apart(sized, middle) < DISTINCT:
                 continue  # no other shape is nearer to that
-            _, size = planner.size(sized, name)
+            _, planned = planner.size(sized, name)
         except (OutOfMemory, UsageError) as error:
             if name == "chosen":
                 raise
             left_out.append(f"{name} {error}")
             continue
-        command = _command(recipe, asked, None if name == "chosen" else size.parameters)
-        sizes.append(replace(size, command=command, seconds_there=_seconds(size, there, config) if there else None))
+        command = _command(recipe, asked, None if name == "chosen" else planned.parameters)
+        there_seconds = _seconds(planned, there, config) if there else None
+        sizes.append(replace(planned, command=command, seconds_there=there_seconds))
     text = planner.text
     return Planned(
         data=config.data.places, bytes=text.train_bytes + text.eval_bytes, exact=text.complete,
@@ -74,7 +79,7 @@ def plan(recipe: str, asked: Asked, there: Machine | None = None) -> Planned:
         time_budget_s=config.train.time_budget_s, machine=own.name,
         matmul_gflops=own.rate(needed(first.config.train.precision)) / 1e9,
         there=_described(there, config, middle) if there else None, sizes=sizes,
-        left_out=left_out,
+        notes=_notes(text, config.tokenizer.kind, sizes), left_out=left_out,
     )  # fmt: skip
 
 
@@ -120,12 +125,12 @@ class _Planner:
         memory = memory_of_step(
             chosen, architecture, trainable=choices.trainable, facts=facts, machine=machine, context=context
         )
-        tokens = steps * step
+        tokens, rows = steps * step, -(-step // (context * machine.processes))
         return choices, PlannedSize(
             name=name, parameters=parameters, width=architecture.hidden_size, layers=architecture.num_hidden_layers,
             context=context, batch_tokens=step, steps=steps, tokens=tokens, tokens_per_parameter=tokens / parameters,
             passes=tokens / epoch,
-            memory_bytes=PROCESS_BYTES.get(machine.device, 0) + memory.of(chosen.train.micro_batch),
+            memory_bytes=PROCESS_BYTES.get(machine.device, 0) + memory.of(min(chosen.train.micro_batch, rows)),
             flops=flops_per_token(architecture, context) * tokens, seconds=beginning + training + evaluating,
             bits_per_byte=self._reached(parameters, tokens),
         )  # fmt: skip
@@ -172,6 +177,25 @@ class _Planner:
         evaluated = replace(train, tokens=held_out, bytes=round(len(held_out) * text.bytes_per_token))
         files = {f"{split}.tokens": {"sha256": ""} for split in ("train", "eval")}
         return Shards(Path(), text.tokenizer, train=train, eval=evaluated, manifest={"files": files})
+
+
+def _notes(text: Glance, kind: str, sizes: list[PlannedSize]) -> list[str]:
+    """What is to be known of the figures of a plan."""
+    notes, nearly = list[str](), 1 - WORTH_NOTING
+    if text.train_bytes < SHORT_TEXT:
+        notes.append(f"bits/byte are little more than a guess for a text below {size(SHORT_TEXT)}")
+    elif kind != "bpe":
+        notes.append("bits/byte are forecast from runs with BPE; with characters or bytes they may be a quarter off")
+    chosen, best = (next(s for s in sizes if s.name == "chosen"), min(sizes, key=lambda s: s.bits_per_byte))
+    if best.bits_per_byte < nearly * chosen.bits_per_byte:
+        if best.parameters > text.train_bytes:
+            notes.append(f"{best.name} has more parameters than the text has bytes, of which nothing was measured")
+        else:
+            notes.append(
+                f"{best.name} is likely to do better than chosen, by the steps that were timed now; a run chooses "
+                "before it times any"
+            )
+    return notes
 
 
 def _sized(config: Config, parameters: float) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gptworks.core.config import with_values
-from gptworks.core.errors import DataError, NotFinite
+from gptworks.core.errors import DataError, NotFinite, UsageError
 from gptworks.core.log import console
 from gptworks.core.runtime import interrupts, seed_everything
 from gptworks.training.assemble import Run
@@ -39,8 +39,11 @@ class RangeTest:
 
 
 def range_test(ready: Run) -> RangeTest:
-    """Trains a copy of the model at rising rates; `ready` stays as it is. Raises DataError if no loss ever falls."""
+    """Trains a copy of the model at rising rates; `ready` stays as it is. Raises DataError if no loss ever falls,
+    UsageError without a rate to begin from."""
     train, (low, high) = ready.config.train, SPAN
+    if not train.lr:
+        raise UsageError("train.find_lr tries rates around train.lr, and that is 0: give one above it, or leave it out")
     settings: dict[str, Any] = {
         "train.lr": train.lr * high,
         "train.adam_lr": None if train.adam_lr is None else train.adam_lr * high,
@@ -79,7 +82,10 @@ def range_test(ready: Run) -> RangeTest:
     if before:
         smoothed = [value + _mean(before) for value in smoothed]
     if len(smoothed) < 10 or min(smoothed) > smoothed[0] - 0.01:
-        raise DataError("the range test saw no loss fall at any learning rate; look at the data, or set train.lr lower")
+        raise DataError(
+            f"no loss fell at the rates that were tried, from {rates[0]:.2g} to {rates[-1]:.2g}, around "
+            f"train.lr={train.lr:g}: leave train.lr out for a usual one, or look at the data"
+        )
     bend, lr, adam_lr = _bend(smoothed), train.lr, train.adam_lr
     reason = (
         f"the loss falls steeply until {rates[bend]:.2g} and little beyond"

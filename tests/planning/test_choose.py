@@ -114,6 +114,20 @@ def test_dropout_keeps_a_step_whole_that_of_an_adapter_too():
         assert choose(adapted, base, tiny.MACHINE).config.train.workers == workers
 
 
+def test_threads_and_processes_that_help_nothing_are_warned_of():
+    many = choose(asked(threads=1000), FACTS, tiny.MACHINE).warnings
+    assert any("train.threads=1000: this machine computes with" in said for said in many)
+    cluster = replace(tiny.MACHINE, processes=1000, per_machine=8)
+    said = choose(asked(), FACTS, cluster).warnings
+    assert any("are 32 rows for 1000 processes: some will have none" in each for each in said)
+    assert not choose(asked(threads=tiny.MACHINE.threads), FACTS, tiny.MACHINE).warnings
+
+
+def test_memory_that_is_short_is_told_in_units_that_can_be_read():
+    with pytest.raises(OutOfMemory, match=r"needs about [\d.]+ MB and 900 bytes are free"):
+        choose(asked(), FACTS, replace(tiny.MACHINE, memory=1000))
+
+
 def test_threads_of_a_machine_are_shared_by_its_processes():
     shared = replace(tiny.MACHINE, threads=4, processes=8, per_machine=2)
     choices = choose(asked(threads=None), FACTS, shared)

@@ -10,9 +10,12 @@ import tiny
 
 from gptworks import cli, lifecycle
 from gptworks.core import config as configuration
+from gptworks.core.config import Data
+from gptworks.core.config import Tokenizer as TokenizerConfig
 from gptworks.core.errors import DataError, UsageError
+from gptworks.data.glance import glance
 from gptworks.planning.machine import here
-from gptworks.training.plan import PROCESS_BYTES, outlook, plan
+from gptworks.training.plan import PROCESS_BYTES, _notes, outlook, plan
 
 SMALL = {
     "tokenizer.vocab_size": 300, "model.parameters": 60_000, "train.context": 32, "train.threads": 1,
@@ -78,6 +81,34 @@ def test_a_command_names_its_keys_however_they_were_given(text):
         assert sorted(shlex.split(size.command)) == sorted(shlex.split(same.command))
     told = repr(planned)
     assert told.count("PlannedSize(") == len(planned.sizes) and "command" not in told
+
+
+def test_a_micro_batch_larger_than_a_step_takes_the_memory_of_the_step(text):
+    sizes = [
+        outlook(configuration.load("mine", {**SMALL, "data.train": text, "train.micro_batch": rows}), here("fp32", 1))[
+            1
+        ]
+        for rows in (None, 10**5)
+    ]
+    assert sizes[1].memory_bytes < 1.5 * sizes[0].memory_bytes
+
+
+def test_notes_tell_what_the_figures_are_worth(text):
+    assert plan("mine", {**SMALL, "data.train": text}).notes[0] == (
+        "bits/byte are little more than a guess for a text below 100 kB"
+    )
+    sizes = plan("laptop", {**SMALL, "model.parameters": 10**6}).sizes
+    worse = [replace(each, bits_per_byte=bits) for each, bits in zip(sizes, (2.0, 2.0, 1.5), strict=True)]
+    short, long = glance(Data(train="shakespeare"), TokenizerConfig(kind="bytes")), None
+    long = replace(short, train_bytes=10**9)
+    assert "more parameters than the text has bytes" in _notes(short, "bpe", worse)[0]
+    assert "larger is likely to do better" in _notes(long, "bpe", worse)[0]
+    assert _notes(long, "bpe", sizes[:2]) == [] and "a quarter off" in _notes(long, "char", sizes[:2])[0]
+
+
+def test_a_scan_is_no_training_to_plan(text):
+    with pytest.raises(UsageError, match=r"leave train\.find_lr out"):
+        plan("mine", {**SMALL, "data.train": text, "train.find_lr": True})
 
 
 def test_an_outlook_tries_no_step(text, monkeypatch):

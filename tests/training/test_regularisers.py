@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from gptworks import lifecycle
 from gptworks.core import config, folder
-from gptworks.core.errors import RunMismatch, UsageError
+from gptworks.core.errors import DataError, RunMismatch, UsageError
 from gptworks.training import loop, metrics, range_test, state
 from gptworks.training.objectives import Loss, NextToken
 from gptworks.training.pretraining import HeldOut
@@ -298,6 +298,13 @@ def test_the_range_test_of_a_trained_model_counts_what_it_gains_on_each_batch(fi
     assert max(apart) < 0.2 * (max(before[:15]) - min(before[:15]))
     first = [abs(value - kept["smoothed"][0]) for value in kept["smoothed"][:15]]
     assert max(first) <= max(apart) + 1e-6
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.0, "that is 0"), (1e-9, "no loss fell at the rates that were tried")])
+def test_a_scan_around_a_rate_that_teaches_nothing_says_so(rate, said, tiny_config, tmp_path):
+    asked = {"train.find_lr": True, "train.lr": rate, "train.adam_lr": rate}
+    with pytest.raises((UsageError, DataError), match=said):
+        lifecycle.train(tiny_config(**asked), tmp_path / "run")
 
 
 FALL = [8.3] * 40 + [8.3 - 0.1 * i for i in range(20)]  # flat, then steep

@@ -52,7 +52,9 @@ def recipe_text(recipe: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe file") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte in the path
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise UsageError(f"{path}: cannot read the recipe: {error}") from error
 
 
@@ -113,7 +115,9 @@ def _make_room(tree: dict[str, Any]) -> None:
 def _tree(recipe: str, origins: dict[str, str], above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The sections of a recipe, over those of the one that it extends; notes in `origins` which key stands where.
     `above` are the recipes that extend this one."""
-    tree = _parse(recipe_text(recipe), recipe) or {}
+    tree = _parse(recipe_text(recipe), recipe)
+    if tree is None:
+        raise UsageError(f"{recipe}: nothing stands in it; `data: {{train: FILE}}` is a recipe, all else has defaults")
     if not isinstance(tree, dict):
         raise UsageError(f"{recipe}: a recipe is a YAML mapping of sections, not {type(tree).__name__}")
     if "asked" in tree:
@@ -127,7 +131,10 @@ def _tree(recipe: str, origins: dict[str, str], above: tuple[str, ...] = ()) -> 
         chain = (*above, recipe)
         if extended in (os.path.normpath(each) for each in chain):
             raise UsageError(f"{recipe}: extends {extended}, and so itself; name another recipe")
-        base = _tree(extended, origins, chain)
+        try:
+            base = _tree(extended, origins, chain)
+        except UsageError as error:
+            raise UsageError(str(error) if str(error).startswith(recipe) else f"{recipe}: extends: {error}") from None
     origins |= dict.fromkeys(_named(tree), recipe)
     if isinstance(model := tree.get("model"), dict) and model.get("path") is not None:
         _make_room(base)
