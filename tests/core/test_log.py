@@ -49,6 +49,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Screen]]
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(log.console, "_drawn", 0.0)  # by a test before, a moment ago
     yield make
     monkeypatch.undo()
     for each in opened:
