@@ -180,7 +180,7 @@ class _Planner:
 
 
 def _notes(text: Glance, kind: str, sizes: list[PlannedSize]) -> list[str]:
-    """What is to be known of the figures of a plan."""
+    """Says what the figures of a plan are worth."""
     notes, nearly = list[str](), 1 - WORTH_NOTING
     if text.train_bytes < SHORT_TEXT:
         notes.append(f"bits/byte are little more than a guess for a text below {size(SHORT_TEXT)}")

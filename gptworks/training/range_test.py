@@ -102,8 +102,10 @@ def range_test(ready: Run) -> RangeTest:
 
 @torch.no_grad()
 def _losses_before(ready: Run, work: Work, state: State) -> list[float]:
-    """What the batches of the scan cost the model as it is. A trained one gains less in the scan than batches differ
-    by, so that only what it gains on each of them tells a rate from another."""
+    """The loss of the model as it is on each batch of the scan.
+
+    A trained model gains less in the scan than batches differ by: only what it gains on each tells one rate from
+    another."""
     model, cursor, losses = state.model.to(ready.layout.device).train(), state.cursor, list[float]()
     model.dtype = ready.layout.dtype
     for step in range(STEPS):
