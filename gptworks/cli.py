@@ -119,8 +119,8 @@ def _explained(error: BaseException) -> tuple[str, int] | None:
         isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", text_of(error))  # torch's words
     ):
         return "out of memory; use a smaller model, context or micro-batch", 77
-    if isinstance(error, RuntimeError | BlockingIOError) and re.search("new thread|fork|unavailable", text_of(error)):
-        return f"the system starts no more threads or processes ({text_of(error)}); end others, or raise the limit", 77
+    if isinstance(error, RuntimeError) and "start new thread" in text_of(error):
+        return "the system starts no more threads or processes; end others, or raise the limit (ulimit -u)", 77
     said = f"{type(error).__name__}: {text_of(error)}"
     if place := users_place(error):  # a mistake in a file that was named by file.py:Name
         return f"{place}: {said} (--debug shows more)", 64
